@@ -1,0 +1,169 @@
+"""Activation ids: the grammar, and where in a network each id lives.
+
+The vocabulary is GDF's (https://arxiv.org/abs/2410.03558), because the published recipes are written in it. An id is parsed
+into a typed :class:`ActivationId`; a family lists the :class:`Site` of every id that its network has, from the architecture
+config alone; a :class:`Catalogue` looks ids up and explains the ones that are not there.
+
+Two kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
+(https://arxiv.org/abs/2406.02842), and any stock module path such as ``up_blocks.1.resnets.2``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+_NUMBER = r"(?:0|[1-9][0-9]*)"
+_BLOCK = rf"vit-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|ffn-inner|out)"
+_STAGE = rf"(?P<stage>down|up)-level(?P<level>{_NUMBER})-"
+_GRAMMAR = [
+    r"(?P<stage>unet)-(?P<kind>in|after-conv-in|out)",
+    rf"{_STAGE}(?P<kind>downsampler-out|upsampler-out)",
+    rf"{_STAGE}repeat(?P<repeat>{_NUMBER})-(?P<kind>res-increment|res-out|vit-out)",
+    rf"{_STAGE}repeat(?P<repeat>{_NUMBER})-{_BLOCK}",
+    rf"(?P<stage>mid)-repeat(?P<repeat>{_NUMBER})-(?P<kind>res-increment|res-out)",
+    r"(?P<stage>mid)-(?P<kind>vit-out)",
+    rf"(?P<stage>mid)-{_BLOCK}",
+    rf"(?P<stage>vit)-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|q|k|v|attn-out|norm-out|ffn-inner|out)",
+]
+_PATTERNS = [re.compile(pattern) for pattern in _GRAMMAR]
+_MODULE_PATH = re.compile(rf"[A-Za-z_]\w*(?:\.(?:[A-Za-z_]\w*|{_NUMBER}))+")
+
+Layout = Literal["map", "tokens", "attention"]
+
+
+@dataclass(frozen=True)
+class ActivationId:
+    """An id, taken apart. Numbers that an id does not have are None.
+
+    Args:
+        text: The id as written.
+        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), or ``module`` for a stock module path.
+        level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
+        repeat: Residual block within the level.
+        block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
+        kind: What is read there: ``res-out``, ``self-k``, ``ffn-inner`` ...
+    """
+
+    text: str
+    stage: str
+    kind: str = ""
+    level: int | None = None
+    repeat: int | None = None
+    block: int | None = None
+
+    @property
+    def in_gdf(self) -> bool:
+        """Whether GDF's grammar has this id."""
+        return self.stage != "module" and not self.kind.endswith(("self-out", "cross-out"))
+
+
+def parse(text: str) -> ActivationId:
+    """Parse an activation id or a stock module path.
+
+    Raises:
+        ValueError: ``text`` is in neither form, or names a text-side activation (``cross-k``, ``cross-v``).
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"an activation id is a string, got {text!r}")
+    for pattern in _PATTERNS:
+        if match := pattern.fullmatch(text):
+            groups = match.groupdict()
+            if groups["kind"] in ("cross-k", "cross-v"):
+                raise ValueError(f"{text!r} is on the text side (batch, tokens, channels) and has no place in an image; use the cross-q or cross-map of that block")
+            numbers = {k: int(groups[k]) for k in ("level", "repeat", "block") if groups.get(k) is not None}
+            return ActivationId(text, groups["stage"], groups["kind"], **numbers)
+    if _MODULE_PATH.fullmatch(text):
+        return ActivationId(text, "module")
+    raise ValueError(
+        f"{text!r} is not an activation id. Examples: 'up-level1-repeat1-vit-block0-cross-q', 'mid-vit-out', 'up-level2-upsampler-out', "
+        "'unet-out', 'vit-block9-q', or a stock module path with a dot such as 'up_blocks.1.resnets.2'."
+    )
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an activation is produced and what it looks like.
+
+    Args:
+        id: The activation id.
+        path: Module path in the stock diffusers network.
+        port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``in`` for its first input, ``map`` for
+            attention probabilities that are recomputed from the module's ``to_q`` and ``to_k``.
+        channels: Channels of the activation; for ``map`` the number of heads.
+        stride: Pixels of the input image per position.
+        layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys).
+    """
+
+    id: str
+    path: str
+    port: str
+    channels: int
+    stride: int
+    layout: Layout
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The module paths whose output must be recorded, in execution order."""
+        return (f"{self.path}.to_q", f"{self.path}.to_k") if self.port == "map" else (self.path,)
+
+
+class Catalogue(Mapping[str, Site]):
+    """Every activation of one network, in forward order, by id.
+
+    Iterating gives GDF's ids; :meth:`all` adds the extensions. Looking up works for ids, extensions and module paths.
+
+    Args:
+        sites: In forward order.
+        network: What to call the network in errors.
+        probe: Finds the site of a stock module path that no id names; raises ``KeyError`` if there is no such module.
+    """
+
+    def __init__(self, sites: Iterable[Site], network: str, probe: Callable[[str], Site] | None = None):
+        self._sites = {site.id: site for site in sites}
+        self._paths = {site.path: site for site in self._sites.values() if site.port.startswith("out")}
+        self.network, self._probe = network, probe
+
+    def __getitem__(self, id: str) -> Site:
+        """The site of an id or module path.
+
+        Raises:
+            ValueError: Not an id at all.
+            KeyError: This network has no such activation; the message names the closest that it has.
+        """
+        parsed = parse(id)
+        if id in self._sites:
+            return self._sites[id]
+        if parsed.stage == "module":
+            if id in self._paths:
+                return replace(self._paths[id], id=id)
+            if self._probe is not None:
+                return self._probe(id)
+        near = difflib.get_close_matches(id, [*self._sites, *self._paths], n=3, cutoff=0.4)
+        raise KeyError(f"{self.network} has no activation {id!r}. The closest it has: {', '.join(near)}. `diffusion-backbones activations` lists them all.")
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._sites or id in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return (id for id in self._sites if parse(id).in_gdf)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def all(self) -> list[Site]:
+        """Every site, GDF's and the extensions, in forward order."""
+        return list(self._sites.values())
+
+    def find(self, pattern: str = "*", extensions: bool = False) -> list[Site]:
+        """Sites whose id matches a shell-style pattern, in forward order."""
+        sites = self.all() if extensions else [self._sites[id] for id in self]
+        return [site for site in sites if fnmatch.fnmatchcase(site.id, pattern)]
+
+    def with_probe(self, probe: Callable[[str], Site]) -> Catalogue:
+        """The same catalogue, able to look up any module path of a network that was built."""
+        return Catalogue(self._sites.values(), self.network, probe)

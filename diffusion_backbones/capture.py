@@ -1,0 +1,99 @@
+"""Record activations while a network runs, inside one call and nowhere else.
+
+Hooks are installed once and stay: a hook that is added per call breaks ``torch.compile`` and ``torch.export``, and is never
+seen by a network that was compiled before. They are bound methods, so that copies and pickles of a network record into
+their own recorder, and they write to a thread-local store that exists only while a call runs, so that threads do not mix
+and a block that is run again by gradient checkpointing leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffusion_backbones.activations import Site
+from diffusion_backbones.truncate import has
+
+_INSTALL = threading.Lock()
+
+
+class _Store(threading.local):
+    """What the call that runs in this thread wants to record; None outside calls."""
+
+    acts: dict[str, Tensor] | None = None
+    wanted: frozenset[str] = frozenset()
+
+    def __reduce__(self) -> tuple[type[_Store], tuple[()]]:
+        return _Store, ()                   # copies and pickles start empty
+
+
+class Recorder:
+    """Records what sites of one network produce.
+
+    Args:
+        sites: The activations that calls will ask for; :meth:`watch` adds more later.
+    """
+
+    def __init__(self, network: nn.Module, sites: Iterable[Site]):
+        self._watched: set[str] = set()
+        self._store = _Store()
+        self.watch(network, sites)
+
+    def watch(self, network: nn.Module, sites: Iterable[Site]) -> None:
+        """Install the hooks for ``sites`` that are not there yet."""
+        with _INSTALL:
+            for site in sites:
+                for key, path, port in _taps(site):
+                    if key not in self._watched:
+                        network.get_submodule(path).register_forward_hook(functools.partial(self._record, key, port))
+                        self._watched.add(key)
+
+    def _record(self, key: str, port: str, module: nn.Module, args: Any, output: Any) -> None:
+        store = self._store
+        if store.acts is not None and key in store.wanted:
+            store.acts[key] = args[0] if port == "in" else output if isinstance(output, Tensor) else output[_index(port)]
+
+    @contextmanager
+    def recording(self, sites: Iterable[Site]) -> Iterator[dict[str, Tensor]]:
+        """Within the ``with`` block, record what this thread's calls of the network produce at ``sites``."""
+        acts: dict[str, Tensor] = {}
+        self._store.acts, self._store.wanted = acts, frozenset(key for site in sites for key, _, _ in _taps(site))
+        try:
+            yield acts
+        finally:
+            self._store.acts = None
+
+
+def read(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:
+    """What was recorded for a site: one tensor, or query and key for an attention map.
+
+    Raises:
+        RuntimeError: Nothing was recorded, because the network was compiled before its hooks were installed.
+    """
+    try:
+        return tuple(acts[key] for key, _, _ in _taps(site))
+    except KeyError:
+        raise RuntimeError(
+            f"{site.id} was not recorded although the network ran: it was compiled before this activation was first asked for. "
+            "Ask for it once before compiling, or name it in the recipe."
+        ) from None
+
+
+def available(network: nn.Module, site: Site) -> bool:
+    """Whether a (truncated) network still computes an activation."""
+    return all(has(network, path) for path in site.modules)
+
+
+def _taps(site: Site) -> list[tuple[str, str, str]]:
+    """(key, module path, port) of each tensor that must be recorded for a site."""
+    port = "out" if site.port == "map" else site.port
+    return [(f"{path}:{port}", path, port) for path in site.modules]
+
+
+def _index(port: str) -> int:
+    return int(port[4:-1]) if port.startswith("out[") else 0

@@ -1,0 +1,1 @@
+def card(declaration): return "x"

@@ -1,0 +1,90 @@
+"""Prompts -> embeddings, computed once and kept on disk.
+
+A text encoder is loaded when a prompt is seen for the first time, encodes it, and is freed. A second start reads the few
+hundred kilobytes that came out and never loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusion_backbones import tensors
+from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.sources import Source
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """``$DIFFUSION_BACKBONES_CACHE``, or ``diffusion_backbones`` beside the hub's cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("DIFFUSION_BACKBONES_CACHE") or Path(HF_HOME) / "diffusion_backbones")
+
+
+class Prompter:
+    """Encodes prompts for one checkpoint.
+
+    Args:
+        family: Name of the family.
+        configs: Configs of the checkpoint.
+        source: Where its text encoders are; None if there are none at hand.
+        padding: ``max_length`` or ``longest``.
+    """
+
+    def __init__(self, family: str, configs: Configs, source: Source | None, padding: str):
+        self.family, self.configs, self.source, self.padding = family, configs, source, padding
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """P prompts -> conditioning tensors with P rows, float32 on the CPU.
+
+        Raises:
+            FileNotFoundError: No text encoder is at hand.
+            ValueError: A prompt is too long.
+        """
+        if self.source is None:
+            raise FileNotFoundError(
+                f"prompt={prompts[0]!r} needs a text encoder, and this backbone has none: it was built without weights or loaded from a folder that "
+                "save_pretrained wrote. Give prompt_embeds=, or load it with pretrained=True or checkpoint_path=."
+            )
+        fingerprint, rows = self.source.text_fingerprint(), {}
+        for prompt in dict.fromkeys(prompts):
+            path = self._path(fingerprint, prompt)
+            rows[prompt] = _read(path)
+            if rows[prompt] is None:
+                with torch.device("cpu"):
+                    rows[prompt] = FAMILIES[self.family].encode_prompts(self.configs, self.source.text, [prompt], self.padding)
+                _write(path, rows[prompt])
+        names = rows[prompts[0]].keys()
+        return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in names}
+
+    def _path(self, fingerprint: str, prompt: str) -> Path:
+        key = hashlib.sha256(json.dumps([fingerprint, self.family, self.padding, prompt]).encode()).hexdigest()[:32]
+        return cache_folder() / "prompts" / f"{key}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu") if path.is_file() else None
+    except (SafetensorError, OSError) as error:
+        log.warning("the cached prompt %s cannot be read and is made again: %s", path, error)
+        return None
+
+
+def _write(path: Path, embeddings: dict[str, Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors.write(path, embeddings, {})
+    except OSError as error:
+        log.warning("the prompt is not cached, so the text encoder is loaded again next time: %s", error)

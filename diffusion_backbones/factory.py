@@ -1,0 +1,310 @@
+"""``create_model``: a name, or a place, becomes a backbone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_backbones import probe, pyramid, tensors
+from diffusion_backbones.activations import Catalogue
+from diffusion_backbones.backbone import DiffusionBackbone, take
+from diffusion_backbones.conditioning import Prompter
+from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.ldm import SingleFile, is_single_file
+from diffusion_backbones.pyramid import LevelInfo
+from diffusion_backbones.recipe import Checkpoint, License, Recipe, closest
+from diffusion_backbones.registry import CONFIGS, Declaration, get_checkpoint, get_declaration, is_model, package_configs
+from diffusion_backbones.saved import Saved, is_saved
+from diffusion_backbones.sources import Folder, HubRepo, Source, WithDenoiser, open_hub
+
+OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
+FOREIGN: dict[str, Callable[[Any], str]] = {
+    "num_classes": lambda n: "" if n == 0 else f"a backbone has no classifier, so num_classes must be 0, got {n}",
+    "in_chans": lambda n: "" if n == 3 else f"the image encoder takes RGB, so in_chans must be 3, got {n}",
+    "global_pool": lambda p: "" if p == "" else f"a backbone returns maps and pools nothing, so global_pool must be '', got {p!r}",
+    "img_size": lambda _: "",                   # any size is accepted as it is
+    "pretrained_cfg": lambda _: "",             # the declaration says it
+    "features_only": lambda f: "" if f else "features_only=False asks for a classifier, and a backbone has none",
+    "output_stride": lambda s: "" if s == 32 else f"output_stride={s} dilates a classifier's network; here out_strides=(...) resamples the pyramid",
+    "feature_cls": lambda c: f"feature_cls={c!r} chooses among timm's wrappers, and this backbone needs none",
+}
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    checkpoint_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    recipe: Recipe | str | Path | Sequence[str] | None = None,
+    out_indices: int | Sequence[int] | None = None,
+    out_strides: Sequence[int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trainable: bool = False,
+    features_only: bool = True,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> DiffusionBackbone:
+    """Build a backbone: frozen, in eval mode, deterministic.
+
+    Args:
+        name: A registered backbone (``sd15_gdf``), a checkpoint (``sd15``) together with ``recipe=``, ``hf-hub:owner/repo``,
+            or ``local-dir:folder``. The last two read a folder that ``save_pretrained`` wrote, or a diffusers folder with ``recipe=``.
+        pretrained: Download what the backbone needs from the hub. Without it the weights are random and nothing is fetched.
+        checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file: a whole
+            checkpoint in the original layout, or a denoiser alone, which takes the rest from the hub if ``pretrained``.
+        cache_dir: huggingface_hub's cache folder.
+        recipe: A :class:`Recipe`, a YAML or JSON file, or a list of activation ids, which are grouped by stride and read at
+            timestep 50 unless ``timestep=`` says otherwise.
+        out_indices: Which levels; an integer n means the last n. Fewer levels are a shorter network.
+        out_strides: Resample to these strides, without parameters, e.g. ``(4, 8, 16, 32)``; of the levels the nearest is taken.
+        dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in float32.
+        device: Where; ``"meta"`` builds without memory.
+        trainable: Unfreeze the denoiser.
+        features_only: Accepted for timm; True is the only mode.
+        pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
+        **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
+            recipe's; see :class:`Recipe`. What is None is ignored.
+
+    Raises:
+        KeyError: Unknown backbone, checkpoint or activation id; the closest are named.
+        TypeError: Unknown keyword.
+        ValueError: A value that cannot be; weights that do not fit the network; a pickle.
+        ConnectionError: The hub does not give the weights.
+        FileNotFoundError: Nothing at a path, or not what is needed there.
+    """
+    settings = _overrides(overrides, features_only=features_only)
+    place = _resolve(name, recipe is not None, cache_dir)
+    checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
+    if checkpoint_path:
+        place = _open_path(Path(checkpoint_path).expanduser(), place, pretrained, cache_dir)
+    elif pretrained and not (place.source or place.restored):
+        place = replace(place, source=_open_published(place.checkpoint, cache_dir))
+    configs = place.configs()
+    declaration = place.declaration or _custom(place.checkpoint, configs, recipe)
+    if place.restored and settings:
+        raise TypeError(f"a saved backbone keeps its recipe, and {', '.join(settings)} would change it; give it per call instead")
+    declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
+    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable)
+
+
+def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
+    """The recipe's settings among foreign keywords; everything else is refused by name."""
+    settings = {}
+    for key, value in {**given, **accepted}.items():
+        if value is None:
+            continue
+        if key in OVERRIDES:
+            settings[key] = value
+        elif key not in FOREIGN:
+            raise TypeError(f"create_model has no keyword {key!r}.{closest(key, [*OVERRIDES, *FOREIGN, 'recipe', 'checkpoint_path', 'out_indices', 'out_strides', 'trainable'])}")
+        elif reason := FOREIGN[key](value):
+            raise ValueError(reason)
+    return settings
+
+
+def _strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:
+    if strides is None:
+        return None
+    strides = tuple(strides)
+    if not strides or any(not isinstance(s, int) or s < 1 for s in strides) or list(strides) != sorted(set(strides)):
+        raise ValueError(f"out_strides must be growing positive integers such as (4, 8, 16, 32), got {strides}")
+    return strides
+
+
+# From a name to a place.
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a name stands for: a checkpoint, perhaps the recipe that goes with it, and perhaps where its weights are."""
+
+    checkpoint: Checkpoint
+    declaration: Declaration | None = None
+    source: Source | None = None
+    restored: Saved | None = None
+
+    def configs(self) -> Configs:
+        if self.restored:
+            return self.restored.configs
+        return self.source.configs(FAMILIES[self.checkpoint.family]) if self.source else package_configs(self.checkpoint)
+
+
+def _resolve(name: str, has_recipe: bool, cache_dir: Any) -> Place:
+    scheme, colon, place = name.partition(":")
+    if colon:
+        if scheme not in ("hf-hub", "local-dir"):
+            raise ValueError(f"{name!r}: a place is written 'hf-hub:owner/repo' or 'local-dir:folder'")
+        repo, _, revision = place.partition("@")
+        folder = Folder(place) if scheme == "local-dir" else HubRepo(repo, revision or "main", cache_dir)
+        if is_saved(folder):
+            if has_recipe:
+                raise TypeError(f"{name} is a saved backbone with its own recipe; recipe= is for a diffusers folder")
+            restored = Saved(folder)
+            return Place(restored.declaration.checkpoint, restored.declaration, restored=restored)
+        if not has_recipe:
+            raise TypeError(f"{name} is no saved backbone (its config.json would say so), so recipe= must say which activations to read")
+        return Place(_anonymous(folder), source=folder)
+    if not has_recipe:
+        declaration = get_declaration(name)
+        return Place(declaration.checkpoint, declaration)
+    if is_model(name):
+        raise TypeError(f"{name!r} already has a recipe; use create_model({get_declaration(name).checkpoint.name!r}, recipe=...)")
+    return Place(get_checkpoint(name))
+
+
+def _anonymous(folder: Folder) -> Checkpoint:
+    """A checkpoint that nobody declared: what its own configs say, and a licence that is not known."""
+    named = Path(folder.provenance.get("repo") or folder.path.resolve()).name.lower()
+    name = "my_" + re.sub(r"[^a-z0-9]+", "_", named).strip("_")
+    side = folder.json("unet/config.json").get("sample_size") or 64
+    license = License("other", name="unknown; see where the weights came from", verified=False)
+    return Checkpoint(name, str(folder), folder.provenance.get("repo", ""), license, None, 8 * (side if isinstance(side, int) else max(side)))
+
+
+def _custom(checkpoint: Checkpoint, configs: Configs, recipe: Any) -> Declaration:
+    if isinstance(recipe, (str, Path)):
+        recipe = Recipe.from_file(recipe)
+    elif not isinstance(recipe, Recipe):
+        if not isinstance(recipe, Sequence) or not recipe:
+            raise TypeError(f"recipe must be a Recipe, a YAML or JSON file, or a list of activation ids; got {recipe!r}")
+        if all(isinstance(id, str) for id in recipe):
+            catalogue = _catalogue(checkpoint, configs)
+            recipe = [[site.id for site in level] for level in pyramid.group_by_stride([catalogue[id] for id in recipe])]
+        recipe = Recipe("custom", levels=tuple(recipe))
+    return Declaration(f"{checkpoint.name}_{recipe.name}", checkpoint, recipe)
+
+
+def _catalogue(checkpoint: Checkpoint, configs: Configs) -> Catalogue:
+    return FAMILIES[checkpoint.family].catalogue(configs, checkpoint.name).with_probe(partial(probe.site, checkpoint.family, configs))
+
+
+# From a checkpoint to its weights.
+
+
+def _open_published(checkpoint: Checkpoint, cache_dir: Any) -> Source:
+    if not checkpoint.hub_id:
+        return Folder(CONFIGS / checkpoint.config_name)
+    source: Source = open_hub(checkpoint, cache_dir)
+    if checkpoint.denoiser:
+        repo = HubRepo(checkpoint.denoiser.repo, checkpoint.denoiser.revision, cache_dir)
+        file = repo.file(checkpoint.denoiser.filename)
+        source = WithDenoiser(source, FAMILIES[checkpoint.family].denoiser, file, repo.provenance)
+    return source
+
+
+def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Place:
+    checkpoint = place.checkpoint
+    if path.is_dir():
+        folder = Folder(path)
+        if not is_saved(folder):
+            return replace(place, source=folder)
+        restored = Saved(folder)
+        if place.declaration and restored.declaration.recipe.digest != place.declaration.recipe.digest:
+            raise ValueError(f"{path} was saved from {restored.declaration.name}, whose recipe is another than that of {place.declaration.name}; use create_model('local-dir:{path}')")
+        return replace(place, declaration=restored.declaration, restored=restored)
+    files = tensors.TensorFiles([path])                 # refuses pickles and broken files
+    if is_single_file(files):
+        return replace(place, source=SingleFile(path, package_configs(checkpoint), CONFIGS / checkpoint.config_name))
+    if not pretrained:
+        raise FileNotFoundError(
+            f"{path} holds a denoiser alone. The image encoder and the prompt must come from somewhere: add pretrained=True to take them from "
+            f"{checkpoint.hub_id}, or give a diffusers folder."
+        )
+    base = _open_published(replace(checkpoint, denoiser=None), cache_dir)
+    return replace(place, source=WithDenoiser(base, FAMILIES[checkpoint.family].denoiser, path, {"path": str(path)}))
+
+
+# Building.
+
+
+def _build(
+    declaration: Declaration,
+    configs: Configs,
+    place: Place,
+    out_indices: int | Sequence[int] | None,
+    out_strides: tuple[int, ...] | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    trainable: bool,
+) -> DiffusionBackbone:
+    checkpoint, recipe = declaration.checkpoint, declaration.recipe
+    family = FAMILIES[checkpoint.family]
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    dtype = _dtype(dtype)
+    encoder_dtype = torch.float32 if dtype == torch.float16 and not checkpoint.encoder_float16 else dtype
+    source, restored = place.source, place.restored
+    catalogue = _catalogue(checkpoint, configs)
+    levels = choose_levels(recipe, catalogue)
+    levels = tuple(levels[i] for i in sorted(take(out_indices, len(levels))))
+    paths = [path for level in levels for site in level.sites for path in site.modules]
+    empty = (source is not None or restored is not None) and device.type != "meta"
+
+    with torch.device("meta" if empty else device):
+        denoiser = family.build_denoiser(configs[family.denoiser])
+        encoder = family.image_encoder.build(configs[family.encoder])
+    whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}
+    denoiser = family.truncate(denoiser, paths)
+    encoder = family.image_encoder.truncate(encoder)
+    if not empty:
+        nn.Module.to(denoiser, dtype)               # not diffusers' own .to, which warns about layers that other networks have
+        nn.Module.to(encoder, encoder_dtype)
+
+    prompter = Prompter(checkpoint.family, configs, source, recipe.prompt_padding)
+    if not empty:
+        embeddings = {name: torch.zeros(1, *shape) for name, shape in family.conditioning_shapes(configs).items()}
+    elif restored:
+        restored.load("denoiser", denoiser, whole["denoiser"], dtype, device)
+        restored.load("encoder", encoder, whole["encoder"], encoder_dtype, device)
+        embeddings = restored.embeddings()
+    else:
+        assert source is not None
+        half = dtype in (torch.float16, torch.bfloat16)
+        where = f"{checkpoint.name} {family.denoiser}"
+        tensors.load(denoiser, source.tensors(family.denoiser, half), whole["denoiser"], dtype, device, where)
+        tensors.load(encoder, source.tensors(family.encoder, half), whole["encoder"], encoder_dtype, device, f"{checkpoint.name} {family.encoder}")
+        embeddings = prompter([recipe.prompt])
+    with torch.device(device):
+        backbone = DiffusionBackbone(
+            declaration,
+            configs,
+            denoiser,
+            encoder,
+            levels,
+            catalogue,
+            {name: t.to(device=device, dtype=dtype) for name, t in embeddings.items()},
+            out_strides=out_strides,
+            prompter=prompter,
+            provenance=restored.provenance if restored else source.provenance if source else {},
+            trainable=trainable,
+        )
+    return backbone
+
+
+def choose_levels(recipe: Recipe, catalogue: Catalogue) -> tuple[LevelInfo, ...]:
+    """A recipe's levels, resolved on a network.
+
+    Raises:
+        KeyError: The network lacks an id.
+        ValueError: Strides that do not fit.
+    """
+    return pyramid.make_levels([[catalogue[id] for id in level.activations] for level in recipe.levels])
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.get_default_dtype()
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype or its name ('float32', 'float16', 'bfloat16'), got {dtype!r}")
+    return found

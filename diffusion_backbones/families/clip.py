@@ -1,0 +1,73 @@
+"""Prompts for networks conditioned on one or two CLIP text encoders (SD 1.x, SD 2.x, SDXL)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_backbones.families.base import LoadText
+
+
+@torch.no_grad()
+def encode(load: LoadText, prompts: list[str], padding: str, names: tuple[str, ...] = ("text_encoder",)) -> dict[str, Tensor]:
+    """Encode prompts as diffusers' pipelines do, without guidance.
+
+    One encoder gives its last hidden state after the final LayerNorm. Two give the last but one of each, concatenated along
+    channels, and the second one's pooled projection.
+
+    Args:
+        load: Component name -> (tokenizer, text model).
+        prompts: P strings.
+        padding: ``max_length`` or ``longest``, the tokenizer's own words.
+        names: Component names of the text encoders.
+
+    Returns:
+        ``prompt_embeds`` (P, tokens, channels) and, with two encoders, ``pooled_prompt_embeds`` (P, channels), float32.
+
+    Raises:
+        ValueError: A prompt has more tokens than the tokenizer's limit.
+    """
+    states: list[Tensor] = []
+    pooled: Tensor | None = None
+    for name in names:
+        tokenizer, model = load(name)
+        tokens = _tokenize(tokenizer, prompts, padding)
+        output = model(tokens, output_hidden_states=len(names) > 1)
+        states.append(output.hidden_states[-2] if len(names) > 1 else output[0])
+        pooled = output[0] if len(names) > 1 else None
+        del model, output
+    result = {"prompt_embeds": torch.cat(states, dim=-1).float()}
+    return result if pooled is None else result | {"pooled_prompt_embeds": pooled.float()}
+
+
+class BlankTokenizer:
+    """The little of a CLIP tokenizer that the empty prompt needs, for files that hold weights and no vocabulary.
+
+    Args:
+        bos_token_id, eos_token_id, pad_token_id: The three ids of an empty prompt.
+        model_max_length: Tokens that the text encoder takes.
+    """
+
+    def __init__(self, bos_token_id: int, eos_token_id: int, pad_token_id: int, model_max_length: int):
+        self.bos, self.eos, self.pad, self.model_max_length = bos_token_id, eos_token_id, pad_token_id, model_max_length
+
+    def __call__(self, prompts: str | list[str], padding: str = "longest", **kwargs: Any) -> Any:
+        if any(prompts):
+            raise FileNotFoundError("a single-file checkpoint has no tokenizer, so only the empty prompt can be encoded; give prompt_embeds=, or a diffusers folder, for others")
+        row = [self.bos, self.eos]
+        if padding == "max_length":
+            row += [self.pad] * (self.model_max_length - 2)
+        return SimpleNamespace(input_ids=row if isinstance(prompts, str) else torch.tensor([row] * len(prompts)))
+
+
+def _tokenize(tokenizer: Any, prompts: list[str], padding: str) -> Tensor:
+    limit = tokenizer.model_max_length
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > limit:
+            raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the text encoder takes {limit}, start and end included; shorten it")
+    tokens: Tensor = tokenizer(prompts, padding=padding, max_length=limit, return_tensors="pt").input_ids
+    return tokens

@@ -1,0 +1,38 @@
+"""Every backbone in timm's registry: ``timm.create_model("sd15_gdf", features_only=True)``.
+
+Imported when timm is, whether before this package or after it. What ``timm.create_model`` returns is the backbone itself, so
+everything built on timm's registry (transformers' and OpenMMLab's ``TimmBackbone``, smp's ``tu-`` encoders) reaches it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+
+from diffusion_backbones.registry import Declaration, on_register, pretrained_cfg
+
+default_cfgs: dict[str, Any] = {}
+__all__: list[str] = []
+
+
+def _register(declaration: Declaration) -> None:
+    def entry(pretrained: bool = False, **kwargs: Any) -> Any:
+        from diffusion_backbones.factory import create_model
+
+        return create_model(_full_name(declaration.architecture, kwargs.get("pretrained_cfg")), pretrained, **kwargs)
+
+    default_cfgs.update(generate_default_cfgs({declaration.name: pretrained_cfg(declaration)}))
+    if not declaration.tag:
+        entry.__name__ = entry.__qualname__ = declaration.architecture
+        entry.__module__ = __name__
+        entry.__doc__ = f"{declaration.checkpoint.title}, read by the recipe {declaration.recipe.name}: a list of maps, fine to coarse."
+        register_model(entry)
+
+
+def _full_name(architecture: str, cfg: Any) -> str:
+    tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+    return f"{architecture}.{tag}" if tag else architecture
+
+
+on_register(_register)

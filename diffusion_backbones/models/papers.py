@@ -1,0 +1,136 @@
+"""The publications that introduced the checkpoints and chose the recipes."""
+
+from diffusion_backbones.recipe import Paper
+
+_NEURIPS = "Advances in Neural Information Processing Systems"
+_CVPR = "Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition"
+
+# Checkpoints
+
+LDM = Paper(
+    key="rombach2022ldm",
+    title="High-Resolution Image Synthesis With Latent Diffusion Models",
+    authors="Rombach, Robin and Blattmann, Andreas and Lorenz, Dominik and Esser, Patrick and Ommer, Björn",
+    venue=_CVPR,
+    year=2022,
+    arxiv="2112.10752",
+)
+
+SDXL = Paper(
+    key="podell2023sdxl",
+    title="SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis",
+    authors="Podell, Dustin and English, Zion and Lacey, Kyle and Blattmann, Andreas and Dockhorn, Tim and Müller, Jonas and Penna, Joe and Rombach, Robin",
+    venue="",
+    year=2023,
+    arxiv="2307.01952",
+)
+
+ADD = Paper(
+    key="sauer2024add",
+    title="Adversarial Diffusion Distillation",
+    authors="Sauer, Axel and Lorenz, Dominik and Blattmann, Andreas and Rombach, Robin",
+    venue="European Conference on Computer Vision",
+    year=2024,
+    arxiv="2311.17042",
+)
+
+PLAYGROUND = Paper(
+    key="playgroundv2",
+    title="Playground v2",
+    authors="Li, Daiqing and Kamko, Aleks and Sabet, Ali and Akhgari, Ehsan and Xu, Linmiao and Doshi, Suhail",
+    venue="",
+    year=2023,
+    url="https://huggingface.co/playgroundai/playground-v2-1024px-aesthetic",
+)
+
+SSD = Paper(
+    key="gupta2024progressive",
+    title="Progressive Knowledge Distillation Of Stable Diffusion XL Using Layer Level Loss",
+    authors="Gupta, Yatharth and Jaddipal, Vishnu V. and Prabhala, Harish and Paul, Sayak and Von Platen, Patrick",
+    venue="",
+    year=2024,
+    arxiv="2401.02677",
+)
+
+# Recipes
+
+GDF = Paper(
+    key="meng2024gdf",
+    title="Not All Diffusion Model Activations Have Been Evaluated as Discriminative Features",
+    authors="Meng, Benyuan and Xu, Qianqian and Wang, Zitai and Cao, Xiaochun and Huang, Qingming",
+    venue=_NEURIPS,
+    year=2024,
+    arxiv="2410.03558",
+)
+
+DIFT = Paper(
+    key="tang2023emergent",
+    title="Emergent Correspondence from Image Diffusion",
+    authors="Tang, Luming and Jia, Menglin and Wang, Qianqian and Phoo, Cheng Perng and Hariharan, Bharath",
+    venue=_NEURIPS,
+    year=2023,
+    arxiv="2306.03881",
+)
+
+CLEANDIFT = Paper(
+    key="stracke2025cleandift",
+    title="CleanDIFT: Diffusion Features without Noise",
+    authors="Stracke, Nick and Baumann, Stefan Andreas and Bauer, Kolja and Fundel, Frank and Ommer, Björn",
+    venue=_CVPR,
+    year=2025,
+    arxiv="2412.03439",
+)
+
+HYPERFEATURES = Paper(
+    key="luo2023dhf",
+    title="Diffusion Hyperfeatures: Searching Through Time and Space for Semantic Correspondence",
+    authors="Luo, Grace and Dunlap, Lisa and Park, Dong Huk and Holynski, Aleksander and Darrell, Trevor",
+    venue=_NEURIPS,
+    year=2023,
+    arxiv="2305.14334",
+)
+
+SD_DINO = Paper(
+    key="zhang2023tale",
+    title="A Tale of Two Features: Stable Diffusion Complements DINO for Zero-Shot Semantic Correspondence",
+    authors="Zhang, Junyi and Herrmann, Charles and Hur, Junhwa and Cabrera, Luisa Polania and Jampani, Varun and Sun, Deqing and Yang, Ming-Hsuan",
+    venue=_NEURIPS,
+    year=2023,
+    arxiv="2305.15347",
+)
+
+VPD = Paper(
+    key="zhao2023unleashing",
+    title="Unleashing Text-to-Image Diffusion Models for Visual Perception",
+    authors="Zhao, Wenliang and Rao, Yongming and Liu, Zuyan and Liu, Benlin and Zhou, Jie and Lu, Jiwen",
+    venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
+    year=2023,
+    arxiv="2303.02153",
+)
+
+TADP = Paper(
+    key="kondapaneni2024tadp",
+    title="Text-image Alignment for Diffusion-based Perception",
+    authors="Kondapaneni, Neehar and Marks, Markus and Knott, Manuel and Guimaraes, Rogerio and Perona, Pietro",
+    venue=_CVPR,
+    year=2024,
+    arxiv="2310.00031",
+)
+
+DIFFCUT = Paper(
+    key="couairon2024diffcut",
+    title="DiffCut: Catalyzing Zero-Shot Semantic Segmentation with Diffusion Features and Recursive Normalized Cut",
+    authors="Couairon, Paul and Shukor, Mustafa and Haugeard, Jean-Emmanuel and Cord, Matthieu and Thome, Nicolas",
+    venue=_NEURIPS,
+    year=2024,
+    arxiv="2406.02842",
+)
+
+GENPERCEPT = Paper(
+    key="xu2025genpercept",
+    title="What Matters When Repurposing Diffusion Models for General Dense Perception Tasks?",
+    authors="Xu, Guangkai and Ge, Yongtao and Liu, Mingyu and Fan, Chengxiang and Xie, Kangyang and Zhao, Zhiyue and Chen, Hao and Shen, Chunhua",
+    venue="International Conference on Learning Representations",
+    year=2025,
+    arxiv="2403.06090",
+)

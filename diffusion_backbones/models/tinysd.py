@@ -1,0 +1,18 @@
+"""tinysd: a checkpoint inside the package, with the topology of Stable Diffusion 1.x at small width."""
+
+from diffusion_backbones.models import stable_diffusion  # noqa: F401  (its recipes are read below)
+from diffusion_backbones.recipe import Checkpoint, License
+from diffusion_backbones.registry import get_declaration, register_checkpoint, register_model
+
+TINYSD = register_checkpoint(Checkpoint(
+    name="tinysd",
+    title="tinysd (untrained)",
+    hub_id="",
+    license=License("apache-2.0"),
+    paper=None,
+    input_size=256,
+    untrained=True,
+))
+
+for _name in ("sd15_gdf", "sd15_legacy", "sd15_hyperfeatures", "sd15_sd_dino", "sd15_vpd", "sd15_tadp", "sd21_dift", "sd21_dift_geo", "sd21_genpercept"):
+    register_model(TINYSD, get_declaration(_name).recipe.override(input_size=256))

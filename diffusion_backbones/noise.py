@@ -1,0 +1,81 @@
+"""Forward processes: how much noise a timestep means, and where the noise comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_backbones.families.base import Config
+
+CANVAS = 256
+"""Side of the fixed noise canvas in latent positions (2048 pixels at stride 8); larger latents repeat it."""
+
+
+class ForwardProcess(Protocol):
+    """z_t = alpha(t) z + sigma(t) noise."""
+
+    def levels(self, timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """(alpha, sigma) at one timestep, or (B, 1, 1, 1) tensors at (B,) timesteps."""
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), the marginal that DDPM, DDIM, PNDM and DPM++ state.
+
+    Euler schedulers write the same marginal as (z + s noise) / sqrt(s² + 1) with s = sigma / alpha, so one formula serves
+    every checkpoint that was trained on one of these schedules.
+
+    Args:
+        alpha_bar: The cumulative products, one per training timestep. Plain numbers: there is no buffer to lose.
+    """
+
+    alpha_bar: tuple[float, ...]
+
+    @classmethod
+    def from_config(cls, config: Config) -> VariancePreserving:
+        """Read the schedule from a scheduler's config, as diffusers computes it."""
+        from diffusers import DDPMScheduler
+
+        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        with torch.device("cpu"):           # also inside `with torch.device("meta")`
+            scheduler = DDPMScheduler(**{key: config[key] for key in keys if key in config})
+        return cls(tuple(scheduler.alphas_cumprod.tolist()))
+
+    def levels(self, timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """See :class:`ForwardProcess`; a fractional timestep is read at its integer part.
+
+        Raises:
+            ValueError: The timestep is outside the schedule.
+        """
+        if isinstance(timestep, Tensor):
+            table = torch.tensor(self.alpha_bar, device=timestep.device)
+            bar = table[timestep.long()].view(-1, 1, 1, 1)
+            return bar.sqrt(), (1 - bar).sqrt()
+        if not 0 <= timestep < len(self.alpha_bar):
+            raise ValueError(f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with noise='none' any is possible")
+        bar_t = self.alpha_bar[int(timestep)]
+        return bar_t**0.5, (1 - bar_t) ** 0.5
+
+
+def canvas(seed: int, ensemble: int, channels: int) -> Tensor:
+    """The fixed noise, (ensemble, channels, CANVAS, CANVAS) float32, on the default device (empty on ``meta``).
+
+    Every image, batch and size reads a crop of it, so that an image's features do not depend on its neighbours.
+    """
+    out = torch.empty(ensemble, channels, CANVAS, CANVAS)
+    if not out.is_meta:
+        for i in range(ensemble):
+            generator = torch.Generator(device="cpu").manual_seed(seed + i)
+            out[i] = torch.randn(channels, CANVAS, CANVAS, generator=generator, device="cpu")
+    return out
+
+
+def crop(noise: Tensor, height: int, width: int) -> Tensor:
+    """(..., S, S) -> (..., height, width): the upper left corner, repeated where the canvas is too small."""
+    rows, columns = -(-height // noise.shape[-2]), -(-width // noise.shape[-1])
+    if rows > 1 or columns > 1:
+        noise = noise.repeat(*[1] * (noise.ndim - 2), rows, columns)
+    return noise[..., :height, :width]

@@ -1,0 +1,78 @@
+"""What a stock module path gives, and what running a network costs, found on the ``meta`` device: no memory, no weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_backbones.activations import Site
+from diffusion_backbones.families import FAMILIES, Configs
+
+
+def build(family: str, configs: Configs) -> nn.Module:
+    """The stock, whole denoiser on ``meta``."""
+    with torch.device("meta"):
+        return FAMILIES[family].build_denoiser(configs[FAMILIES[family].denoiser])
+
+
+def run(family: str, configs: Configs, denoiser: nn.Module, size: tuple[int, int]) -> None:
+    """One pass of a ``meta`` denoiser on one image of ``size`` pixels (height, width, multiples of ``size_divisibility``)."""
+    kind = FAMILIES[family]
+    stride = kind.latent_stride(configs)
+    z = torch.empty(1, kind.latent_channels(configs), size[0] // stride, size[1] // stride, device="meta")
+    conditioning = {name: torch.empty(1, *shape, device="meta") for name, shape in kind.conditioning_shapes(configs).items()}
+    with torch.no_grad():
+        kind.call(denoiser, z, torch.zeros(1, dtype=torch.int64, device="meta"), conditioning, size)
+
+
+def site(family: str, configs: Configs, path: str) -> Site:
+    """The site of a module path that no activation id names.
+
+    Raises:
+        KeyError: The network has no such module.
+        ValueError: What the module gives is neither a map nor image tokens.
+    """
+    denoiser = build(family, configs)
+    try:
+        module = denoiser.get_submodule(path)
+    except AttributeError as error:
+        raise KeyError(f"the network has no module {path!r}: {error}") from None
+    outputs: list[Any] = []
+    module.register_forward_hook(functools.partial(_keep, outputs))
+    d = FAMILIES[family].size_divisibility(configs)
+    size = (2 * d, 3 * d)                               # not square, so that height and width cannot be confused
+    run(family, configs, denoiser, size)
+    found = _site(path, outputs[0], size, d) if outputs else None
+    if found is None:
+        raise ValueError(f"{path!r} gives no feature map (B, C, h, w) and no image tokens (B, h·w, C), so it cannot be an activation")
+    return found
+
+
+def _keep(outputs: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+    outputs.append(output)
+
+
+def _site(path: str, output: Any, size: tuple[int, int], coarsest: int) -> Site | None:
+    x = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
+    if not isinstance(x, Tensor):
+        return None
+    for stride in (s for s in range(1, coarsest + 1) if coarsest % s == 0):
+        grid = (size[0] // stride, size[1] // stride)
+        if x.ndim == 4 and tuple(x.shape[-2:]) == grid:
+            return Site(path, path, "out", x.shape[1], stride, "map")
+        if x.ndim == 3 and x.shape[1] == grid[0] * grid[1]:
+            return Site(path, path, "out", x.shape[2], stride, "tokens")
+    return None
+
+
+def gflops(function: Any, *args: Any) -> float:
+    """Billions of floating-point operations of a call, two per multiply-add, as PyTorch's counter sees them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops() / 1e9
+
