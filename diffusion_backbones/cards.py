@@ -1,1 +1,345 @@
-def card(declaration): return "x"
+"""Model cards, written from the declarations, ``costs.json`` and ``results.csv`` alone. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_backbones.activations import Site
+from diffusion_backbones.costs import Costs, costs
+from diffusion_backbones.families import FAMILIES, Config, Configs
+from diffusion_backbones.recipe import Paper
+from diffusion_backbones.registry import Declaration, package_configs
+
+RESULTS = Path(__file__).with_name("results.csv")
+HUB = "https://huggingface.co"
+UNTRAINED = "**Untrained.** The weights are random: this backbone is for tests, demonstrations and plumbing, and its maps show nothing that was learned."
+
+
+def card(declaration: Declaration, saved: Configs | None = None) -> str:
+    """A backbone's model card: YAML front matter that the Hugging Face hub reads, then Markdown.
+
+    Args:
+        declaration: A backbone, registered or not.
+        saved: For the card of a folder that ``save_pretrained`` wrote: the architecture of what is in it. The usage then loads
+            that folder instead of the published weights.
+
+    Raises:
+        ValueError: The package does not have the architecture, and ``saved`` does not give it.
+    """
+    configs = saved or package_configs(declaration.checkpoint)
+    if not configs:
+        raise ValueError(f"the package has no architecture for {declaration.checkpoint.name}; give the configs of what was saved: card(declaration, configs)")
+    maps, size, cost = levels(declaration, configs), declaration.input_size, costs(declaration, configs)
+    sections = [
+        f"# {declaration.name}\n\n{summary(declaration, maps)}",
+        _section("Maps", _maps(maps, size)),
+        _section("Details", _details(declaration, configs, cost)),
+        _section("Usage", usage(USAGE_OF_FOLDER if saved else USAGE, declaration, maps)),
+        _section("Published results", _results(declaration)),
+        _section("Notes", _bullets(declaration.recipe.notes)),
+        _section("Not verified", _bullets((*declaration.checkpoint.unverified, *declaration.recipe.unverified))),
+        _section("Licence", _license(declaration)),
+        _section("Citation", _citation(declaration)),
+    ]
+    return f"---\n{yaml.safe_dump(front_matter(declaration), sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def front_matter(declaration: Declaration) -> dict[str, Any]:
+    """What the hub reads. There is no model-index: no number was measured with these weights by this package."""
+    checkpoint, license = declaration.checkpoint, declaration.checkpoint.license
+    front: dict[str, Any] = {"library_name": "diffusion_backbones", "pipeline_tag": "image-feature-extraction", "license": license.id}
+    if license.id == "other":
+        front["license_name"] = re.sub(r"[^a-z0-9.-]+", "-", license.name.lower()).strip("-")
+        if license.link:
+            front["license_link"] = license.link
+    if checkpoint.hub_id:
+        front["base_model"] = [checkpoint.denoiser.repo, checkpoint.hub_id] if checkpoint.denoiser else checkpoint.hub_id
+    front["tags"] = ["image-feature-extraction", "diffusion", "feature-pyramid", checkpoint.family, declaration.recipe.name]
+    return front
+
+
+# What a card, a table and a hub entry say about a backbone.
+
+
+def levels(declaration: Declaration, configs: Configs | None = None) -> list[tuple[Site, ...]]:
+    """The sites of every level, fine to coarse; those of one level share a stride and are concatenated along channels."""
+    checkpoint = declaration.checkpoint
+    configs = configs or package_configs(checkpoint)
+    catalogue = FAMILIES[checkpoint.family].catalogue(configs, checkpoint.name)
+    catalogue = catalogue.with_probe(functools.partial(_probe, checkpoint.family, configs))
+    return [tuple(catalogue[id] for id in level.activations) for level in declaration.recipe.levels]
+
+
+def _probe(family: str, configs: Configs, path: str) -> Site:
+    from diffusion_backbones import probe  # needs torch, and is only for module paths that no id names
+
+    return probe.site(family, configs, path)
+
+
+def channels_at_strides(maps: Iterable[Sequence[Site]]) -> str:
+    """``320@8 · 640@16 · 2560@32``: channels and stride in pixels of every map."""
+    return " · ".join(f"{sum(site.channels for site in level)}@{level[0].stride}" for level in maps)
+
+
+def shapes(maps: Iterable[Sequence[Site]], size: int) -> list[tuple[int, int, int, int]]:
+    """Shape (1, C, h, w) of every map of one square image of ``size`` pixels."""
+    return [(1, sum(site.channels for site in level), side, side) for level in maps for side in (-(-size // level[0].stride),)]
+
+
+def summary(declaration: Declaration, maps: Sequence[Sequence[Site]]) -> str:
+    """Two or three sentences."""
+    checkpoint, recipe = declaration.checkpoint, declaration.recipe
+    chosen = f"the recipe `{recipe.name}` of [{cite(recipe.paper)}]({recipe.paper.link})" if recipe.paper else f"the unpublished recipe `{recipe.name}`"
+    count = f"{len(maps)} feature map{'s' * (len(maps) > 1)}"
+    text = f"{checkpoint.title}, frozen and read by {chosen}: an image in, {count} out ({channels_at_strides(maps)}, channels at stride)."
+    return f"> {UNTRAINED}\n\n{text}" if checkpoint.untrained else text
+
+
+def cite(paper: Paper) -> str:
+    """``Meng et al. 2024``."""
+    first, *others = paper.authors.split(" and ")
+    return f"{first.partition(',')[0]}{' et al.' if others else ''} {paper.year}"
+
+
+def noise_level(scheduler: Config, timestep: float) -> tuple[float, float]:
+    """(alpha, sigma) of z_t = alpha z + sigma noise at a timestep, from a scheduler's config.
+
+    The arithmetic of diffusers' schedulers in plain floats; a fractional timestep is read at its integer part.
+
+    Raises:
+        KeyError: A beta schedule that no checkpoint here has.
+    """
+    power = {"scaled_linear": 2, "linear": 1}[scheduler["beta_schedule"]]
+    first, last = (scheduler[key] ** (1 / power) for key in ("beta_start", "beta_end"))
+    alpha_bar, steps = 1.0, scheduler["num_train_timesteps"] - 1
+    for t in range(int(timestep) + 1):
+        alpha_bar *= 1 - (first + (last - first) * t / steps) ** power
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def millions(number: int) -> str:
+    return f"{number / 1e6:,.0f} M" if number >= 1e7 else f"{number / 1e6:.2f} M"
+
+
+def gflops(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2f}"
+
+
+# Sections.
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"* {sentence}" for sentence in sentences)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _maps(maps: Sequence[Sequence[Site]], size: int) -> str:
+    rows = []
+    for index, level in enumerate(maps):
+        shape = " × ".join(map(str, shapes([level], size)[0][1:]))
+        for part, site in enumerate(level):
+            first = [str(index), str(site.stride), shape] if part == 0 else ["", "", ""]
+            rows.append([*first, f"`{site.id}`", str(site.channels), f"`{site.path}`"])
+    joined = "\n\nActivations of one map are concatenated along channels in this order." if any(len(level) > 1 for level in maps) else ""
+    return table(["map", "stride", f"shape at {size} × {size}", "activation", "channels", "module in diffusers"], rows) + joined
+
+
+def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
+    checkpoint, recipe, size = declaration.checkpoint, declaration.recipe, declaration.input_size
+    family = FAMILIES[checkpoint.family]
+    counted = f", which the source counts as {recipe.nominal_timestep}" if recipe.nominal_timestep is not None else ""
+    padding = "padded to the text encoder's limit" if recipe.prompt_padding == "max_length" else "not padded"
+    latents = f"{family.latent_channels(configs)} channels at stride {family.latent_stride(configs)}"
+    kept = f"{millions(cost.parameters)} of {millions(cost.parameters_total)}"
+    draws = f"{recipe.ensemble} × " if recipe.ensemble > 1 else ""
+    compute = f"denoiser {draws}{gflops(cost.denoiser_gflops)} GFLOPs, image encoder {gflops(cost.encoder_gflops)} GFLOPs"
+    rows = [
+        ("Weights", _weights(declaration)),
+        ("Input", f"(B, 3, H, W), RGB in [-1, 1], any height and width, padded inside to multiples of {family.size_divisibility(configs)}"),
+        ("Default size", f"{size} × {size} pixels, in `pretrained_cfg` for timm's transforms"),
+        ("Timestep", f"{recipe.timestep:g}{counted}"),
+        ("Noise", _noise(declaration, configs["scheduler"])),
+        ("Prompt", f"{repr(recipe.prompt) if recipe.prompt else 'empty'}, {padding}"),
+        ("Latents", f"{latents}, the mode of the posterior, {_scaling(declaration, configs)}"),
+        ("Parameters", f"denoiser {kept}, cut behind the last activation; image encoder {millions(cost.encoder_parameters)}"),
+        ("Compute", f"{compute}, for one image of {cost.size} × {cost.size}; a multiply-add counts as two"),
+        ("Size in memory", f"{cost.bytes / 1e9:.2f} GB in float32" if cost.bytes >= 1e8 else f"{cost.bytes / 1e6:.1f} MB in float32"),
+    ]
+    if not checkpoint.encoder_float16:
+        rows.append(("float16", "the image encoder overflows in float16 and stays in float32"))
+    if recipe.source:
+        rows.append(("Source of the recipe", recipe.source))
+    return table(["", ""], rows)
+
+
+def _weights(declaration: Declaration) -> str:
+    checkpoint = declaration.checkpoint
+    if not checkpoint.hub_id:
+        return "in the package"
+    base = f"[{checkpoint.hub_id}]({HUB}/{checkpoint.hub_id})" + (f" at `{checkpoint.revision[:12]}`" if checkpoint.revision != "main" else "")
+    file = checkpoint.denoiser
+    text = f"denoiser from [{file.repo}]({HUB}/{file.repo}) (`{file.filename}`), the rest from {base}" if file else base
+    mirrors = ", ".join(f"[{mirror}]({HUB}/{mirror})" for mirror in checkpoint.mirrors)
+    return ". ".join(filter(None, [text, f"Mirrors, tried in this order: {mirrors}" if mirrors else "", checkpoint.status.rstrip(".")]))
+
+
+def _noise(declaration: Declaration, scheduler: Config) -> str:
+    recipe = declaration.recipe
+    if recipe.noise == "none":
+        return "none: z_t = z"
+    alpha, sigma = noise_level(scheduler, recipe.timestep)
+    formula = f"z_t = {alpha:.4f} z + {sigma:.4f} noise"
+    drawn = f"one fixed canvas, seed {recipe.seed}" if recipe.noise == "fixed" else "drawn anew in every call"
+    if recipe.ensemble > 1:
+        fixed = f"fixed canvases, seeds {recipe.seed} to {recipe.seed + recipe.ensemble - 1}"
+        drawn = f"activations averaged over {recipe.ensemble} {fixed if recipe.noise == 'fixed' else 'draws, new in every call'}"
+    return f"{formula}; {drawn}"
+
+
+def _scaling(declaration: Declaration, configs: Configs) -> str:
+    if not declaration.recipe.scaled:
+        return "not scaled"
+    family = FAMILIES[declaration.checkpoint.family]
+    config = configs[family.encoder]
+    return f"multiplied by {config.get('scaling_factor') or 0.18215:g}"
+
+
+USAGE = """```python
+import torch
+import diffusion_backbones as db
+
+backbone = db.create_model("{name}", pretrained=True)     # frozen, in eval mode
+images = torch.rand(1, 3, {size}, {size}) * 2 - 1     # RGB in [-1, 1]
+for level in backbone(images):
+    print(tuple(level.shape))
+{shapes}
+```
+
+Through `torch.hub`, in a clone of the repository:
+
+```python
+import torch
+
+backbone = torch.hub.load(".", "{name}", source="local", pretrained=True)
+print(backbone.feature_info.channels(), backbone.feature_info.reduction())
+# {channels} {strides}
+```
+
+Through timm:
+
+```python
+import timm
+import diffusion_backbones     # puts its names into timm's registry
+
+backbone = timm.create_model("{name}", pretrained=True, features_only=True)
+print(backbone.feature_info.channels(), backbone.feature_info.reduction())
+# {channels} {strides}
+```
+
+As a backbone of transformers, for UperNet, Mask2Former and others (`model.backbone = backbone`):
+
+```python
+import torch
+from transformers import TimmBackbone
+import diffusion_backbones
+
+backbone = TimmBackbone.from_pretrained("{name}", out_indices={indices})
+images = torch.rand(1, 3, {size}, {size}) * 2 - 1
+for level in backbone(images).feature_maps:
+    print(tuple(level.shape))
+{shapes}
+```"""
+
+USAGE_OF_FOLDER = """```python
+import torch
+import diffusion_backbones as db
+
+backbone = db.create_model("local-dir:FOLDER")     # or "hf-hub:OWNER/REPOSITORY"
+images = torch.rand(1, 3, {size}, {size}) * 2 - 1     # RGB in [-1, 1]
+for level in backbone(images):
+    print(tuple(level.shape))
+{shapes}
+```"""
+
+
+def usage(template: str, declaration: Declaration, maps: Sequence[Sequence[Site]]) -> str:
+    """Code blocks whose lines that start with ``# `` are what they print."""
+    printed = shapes(maps, declaration.input_size)
+    return template.format(
+        name=declaration.name,
+        size=declaration.input_size,
+        shapes="\n".join(f"# {shape}" for shape in printed),
+        channels=[shape[1] for shape in printed],
+        strides=[level[0].stride for level in maps],
+        indices=list(range(len(maps))),
+    )
+
+
+def entry_help(declaration: Declaration) -> str:
+    """What ``torch.hub.help`` prints."""
+    maps, size = levels(declaration), declaration.input_size
+    return f"""{summary(declaration, maps)}
+
+Arguments are those of diffusion_backbones.create_model, except that pretrained is True unless it is given.
+
+>>> backbone = torch.hub.load(".", "{declaration.name}", source="local")     # in a clone of the repository
+>>> [tuple(level.shape) for level in backbone(torch.rand(1, 3, {size}, {size}) * 2 - 1)]
+{shapes(maps, size)}
+"""
+
+
+@functools.cache
+def results() -> dict[str, list[dict[str, str]]]:
+    """Published numbers by backbone, as ``results.csv`` has them."""
+    with RESULTS.open(newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["backbone"])
+    return {name: list(group) for name, group in itertools.groupby(rows, lambda row: row["backbone"])}
+
+
+def _results(declaration: Declaration) -> str:
+    rows = results().get(declaration.name, [])
+    if not rows:
+        return ""
+    caveats = list(dict.fromkeys(row["caveat"] for row in rows if row["caveat"]))
+    columns = ("task", "dataset", "protocol", "metric", "value", "source")
+    lines = [[*(row[column] for column in columns), str(caveats.index(row["caveat"]) + 1) if row["caveat"] else ""] for row in rows]
+    notes = "\n".join(f"{number}. {caveat}" for number, caveat in enumerate(caveats, 1))
+    head = "As the sources print them. **None was reproduced with this package.**"
+    return "\n\n".join(filter(None, [head, table([*columns, "caveat"], lines), notes]))
+
+
+def _license(declaration: Declaration) -> str:
+    checkpoint, license = declaration.checkpoint, declaration.checkpoint.license
+    named = f"[{license}]({license.link})" if license.link else str(license)
+    unconfirmed = "" if license.verified else ", which no source at hand confirms"
+    sentences = [f"The weights are under {named}{unconfirmed}; the code of this package is under Apache-2.0."]
+    if checkpoint.gated:
+        sentences.append(f"Access is gated: accept the terms at {HUB}/{checkpoint.hub_id} and log in with `hf auth login` first.")
+    elif checkpoint.hub_id:
+        sentences.append("Access is not gated.")
+    if not checkpoint.untrained:
+        sentences.append("The features carry the limits and biases of the checkpoint and of the images it was trained on; its own card describes them.")
+    return " ".join(sentences)
+
+
+def _citation(declaration: Declaration) -> str:
+    papers = dict.fromkeys(paper for paper in (declaration.recipe.paper, declaration.checkpoint.paper) if paper)
+    if not papers:
+        return ""
+    return "Please cite who chose the recipe and who trained the weights:\n\n```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"

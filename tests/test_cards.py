@@ -1,0 +1,246 @@
+"""Model cards: what the hub reads, what users read, and the code that they paste."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from huggingface_hub import ModelCard
+from snippets import blocks, printed, promised
+
+import diffusion_backbones as db
+from diffusion_backbones import cards, costs
+from diffusion_backbones.registry import CONFIGS, Declaration, package_configs
+
+ROOT = Path(__file__).parent.parent
+NAMES = db.list_models(include_tags=True)
+UNTRAINED = [name for name in NAMES if db.get_declaration(name).checkpoint.untrained]
+HUB_LICENSES = {"apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "other"}     # hf.co/docs/hub/repositories-licenses, those in use here
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# What the hub reads.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_front_matter(name):
+    declaration = db.get_declaration(name)
+    data = ModelCard(cards.card(declaration)).data
+    assert data.library_name == "diffusion_backbones"
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert data.license == declaration.checkpoint.license.id
+    assert data.license in HUB_LICENSES
+    if data.license == "other":
+        assert re.fullmatch(r"[a-z0-9.-]+", data.license_name)
+        assert data.license_link.startswith("https://")
+    assert "feature-pyramid" in data.tags
+    assert all(isinstance(tag, str) for tag in data.tags)
+    base = data.base_model or []
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", repo) for repo in ([base] if isinstance(base, str) else base))
+    assert bool(base) == bool(declaration.checkpoint.hub_id)
+    assert data.eval_results is None
+
+
+def test_a_license_is_never_made_up():
+    declaration = db.get_declaration("sd15_gdf")
+    unknown = replace(declaration.checkpoint, license=db.License("other", name="Unknown; ask its author", verified=False))
+    card = ModelCard(cards.card(replace(declaration, checkpoint=unknown)))
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "unknown-ask-its-author", None)
+    assert "which no source at hand confirms" in card.text
+
+
+def test_weights_from_two_repositories_name_both():
+    data = ModelCard(cards.card(db.get_declaration("sd21_cleandift"))).data
+    assert data.base_model == ["CompVis/cleandift", "stabilityai/stable-diffusion-2-1"]
+
+
+# What users read.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_are_those_of_the_network(name):
+    card, backbone = cards.card(db.get_declaration(name)), db.create_model(name, device="meta")
+    lines = [f"| `{site.id}` | {site.channels} | `{site.path}` |" for level in backbone.levels for site in level.sites]
+    positions = [card.index(line) for line in lines]
+    assert positions == sorted(positions)
+    for i, level in enumerate(backbone.levels):
+        side = backbone.declaration.input_size // level.stride
+        assert f"| {i} | {level.stride} | {level.channels} × {side} × {side} | `{level.sites[0].id}` |" in card
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.parent.name for path in CONFIGS.glob("*/scheduler/scheduler_config.json")))
+def test_noise_levels_equal_diffusers(folder):
+    config = package_configs(replace(db.get_checkpoint("sd15"), configs=folder))["scheduler"]
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    alpha_bar = DDPMScheduler(**{key: config[key] for key in keys}).alphas_cumprod.double()
+    for timestep in (0, 1, 49, 51, 261, 500, 999):
+        alpha, sigma = cards.noise_level(config, timestep)
+        assert alpha == pytest.approx(alpha_bar[timestep].sqrt().item(), abs=1e-5)       # diffusers' are float32
+        assert sigma == pytest.approx((1 - alpha_bar[timestep]).sqrt().item(), abs=1e-5)
+    assert cards.noise_level(config, 51.9) == cards.noise_level(config, 51)
+
+
+def test_linear_betas_too():
+    alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+    config = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
+    assert cards.noise_level(config, 261)[0] == pytest.approx(alpha_bar[261].sqrt().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("sd15_gdf", "| Timestep | 51, which the source counts as 50 |"),
+        ("sd15_gdf", "| Noise | z_t = 0.9749 z + 0.2224 noise; one fixed canvas, seed 0 |"),
+        ("sd15_gdf", "denoiser 845 M of 860 M"),
+        ("sd15_gdf", "denoiser 640 GFLOPs, image encoder 1,117 GFLOPs"),
+        ("sd21_dift", "activations averaged over 8 fixed canvases, seeds 0 to 7"),
+        ("sd21_dift", "denoiser 8 × 1,126 GFLOPs"),
+        ("sd21_dift", "removed this repository about 13 November 2025"),
+        ("sd21_cleandift", "| Noise | none: z_t = z |"),
+        ("sd15_vpd", "the mode of the posterior, not scaled |"),
+        ("sdxl_gdf", "the image encoder overflows in float16 and stays in float32"),
+        ("sd21_genpercept", "| Prompt | empty, not padded |"),
+        ("sd15_hyperfeatures", "| Timestep | -1 |"),
+    ],
+)
+def test_details(name, sentence):
+    assert sentence in cards.card(db.get_declaration(name))
+
+
+def test_other_settings_change_the_details():
+    declaration = db.get_declaration("sd15_gdf")
+    other = replace(declaration, recipe=declaration.recipe.override(prompt="a horse", noise="random", ensemble=2))
+    card = cards.card(other)
+    assert "| Prompt | 'a horse', padded to the text encoder's limit |" in card
+    assert "activations averaged over 2 draws, new in every call" in card
+
+
+def test_gated_weights_say_what_to_do():
+    declaration = db.get_declaration("sd15_gdf")
+    gated = replace(declaration, checkpoint=replace(declaration.checkpoint, gated=True))
+    assert "accept the terms at https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5" in cards.card(gated)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_untrained_is_said_at_the_top(name):
+    top = cards.card(db.get_declaration(name)).partition("\n# ")[2].partition("\n## ")[0]
+    assert ("Untrained." in top) == (name in UNTRAINED)
+
+
+def test_every_published_number_is_in_a_card_and_none_is_claimed():
+    assert set(cards.results()) <= set(NAMES)
+    for name, rows in cards.results().items():
+        card = cards.card(db.get_declaration(name))
+        assert "None was reproduced with this package." in card
+        for row in rows:
+            cells = " | ".join(row[column] for column in ("task", "dataset", "protocol", "metric", "value", "source"))
+            caveat = re.search(rf"^\| {re.escape(cells)} \| (\d*) \|$", card, flags=re.MULTILINE)
+            assert caveat, f"{name}: no line for {cells}"
+            assert f"\n{caveat[1]}. {row['caveat']}\n" in card if row["caveat"] else caveat[1] == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notes_doubts_and_citations_are_complete(name):
+    declaration = db.get_declaration(name)
+    card, recipe, checkpoint = cards.card(declaration), declaration.recipe, declaration.checkpoint
+    for sentence in (*recipe.notes, *recipe.unverified, *checkpoint.unverified):
+        assert f"\n* {sentence}\n" in card
+    for paper in filter(None, (recipe.paper, checkpoint.paper)):
+        assert paper.bibtex in card
+    assert "More Information Needed" not in card
+    assert "None |" not in card
+
+
+def test_an_unknown_architecture_is_an_error_that_says_what_to_give():
+    declaration = db.get_declaration("tinysd_gdf")
+    anonymous = Declaration("my_model_gdf", replace(declaration.checkpoint, name="my_model"), declaration.recipe)
+    with pytest.raises(ValueError, match="no architecture for my_model"):
+        cards.card(anonymous)
+    assert "16@8" in cards.card(anonymous, package_configs(declaration.checkpoint))
+
+
+# The code that they paste.
+
+
+def run(block, **replaced):
+    for old, new in replaced.items():
+        block = block.replace(old, new)
+    assert promised(block), "a snippet that shows no output"
+    assert printed(block, {}) == promised(block)
+
+
+@pytest.mark.parametrize("name", ["tinysd_gdf", "tinysd_dift"])
+def test_usage_runs_as_it_stands(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for block in blocks(cards.card(db.get_declaration(name))):
+        run(block)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_in_the_usage(name):
+    """At full size, on meta, where there are no weights to download."""
+    block = blocks(cards.card(db.get_declaration(name)))[0]
+    with torch.device("meta"):
+        run(block, **{"pretrained=True": "pretrained=False"})
+
+
+def test_usage_of_a_saved_folder(tmp_path):
+    backbone = db.create_model("tinysd_gdf", pretrained=True)
+    backbone.save_pretrained(tmp_path)
+    (block,) = blocks(cards.card(backbone.declaration, backbone.configs))
+    run(block, FOLDER=str(tmp_path))
+
+
+# What is generated from them.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_in_the_repository_is_current(name, generate):
+    _, _, text = (ROOT / f"model_cards/{name}.md").read_text().partition("\n# ")
+    assert text.partition("\n")[0] == generate.NOTICE
+    assert text.partition("\n")[2] == cards.card(db.get_declaration(name)).removeprefix("---\n")
+
+
+def test_check_names_what_is_not_current(generate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "measure", costs.costs)              # as they are in costs.json; measuring takes a minute
+    monkeypatch.setattr(costs, "FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "CARDS", tmp_path / "model_cards")
+    monkeypatch.setattr(generate, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    assert generate.main([]) == 0
+    assert generate.main(["--check"]) == 0
+    (tmp_path / "model_cards/old_name.md").write_text("")
+    (tmp_path / "model_cards/sd15_gdf.md").write_text("by hand")
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("1,117 + 640", "1,117 + 600"))
+    (tmp_path / "costs.json").unlink()
+    capsys.readouterr()
+    assert generate.main(["--check"]) == 1
+    named = {line.partition(" ")[0] for line in capsys.readouterr().out.splitlines()}
+    assert named == {"model_cards/old_name.md", "model_cards/sd15_gdf.md", "README.md", "costs.json"}
+    assert generate.main([]) == 0
+    assert generate.main(["--check"]) == 0
+    assert not (tmp_path / "model_cards/old_name.md").exists()
+
+
+def test_generated_tables_keep_the_text_around_them(generate):
+    assert generate.fill("a\n<!-- zoo -->\nold\n<!-- /zoo -->\nb", {"zoo": "new"}) == "a\n<!-- zoo -->\nnew\n<!-- /zoo -->\nb"
+    with pytest.raises(ValueError, match="needs a line <!-- zoo -->"):
+        generate.fill("no markers", {"zoo": "new"})
+
+
+def test_wrong_arguments_of_generate(generate, capsys):
+    assert generate.main(["--chekc"]) == 2
+    assert "--check" in capsys.readouterr().err
