@@ -1,0 +1,43 @@
+"""Shared fixtures: tiny checkpoints are written once a session, and nothing touches the user's caches or the network."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+CACHE = tempfile.mkdtemp(prefix="diffusion_backbones_tests_")
+os.environ["HF_HOME"] = CACHE
+os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"             # nobody listens: an accidental download fails at once
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.pop("DIFFUSION_BACKBONES_CACHE", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.transforms.functional import to_tensor  # noqa: E402
+
+import tiny  # noqa: E402
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """``tiny_folder("sd15")`` -> a diffusers folder with that checkpoint's topology, written once."""
+    written: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in written:
+            written[name] = tiny.folder(name, tmp_path_factory.mktemp(name))
+        return written[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def photo() -> torch.Tensor:
+    """A real photograph, (1, 3, 300, 451) in [-1, 1]: not square, and no multiple of anything."""
+    return to_tensor(Image.open(PHOTO).convert("RGB"))[None] * 2 - 1
