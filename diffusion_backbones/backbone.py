@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,7 @@ class DiffusionBackbone(nn.Module):
         self.encoder, self.denoiser = encoder, denoiser
         self.conditioning = Conditioning(embeddings)
         self.prompter = prompter or Prompter(declaration.checkpoint.family, configs, None, recipe.prompt_padding)
+        self.latent_stride = self.family.latent_stride(configs)
         self.forward_process = self.family.forward_process(configs)
         fixed = recipe.noise == "fixed"
         self.register_buffer("canvas", canvas(recipe.seed, recipe.ensemble, self.latent_channels) if fixed else None)
@@ -121,10 +121,6 @@ class DiffusionBackbone(nn.Module):
     @property
     def latent_channels(self) -> int:
         return self.family.latent_channels(self.configs)
-
-    @cached_property
-    def latent_stride(self) -> int:
-        return self.family.latent_stride(self.configs)
 
     @property
     def feature_info(self) -> Any:
@@ -246,11 +242,12 @@ class DiffusionBackbone(nn.Module):
         z_t = self._add_noise(z, noise, timestep, ensemble, call.get("generator"))
         conditioning = {name: t.repeat(ensemble, *[1] * (t.ndim - 1)) for name, t in self._conditioning(b, call).items()}
         with self.recorder.recording(sites) as recorded:
-            self.family.call(self.denoiser, z_t, self._timesteps(timestep, b, z.device).repeat(ensemble), conditioning, size)
+            output = self.family.call(self.denoiser, z_t, self._timesteps(timestep, b, z.device).repeat(ensemble), conditioning, size)
         acts = {}
         for site in sites:
             tensors = capture.read(recorded, site)
             act = attention_map(self.denoiser.get_submodule(site.path), *tensors, average=average_heads) if site.port == "map" else tensors[0]
+            act = capture.tie(act, output) if self.trainable else act
             acts[site.id] = act.unflatten(0, (ensemble, b)).mean(0) if ensemble > 1 else act
         return acts
 
@@ -345,7 +342,9 @@ class DiffusionBackbone(nn.Module):
         if "prompt" in call:
             if given:
                 raise TypeError(f"give either prompt= or {', '.join(given)}, not both")
-            prompts = [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
+            prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
+            if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+                raise TypeError(f"prompt must be a string or a list of strings, got {call['prompt']!r}")
             if len(prompts) not in (1, b):
                 raise ValueError(f"prompt must be one string or {b}, one per image; got {len(prompts)}")
             given = dict(self.prompter(prompts))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffusion_backbones.activations import Site
@@ -97,3 +98,25 @@ def _taps(site: Site) -> list[tuple[str, str, str]]:
 
 def _index(port: str) -> int:
     return int(port[4:-1]) if port.startswith("out[") else 0
+
+
+class _Tie(torch.autograd.Function):
+    """Passes an activation on, and in the backward pass sends zeros to what the network returned."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return act.view_as(act)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def tie(act: Tensor, output: Tensor) -> Tensor:
+    """The same activation, in a graph that also holds what the network returned.
+
+    FSDP gathers a block's parameters for the backward pass when a gradient reaches the block's output. Nothing but zeros
+    ever does for the block that holds the last activation, so without this its parameters would not be there.
+    """
+    return _Tie.apply(act, output) if output.requires_grad and act.requires_grad else act  # type: ignore[no-any-return, no-untyped-call]

@@ -51,13 +51,18 @@ class VariancePreserving:
             ValueError: The timestep is outside the schedule.
         """
         if isinstance(timestep, Tensor):
-            table = torch.tensor(self.alpha_bar, device=timestep.device)
-            bar = table[timestep.long()].view(-1, 1, 1, 1)
+            if not torch.compiler.is_compiling() and not timestep.is_meta:
+                self._check(float(timestep.min()))
+                self._check(float(timestep.max()))
+            bar = torch.tensor(self.alpha_bar, device=timestep.device)[timestep.long()].view(-1, 1, 1, 1)
             return bar.sqrt(), (1 - bar).sqrt()
-        if not 0 <= timestep < len(self.alpha_bar):
-            raise ValueError(f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with noise='none' any is possible")
+        self._check(timestep)
         bar_t = self.alpha_bar[int(timestep)]
         return bar_t**0.5, (1 - bar_t) ** 0.5
+
+    def _check(self, timestep: float) -> None:
+        if not 0 <= timestep < len(self.alpha_bar):
+            raise ValueError(f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with noise='none' any is possible")
 
 
 def canvas(seed: int, ensemble: int, channels: int) -> Tensor:

@@ -62,8 +62,8 @@ class Family(ABC):
         """Cut the network behind the last of the module ``paths``; see :mod:`diffusion_backbones.truncate`."""
 
     @abstractmethod
-    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> None:
-        """Run the denoiser on noisy latents; what it returns is of no interest.
+    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Run the denoiser on noisy latents and return what it returns, which is meaningless once it is cut.
 
         Args:
             denoiser: A network of this family, possibly truncated.

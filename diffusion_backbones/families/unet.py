@@ -51,12 +51,13 @@ class UNet(Family):
 
         return truncate(denoiser, paths, unet_steps.STEPS)
 
-    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> None:
+    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         added = None
         if "pooled_prompt_embeds" in conditioning:
             ids = z.new_tensor([*size, 0, 0, *size]).expand(len(z), 6)          # original size, crop corner, target size
             added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": ids}
-        denoiser(z, timestep, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)
+        output: Tensor = denoiser(z, timestep, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        return output
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.clip import encode

@@ -1,0 +1,200 @@
+"""Each error names what was given, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import diffusion_backbones as db
+from diffusion_backbones import Checkpoint, License, Recipe
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return db.create_model("tinysd_gdf", pretrained=True)
+
+
+IMAGE = torch.zeros(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, "uint8.*x / 127.5 - 1"),
+        (torch.zeros(1, 1, 64, 64), ValueError, r"\(1, 1, 64, 64\).*repeat"),
+        (torch.zeros(3, 64, 64), ValueError, r"\(3, 64, 64\).*batch axis"),
+        (torch.zeros(0, 3, 64, 64), ValueError, "empty"),
+        (torch.zeros(1, 3, 0, 64), ValueError, "empty"),
+        (torch.full((1, 3, 8, 8), float("nan")), ValueError, "NaN"),
+        (torch.full((1, 3, 8, 8), float("inf")), ValueError, "infinite"),
+        ("cat.jpg", TypeError, "str"),
+        (None, TypeError, "images x, or latents|either images"),
+    ],
+)
+def test_images(backbone, x, error, words):
+    with pytest.raises(error, match=words):
+        backbone(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ({"timestp": 3}, TypeError, "timestp.*Did you mean timestep"),
+        ({"noise": "gaussian"}, ValueError, "'fixed', 'random', 'none'.*'gaussian'"),
+        ({"noise": torch.zeros(4, 9, 8)}, ValueError, r"\(4, 8, 8\)"),
+        ({"noise": "none", "ensemble": 2}, ValueError, "noise='none'"),
+        ({"ensemble": 0}, ValueError, "ensemble must be"),
+        ({"timestep": 1000}, ValueError, "0 to 999.*1000"),
+        ({"timestep": -1}, ValueError, "noise='none'"),
+        ({"timestep": [1, 2, 3]}, ValueError, "one number or 1"),
+        ({"timestep": [1000]}, ValueError, "0 to 999"),
+        ({"generator": torch.Generator()}, ValueError, "noise='random'"),
+        ({"prompt": ["a", "b"]}, ValueError, "one string or 1"),
+        ({"prompt": 3}, TypeError, "prompt"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(77, 32)}, TypeError, "not both"),
+        ({"prompt_embeds": torch.zeros(77, 31)}, ValueError, r"\(77, 32\).*\(77, 31\)"),
+        ({"pooled_prompt_embeds": torch.zeros(1, 32)}, TypeError, "not conditioned on pooled_prompt_embeds.*prompt_embeds"),
+        ({"class_labels": torch.zeros(1)}, TypeError, "not conditioned on class_labels"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, TypeError, "either images x or latents"),
+        ({"indices": [5]}, ValueError, "-3 to 2"),
+        ({"indices": 4}, ValueError, "last 4"),
+    ],
+)
+def test_calls(backbone, call, error, words):
+    with pytest.raises(error, match=words):
+        backbone(IMAGE, **call)
+
+
+@pytest.mark.parametrize("z", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 9, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 0, 8)])
+def test_latents(backbone, z):
+    with pytest.raises(ValueError, match=r"\(B, 4, h, w\) with h and w multiples of 8"):
+        backbone.forward_latents(z)
+
+
+@pytest.mark.parametrize("size", [(65, 64), (0, 64), (64, 128)])
+def test_a_size_that_cannot_belong_to_the_latents(backbone, size):
+    with pytest.raises(ValueError, match="not the size of an image"):
+        backbone.forward_latents(torch.zeros(1, 4, 8, 8), size)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "words"),
+    [
+        (["sd15_gfd"], {}, KeyError, "Did you mean sd15_gdf"),
+        (["sd15"], {}, KeyError, "recipe too.*sd15_gdf"),
+        (["sd14"], {}, KeyError, "no published recipe"),
+        (["sd15_gdf.ema"], {}, KeyError, "no weights tagged 'ema'"),
+        (["stabilityai/sd-turbo"], {}, KeyError, "hf-hub:stabilityai/sd-turbo"),
+        (["http:x"], {}, ValueError, "hf-hub:owner/repo"),
+        (["sd16"], {"recipe": ["mid-vit-out"]}, KeyError, "no checkpoint is called 'sd16'.*Did you mean.*sd15"),
+        (["sd15_gdf"], {"recipe": ["mid-vit-out"]}, TypeError, r"create_model\('sd15', recipe"),
+        (["sd15"], {"recipe": []}, TypeError, "list of activation ids"),
+        (["sd15"], {"recipe": 3}, TypeError, "list of activation ids"),
+        (["sd15"], {"recipe": "nothing.yaml"}, FileNotFoundError, "nothing.yaml"),
+        (["sd15"], {"recipe": ["mid-vit-blok0-out"]}, ValueError, "not an activation id"),
+        (["sd15"], {"recipe": ["up-level7-upsampler-out"]}, KeyError, "up-level0-upsampler-out"),
+        (["sd15"], {"recipe": ["mid-vit-block0-self-map"]}, ValueError, "attention map.*forward_activations"),
+        (["sd15_gdf"], {"timestp": 3}, TypeError, "Did you mean timestep"),
+        (["sd15_gdf"], {"timestep": 1001}, ValueError, "-1 to 999.*1001"),
+        (["sd15_gdf"], {"timestep": -1}, ValueError, "noise='none'"),
+        (["sd15_gdf"], {"noise": "fixd"}, ValueError, "Did you mean fixed"),
+        (["sd15_gdf"], {"ensemble": 0}, ValueError, "ensemble"),
+        (["sd15_gdf"], {"prompt": ["a"]}, ValueError, "one string"),
+        (["sd15_gdf"], {"out_indices": (0, 3)}, ValueError, "-3 to 2"),
+        (["sd15_gdf"], {"out_indices": (0, 0)}, ValueError, "different positions"),
+        (["sd15_gdf"], {"out_strides": (8, 4)}, ValueError, r"\(8, 4\)"),
+        (["sd15_gdf"], {"out_strides": ()}, ValueError, "growing positive"),
+        (["sd15_gdf"], {"num_classes": 10}, ValueError, "no classifier"),
+        (["sd15_gdf"], {"in_chans": 1}, ValueError, "RGB"),
+        (["sd15_gdf"], {"features_only": False}, ValueError, "asks for a classifier"),
+        (["sd15_gdf"], {"output_stride": 8}, ValueError, "out_strides"),
+        (["sd15_gdf"], {"feature_cls": "fx"}, ValueError, "wrappers"),
+        (["sd15_gdf"], {"dtype": "float31"}, ValueError, "'float31'"),
+        (["sd15_gdf"], {"dtype": torch.int8}, ValueError, "int8"),
+        (["sd15_gdf"], {"checkpoint_path": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all"),
+    ],
+)
+def test_create_model(args, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        db.create_model(*args, device="meta", **kwargs)
+
+
+def test_what_none_means_in_timm():
+    backbone = db.create_model("tinysd_gdf", device="meta", num_classes=None, timestep=None, out_indices=None, checkpoint_path="", output_stride=32, img_size=512, in_chans=3)
+    assert backbone.declaration.recipe.timestep == 51
+
+
+def test_an_id_behind_the_cut():
+    backbone = db.create_model("tinysd_dift", pretrained=True)
+    with pytest.raises(KeyError, match=re.escape("create_model('tinysd', recipe=['up-level3-repeat2-vit-out'])")):
+        backbone.forward_activations(IMAGE, ["up-level3-repeat2-vit-out"])
+    with pytest.raises(KeyError, match="no activation"):
+        backbone.forward_activations(IMAGE, ["up-level9-upsampler-out"])
+
+
+def test_a_prompt_without_a_text_encoder():
+    with pytest.raises(FileNotFoundError, match="needs a text encoder.*prompt_embeds"):
+        db.create_model("tinysd_gdf")(IMAGE, prompt="a cat")
+
+
+def test_heads_and_classifiers(backbone):
+    with pytest.raises(TypeError, match="no classifier head"):
+        backbone.forward_head(IMAGE)
+    with pytest.raises(ValueError, match="5 classes"):
+        backbone.reset_classifier(5)
+    with pytest.raises(ValueError, match="norm"):
+        backbone.forward_intermediates(IMAGE, norm=True)
+    with pytest.raises(ValueError, match="'NHWC'"):
+        backbone.forward_intermediates(IMAGE, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"levels": ()}, "non-empty"),
+        ({"levels": "mid-vit-out"}, "sequence"),
+        ({"levels": ([],)}, "at least one"),
+        ({"levels": ("mid-vit-out", "nonsense")}, "'nonsense' is not an activation id"),
+        ({"prompt_padding": "left"}, "max_length"),
+        ({"ensemble": 4, "noise": "none"}, "without noise"),
+    ],
+)
+def test_recipes(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**{"name": "mine", "levels": ("mid-vit-out",), **settings})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("levels: [[mid-vit-out]]\ntimestp: 3", TypeError, "recipe.yaml.*Did you mean timestep"),
+        ("timestep: 3", ValueError, "needs levels"),
+        ("- mid-vit-out", ValueError, "must hold a mapping"),
+        ("{", ValueError, "not a YAML or JSON"),
+    ],
+)
+def test_recipe_files(tmp_path, text, error, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=words):
+        db.create_model("sd15", recipe=path, device="meta")
+
+
+def test_levels_that_do_not_fit():
+    with pytest.raises(ValueError, match="one level has one stride.*8.*32"):
+        db.create_model("sd15", recipe=Recipe("r", levels=(("up-level3-repeat2-vit-out", "up-level1-repeat2-res-out"),)), device="meta")
+    with pytest.raises(ValueError, match=r"fine to coarse, got strides \[32, 8\]"):
+        db.create_model("sd15", recipe=Recipe("r", levels=("up-level1-repeat2-res-out", "up-level3-repeat2-vit-out")), device="meta")
+
+
+def test_declarations():
+    with pytest.raises(ValueError, match="already registered"):
+        db.register_model("sd15", db.get_declaration("sd15_gdf").recipe)
+    with pytest.raises(ValueError, match="lower-case"):
+        db.register_checkpoint(Checkpoint("SD-1.5", "x", "a/b", License("mit"), None, 512))
+    with pytest.raises(ValueError, match="name="):
+        License("other")
+    with pytest.raises(KeyError, match="Did you mean sdxl"):
+        db.register_model("sdxxl", Recipe("r", levels=("mid-vit-out",)))
