@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from diffusion_backbones.families import FAMILIES, Configs
 from diffusion_backbones.sources import Source
 
 log = logging.getLogger(__name__)
+_encoding = threading.Lock()
 
 
 def cache_folder() -> Path:
@@ -47,25 +49,33 @@ class Prompter:
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """P prompts -> conditioning tensors with P rows, float32 on the CPU.
 
+        Every prompt is encoded alone, so what its row holds does not depend on the others.
+
         Raises:
             FileNotFoundError: No text encoder is at hand.
-            ValueError: A prompt is too long.
+            ValueError: A prompt is too long, or they have different lengths and are not padded to one.
         """
         if self.source is None:
             raise FileNotFoundError(
                 f"prompt={prompts[0]!r} needs a text encoder, and this backbone has none: it was built without weights or loaded from a folder that "
                 "save_pretrained wrote. Give prompt_embeds=, or load it with pretrained=True or checkpoint_path=."
             )
-        fingerprint, rows = self.source.text_fingerprint(), {}
-        for prompt in dict.fromkeys(prompts):
-            path = self._path(fingerprint, prompt)
-            rows[prompt] = _read(path)
-            if rows[prompt] is None:
-                with torch.device("cpu"):
-                    rows[prompt] = FAMILIES[self.family].encode_prompts(self.configs, self.source.text, [prompt], self.padding)
-                _write(path, rows[prompt])
-        names = rows[prompts[0]].keys()
-        return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in names}
+        fingerprint = self.source.text_fingerprint()
+        rows = {prompt: self._row(fingerprint, self.source, prompt) for prompt in dict.fromkeys(prompts)}
+        lengths = {prompt: row["prompt_embeds"].shape[1] for prompt, row in rows.items() if "prompt_embeds" in row}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"prompt_padding='longest' leaves prompts at their lengths, here {lengths}; give those of one length per call, or pad them")
+        return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+
+    def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
+        path = self._path(fingerprint, prompt)
+        with _encoding:                         # two threads load one text encoder, not two
+            row = _read(path)
+            if row is None:
+                with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+                    row = FAMILIES[self.family].encode_prompts(self.configs, source.text, [prompt], self.padding)
+                _write(path, row)
+        return row
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
         key = hashlib.sha256(json.dumps([fingerprint, self.family, self.padding, prompt]).encode()).hexdigest()[:32]

@@ -17,12 +17,13 @@ from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone, take
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.hub import HubRepo, open_checkpoint
 from diffusion_backbones.ldm import SingleFile, is_single_file
 from diffusion_backbones.pyramid import LevelInfo
 from diffusion_backbones.recipe import Checkpoint, License, Recipe, closest
 from diffusion_backbones.registry import CONFIGS, Declaration, get_checkpoint, get_declaration, is_model, package_configs
 from diffusion_backbones.saved import Saved, is_saved
-from diffusion_backbones.sources import Folder, HubRepo, Source, WithDenoiser, open_hub
+from diffusion_backbones.sources import Folder, Source, WithDenoiser
 
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
 FOREIGN: dict[str, Callable[[Any], str]] = {
@@ -105,7 +106,8 @@ def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN:
-            raise TypeError(f"create_model has no keyword {key!r}.{closest(key, [*OVERRIDES, *FOREIGN, 'recipe', 'checkpoint_path', 'out_indices', 'out_strides', 'trainable'])}")
+            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "trainable"]
+            raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
         elif reason := FOREIGN[key](value):
             raise ValueError(reason)
     return settings
@@ -166,8 +168,16 @@ def _anonymous(folder: Folder) -> Checkpoint:
     named = Path(folder.provenance.get("repo") or folder.path.resolve()).name.lower()
     name = "my_" + re.sub(r"[^a-z0-9]+", "_", named).strip("_")
     side = folder.json("unet/config.json").get("sample_size") or 64
-    license = License("other", name="unknown; see where the weights came from", verified=False)
-    return Checkpoint(name, str(folder), folder.provenance.get("repo", ""), license, None, 8 * (side if isinstance(side, int) else max(side)))
+    overflows = folder.json("vae/config.json").get("force_upcast", False)
+    return Checkpoint(
+        name=name,
+        title=str(folder),
+        hub_id=folder.provenance.get("repo", ""),
+        license=License("other", name="unknown; see where the weights came from", verified=False),
+        paper=None,
+        input_size=8 * (side if isinstance(side, int) else max(side)),
+        encoder_float16=not overflows,
+    )
 
 
 def _custom(checkpoint: Checkpoint, configs: Configs, recipe: Any) -> Declaration:
@@ -193,34 +203,34 @@ def _catalogue(checkpoint: Checkpoint, configs: Configs) -> Catalogue:
 def _open_published(checkpoint: Checkpoint, cache_dir: Any) -> Source:
     if not checkpoint.hub_id:
         return Folder(CONFIGS / checkpoint.config_name)
-    source: Source = open_hub(checkpoint, cache_dir)
-    if checkpoint.denoiser:
-        repo = HubRepo(checkpoint.denoiser.repo, checkpoint.denoiser.revision, cache_dir)
-        file = repo.file(checkpoint.denoiser.filename)
-        source = WithDenoiser(source, FAMILIES[checkpoint.family].denoiser, file, repo.provenance)
-    return source
+    return open_checkpoint(checkpoint, cache_dir)
 
 
 def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Place:
     checkpoint = place.checkpoint
+    if place.restored:
+        raise TypeError(f"{checkpoint.name} is loaded from a saved backbone, which brings its weights; checkpoint_path={str(path)!r} would give others")
     if path.is_dir():
         folder = Folder(path)
         if not is_saved(folder):
             return replace(place, source=folder)
         restored = Saved(folder)
         if place.declaration and restored.declaration.recipe.digest != place.declaration.recipe.digest:
-            raise ValueError(f"{path} was saved from {restored.declaration.name}, whose recipe is another than that of {place.declaration.name}; use create_model('local-dir:{path}')")
+            raise ValueError(
+                f"{path} was saved from {restored.declaration.name}, whose recipe is another than that of {place.declaration.name}; "
+                f"use create_model('local-dir:{path}')"
+            )
         return replace(place, declaration=restored.declaration, restored=restored)
     files = tensors.TensorFiles([path])                 # refuses pickles and broken files
     if is_single_file(files):
-        return replace(place, source=SingleFile(path, package_configs(checkpoint), CONFIGS / checkpoint.config_name))
-    if not pretrained:
+        return replace(place, source=SingleFile(path, package_configs(checkpoint)))
+    if not (place.source or pretrained):
         raise FileNotFoundError(
             f"{path} holds a denoiser alone. The image encoder and the prompt must come from somewhere: add pretrained=True to take them from "
             f"{checkpoint.hub_id}, or give a diffusers folder."
         )
-    base = _open_published(replace(checkpoint, denoiser=None), cache_dir)
-    return replace(place, source=WithDenoiser(base, FAMILIES[checkpoint.family].denoiser, path, {"path": str(path)}))
+    base = place.source or _open_published(replace(checkpoint, denoiser=None), cache_dir)
+    return replace(place, source=WithDenoiser(base, FAMILIES[checkpoint.family].denoiser, partial(Path, path), {"path": str(path)}))
 
 
 # Building.
@@ -267,10 +277,9 @@ def _build(
         embeddings = restored.embeddings()
     else:
         assert source is not None
-        half = dtype in (torch.float16, torch.bfloat16)
-        where = f"{checkpoint.name} {family.denoiser}"
-        tensors.load(denoiser, source.tensors(family.denoiser, half), whole["denoiser"], dtype, device, where)
-        tensors.load(encoder, source.tensors(family.encoder, half), whole["encoder"], encoder_dtype, device, f"{checkpoint.name} {family.encoder}")
+        for component, part, network, its_dtype in ((family.denoiser, "denoiser", denoiser, dtype), (family.encoder, "encoder", encoder, encoder_dtype)):
+            files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
+            tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}")
         embeddings = prompter([recipe.prompt])
     with torch.device(device):
         backbone = DiffusionBackbone(
@@ -281,7 +290,7 @@ def _build(
             levels,
             catalogue,
             {name: t.to(device=device, dtype=dtype) for name, t in embeddings.items()},
-            out_strides=out_strides,
+            out_strides=out_strides or (restored.out_strides if restored else None),
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},
             trainable=trainable,

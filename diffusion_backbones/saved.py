@@ -1,14 +1,14 @@
 """The compact folder: what a backbone kept, in three files.
 
 ``config.json`` holds name, checkpoint, recipe, architecture configs and where the weights came from; ``model.safetensors``
-the kept weights, the embedded prompt and the noise; ``README.md`` the card.
+the kept weights and the embedded prompt, in the dtypes they had; ``README.md`` the card. The dtype of the backbone that is
+loaded is ``create_model``'s, as everywhere else.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,38 +50,41 @@ class Saved:
             self.declaration = Declaration(data["name"], checkpoint, recipe)
             self.configs: Configs = data["configs"]
             self.provenance: dict[str, str] = data["provenance"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: {CONFIG} is not whole: {error}") from error
+            self.out_strides: list[int] | None = data["out_strides"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{folder}: {CONFIG} is not what save_pretrained writes: {what}. Save the backbone again.") from error
         self._files = tensors.TensorFiles([folder.file(WEIGHTS)])
 
     def _part(self, prefix: str) -> tensors.TensorFiles:
         return self._files.renamed({name.removeprefix(prefix): name for name in self._files.shapes if name.startswith(prefix)})
 
-    def load(self, part: str, module: nn.Module, whole: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+    def load(self, part: str, module: nn.Module, whole: tensors.Shapes, dtype: torch.dtype, device: torch.device) -> None:
         """Fill the ``denoiser`` or the ``encoder``; see :func:`diffusion_backbones.tensors.load`."""
         tensors.load(module, self._part(f"{part}."), whole, dtype, device, f"{self.declaration.name} {part}")
 
     def embeddings(self) -> dict[str, Tensor]:
         """The prompt as it was embedded, (1, ...) each."""
         part = self._part("conditioning.")
-        return dict(part.read(part.shapes, lambda _: None, torch.device("cpu")))
+        return dict(part.read(part.shapes, None, torch.device("cpu")))
 
 
 def save(backbone: DiffusionBackbone, folder: Path) -> Path:
-    """Write the compact folder. Files appear whole or not at all.
+    """Write the compact folder. Every file appears whole or not at all, ``config.json`` last, so that a folder that has it is whole.
 
     Raises:
         ValueError: The backbone has no weights, being on ``meta``.
+        OSError: The folder cannot be written.
     """
     from diffusion_backbones.cards import card
 
     if any(p.is_meta for p in backbone.parameters()):
-        raise ValueError("a backbone on the meta device has no weights to save")
+        raise ValueError(f"{backbone.declaration.name} is on the meta device and has no weights to save; build it on another")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor for name, tensor in backbone.state_dict().items() if name != "canvas"}       # its seed says it
     tensors.write(folder / WEIGHTS, state, {"format": "pt"})
+    _write_text(folder / CARD, card(kept(backbone), backbone.configs))
     _write_text(folder / CONFIG, json.dumps(describe(backbone), indent=2) + "\n")
-    _write_text(folder / CARD, card(kept(backbone)))
     return folder
 
 
@@ -105,6 +108,7 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
         "name": declaration.name,
         "checkpoint": asdict(declaration.checkpoint),
         "recipe": declaration.recipe.to_dict(),
+        "out_strides": backbone.out_strides,
         "configs": {name: dict(config) for name, config in backbone.configs.items()},
         "provenance": backbone.provenance,
         "versions": {"diffusion_backbones": diffusion_backbones.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
@@ -112,18 +116,26 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
 
 
 def push(backbone: DiffusionBackbone, repo_id: str, *, private: bool | None, commit_message: str, token: str | None) -> str:
-    """Upload the compact folder; returns the repository's URL."""
+    """Upload the compact folder; returns the repository's URL.
+
+    Raises:
+        ConnectionError: The hub cannot be reached, or does not let this token write there.
+    """
     from huggingface_hub import HfApi
 
+    from diffusion_backbones import hub
+
     api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         save(backbone, Path(folder))
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=commit_message)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=commit_message)
+        except hub.ERRORS as error:
+            raise ConnectionError(f"nothing was uploaded: {hub.explain(repo_id, 'main', error)}") from error
     return str(url)
 
 
 def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    with tensors.whole(path) as part:
+        part.write_text(text, encoding="utf-8")

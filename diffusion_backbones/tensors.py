@@ -1,14 +1,15 @@
-"""Lazy, partial and strict loading of ``.safetensors``.
+"""Lazy, partial and strict loading of ``.safetensors``, and writing them whole or not at all.
 
 A file is opened, its header is read, and only the tensors that a network still has are taken from it, one at a time, straight
-to their device and dtype. Where neither changes, the tensors stay views of the memory-mapped file.
+to their device and dtype. They are copies, never views of the memory-mapped file: a view lies where the file's header put it,
+and the same weights at another alignment give other last digits; it would also die with the file.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a tensor -> its shape."""
+
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PICKLE_REFUSED = (
     "is a pickle, and loading a pickle runs whatever code it holds. Only .safetensors is read. Convert it once in a place you trust: "
     "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'out.safetensors')`, or take the repository's safetensors files."
 )
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorFiles:
     """The tensors of one or more ``.safetensors`` files, by name, unread.
 
     Args:
-        paths: The files. A name that occurs in two of them is an error.
-        rename: Maps stored names to the names under which they are looked up; a missing name is dropped.
+        paths: The files.
+        rename: Maps stored names to the names under which they are looked up; None drops one.
+
+    Attributes:
+        shapes: Name -> shape.
 
     Raises:
-        ValueError: A file is a pickle, empty, cut short, or not in the safetensors format.
+        FileNotFoundError: A file is not there.
+        ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; two files hold the same name.
     """
 
     def __init__(self, paths: Iterable[Path], rename: Callable[[str], str | None] = lambda name: name):
@@ -40,7 +49,7 @@ class TensorFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in self.paths:
             with _open(path) as file:
-                for stored in file.keys():
+                for stored in file.keys():  # noqa: SIM118  (an open file is no mapping)
                     name = rename(stored)
                     if name is None:
                         continue
@@ -52,6 +61,9 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def __str__(self) -> str:
+        return ", ".join(str(path) for path in self.paths)
+
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
         """The same files under other names: new name -> name here. What is not listed is dropped."""
         out = TensorFiles([])
@@ -60,22 +72,22 @@ class TensorFiles:
         out.shapes = {new: self.shapes[old] for new, old in names.items()}
         return out
 
-    def read(self, names: Iterable[str], dtype: Callable[[str], torch.dtype | None], device: torch.device) -> Iterable[tuple[str, Tensor]]:
-        """Yield (name, tensor) one at a time, on ``device``, in ``dtype(name)`` or as stored where that is None."""
+    def read(self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) one at a time, on ``device``; floating-point ones in ``dtype``, or as stored where that is None."""
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self._where[name][0], []).append(name)
         for path, group in wanted.items():
-            for some in _chunks(group, 32):                 # a closed file gives back the pages that a cast has read
+            for some in _chunks(group, 32):                 # a closed file gives back the pages that were read
                 with _open(path) as file:
                     for name in some:
-                        tensor = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
-                        target = dtype(name) if tensor.is_floating_point() else None
-                        yield name, tensor.to(device=device, dtype=target)
-                        del tensor
+                        view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
+                        tensor = view.to(device=device, dtype=dtype if view.is_floating_point() else None, copy=True)
+                        del view
+                        yield name, tensor
 
 
-def _chunks(items: list[str], n: int) -> Iterable[list[str]]:
+def _chunks(items: Sequence[str], n: int) -> Iterator[Sequence[str]]:
     return (items[i : i + n] for i in range(0, len(items), n))
 
 
@@ -84,21 +96,29 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} {PICKLE_REFUSED}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    size = path.stat().st_size
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        what = "is empty" if size == 0 else f"({size} bytes) is cut short or not in the safetensors format"
-        raise ValueError(f"{path} {what}: {error}. Delete it and download or write it again.") from error
+        raise ValueError(f"{path} {_what_is_wrong(path)}: {error}.") from error
 
 
-def load(module: nn.Module, tensors: TensorFiles, full: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None, device: torch.device, what: str) -> None:
-    """Fill ``module`` (usually on ``meta`` and truncated) from files, strictly.
+def _what_is_wrong(path: Path) -> str:
+    size = path.stat().st_size
+    if size == 0:
+        return "is empty; delete it and download or write it again"
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was cloned, or download it"
+    return f"({size} bytes) is cut short or not in the safetensors format; delete it and download or write it again"
+
+
+def load(module: nn.Module, files: TensorFiles, full: Shapes, dtype: torch.dtype | None, device: torch.device, what: str) -> None:
+    """Fill ``module`` (usually on ``meta`` and truncated) from files, strictly. No more than one tensor is held twice.
 
     Args:
         module: Receives exactly the tensors that its ``state_dict`` names.
-        tensors: Where they are.
-        full: Name -> shape for the whole network before anything was cut off; what files hold beyond it is an error.
+        files: Where they are.
+        full: The whole network before anything was cut off; what files hold beyond it is an error.
         dtype: Of floating-point tensors; None keeps them as stored.
         device: Where they go.
         what: Names the network in errors.
@@ -106,20 +126,30 @@ def load(module: nn.Module, tensors: TensorFiles, full: Mapping[str, tuple[int, 
     Raises:
         ValueError: Tensors are missing, not of this network, or of another shape; the first five are named.
     """
-    files = ", ".join(str(path) for path in tensors.paths)
-    needed = module.state_dict()
-    _refuse(f"{what}: missing from {files}", [n for n in needed if n not in tensors], "Is it a checkpoint of another architecture, or is a shard missing?")
-    _refuse(f"{what}: not part of this network, in {files}", [n for n in tensors.shapes if n not in full], "Does its config.json belong to these weights?")
-    wrong = [f"{n} {s}, expected {full[n]}" for n, s in tensors.shapes.items() if s != full[n]]
-    _refuse(f"{what}: of another shape in {files}", wrong, "Does its config.json belong to these weights?")
-    owners = dict(module.named_modules())
-    for name, tensor in tensors.read(needed, lambda _: dtype, device):
-        prefix, _, leaf = name.rpartition(".")
-        owner = owners[prefix]
-        if leaf in owner._parameters:
-            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-        else:
-            owner.register_buffer(leaf, tensor)
+    needed = list(module.state_dict())
+    check(needed, files.shapes, full, what, str(files))
+    fill(module, files.read(needed, dtype, device))
+
+
+def check(needed: Iterable[str], found: Shapes, full: Shapes, what: str, where: str) -> None:
+    """Whether the tensors that were found are those of a network.
+
+    Args:
+        needed: Names that must be there.
+        found: What there is.
+        full: What there may be.
+        what: Names the network in errors.
+        where: Names the files in errors.
+
+    Raises:
+        ValueError: See :func:`load`.
+    """
+    missing = [name for name in needed if name not in found]
+    foreign = [name for name in found if name not in full]
+    wrong = [f"{name} {found[name]}, expected {full[name]}" for name in found if name in full and found[name] != full[name]]
+    _refuse(f"{what}: missing from {where}", missing, "Is it a checkpoint of another architecture, or is a shard missing?")
+    _refuse(f"{what}: not part of this network, in {where}", foreign, "Does its config.json belong to these weights?")
+    _refuse(f"{what}: of another shape in {where}", wrong, "Does its config.json belong to these weights?")
 
 
 def _refuse(head: str, names: list[str], hint: str) -> None:
@@ -128,58 +158,47 @@ def _refuse(head: str, names: list[str], hint: str) -> None:
         raise ValueError(f"{head}: {', '.join(names[:5])}{more}. {hint}")
 
 
+def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put tensors in the place of a network's parameters (frozen) and buffers, by their names in its ``state_dict``."""
+    owners = dict(module.named_modules())
+    for name, tensor in tensors:
+        prefix, _, leaf = name.rpartition(".")
+        owner = owners[prefix]
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, tensor)
+
+
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of everything a network's ``state_dict`` holds."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def choose(names: Iterable[str], component: str, stem: str, half: bool) -> list[str]:
-    """Which of a repository's files hold a component's weights.
-
-    Args:
-        names: All file names, relative to the repository.
-        component: Sub-folder, ``unet`` ...
-        stem: ``diffusion_pytorch_model`` or ``model``.
-        half: Prefer the ``fp16`` variant, otherwise the full precision one; whichever exists is taken.
-
-    Returns:
-        One ``.safetensors`` name, or the name of the index of a sharded one.
-
-    Raises:
-        FileNotFoundError: There is none; a pickle that is there instead is named.
-    """
-    inside = [name for name in names if name.startswith(component + "/") and name.count("/") == 1]
-    full = [f"{component}/{stem}.safetensors", f"{component}/{stem}.safetensors.index.json"]
-    fp16 = [f"{component}/{stem}.fp16.safetensors", f"{component}/{stem}.safetensors.index.fp16.json", f"{component}/{stem}.fp16.safetensors.index.json"]
-    for candidate in fp16 + full if half else full + fp16:
-        if candidate in inside:
-            return [candidate]
-    pickles = [name for name in inside if name.endswith(PICKLES)]
-    if pickles:
-        raise FileNotFoundError(f"{pickles[0]} {PICKLE_REFUSED}")
-    raise FileNotFoundError(f"no {component}/{stem}.safetensors (nor its fp16 variant, nor an index of shards); {component}/ holds: {', '.join(inside) or 'nothing'}")
-
-
-def shards(index: Path) -> list[Path]:
-    """The files of a sharded checkpoint.
-
-    Raises:
-        ValueError: The index is no index.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards (it needs a 'weight_map'): {error!r}") from error
-    return [index.parent / name for name in names]
-
-
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Save a ``.safetensors`` file so that it is either there whole or not at all."""
+    """Save a ``.safetensors`` file so that it is either there whole or as it was; also over a file that is open.
+
+    Raises:
+        OSError: It cannot be written: no permission, no space, no folder.
+    """
     from safetensors.torch import save_file
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with whole(path) as part:
+        part.touch()
+        mode = part.stat().st_mode          # what this user's files get; save_file's are private
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        part.chmod(mode)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to. If all goes well it takes the place of ``path`` at the end; otherwise it is removed."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=dict(metadata))
-        os.replace(part, path)
+        yield part
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)

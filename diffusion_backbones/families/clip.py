@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_backbones.families.base import LoadText
+from diffusion_backbones import tensors
+from diffusion_backbones.families.base import Config, LoadText
+
+ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_UNUSED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")     # some files hold them, some models need them
 
 
 @torch.no_grad()
@@ -19,7 +24,7 @@ def encode(load: LoadText, prompts: list[str], padding: str, names: tuple[str, .
     channels, and the second one's pooled projection.
 
     Args:
-        load: Component name -> (tokenizer, text model).
+        load: Component name -> (tokenizer, text model). Each is let go before the next is loaded.
         prompts: P strings.
         padding: ``max_length`` or ``longest``, the tokenizer's own words.
         names: Component names of the text encoders.
@@ -43,6 +48,52 @@ def encode(load: LoadText, prompts: list[str], padding: str, names: tuple[str, .
     return result if pooled is None else result | {"pooled_prompt_embeds": pooled.float()}
 
 
+def _tokenize(tokenizer: Any, prompts: list[str], padding: str) -> Tensor:
+    limit = tokenizer.model_max_length
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > limit:
+            raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the text encoder takes {limit}, start and end included; shorten it")
+    tokens: Tensor = tokenizer(prompts, padding=padding, max_length=limit, return_tensors="pt").input_ids
+    return tokens
+
+
+def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
+    """transformers' text model with these weights, on the CPU, in eval mode.
+
+    It is built without transformers' ``from_pretrained``, which fills tensors that a file lacks with random numbers.
+
+    Args:
+        config: Its ``config.json``.
+        state: Its weights, with or without the leading ``text_model.`` that depends on the version of transformers.
+        where: Names the files in errors.
+
+    Raises:
+        ValueError: It is no CLIP text model, or the weights are not its weights.
+    """
+    import transformers
+
+    [kind] = config.get("architectures") or [ARCHITECTURES[0]]
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"{where}: the config names {kind!r}, and a text encoder of this family is one of {', '.join(ARCHITECTURES)}")
+    cls = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_dict(dict(config))).eval()
+    full = tensors.shapes(model)
+    named = {_own_name(name, full): tensor for name, tensor in state.items() if name.removeprefix("text_model.") not in _UNUSED or name in full}
+    tensors.check(full, {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where)
+    tensors.fill(model, named.items())
+    for name, buffer in list(model.named_buffers()):            # no file holds them: the positions 0, 1, 2 ...
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[-1], device="cpu").expand(buffer.shape), persistent=False)
+    return model
+
+
+def _own_name(name: str, full: tensors.Shapes) -> str:
+    bare = name.removeprefix("text_model.")
+    return bare if bare in full else f"text_model.{bare}"
+
+
 class BlankTokenizer:
     """The little of a CLIP tokenizer that the empty prompt needs, for files that hold weights and no vocabulary.
 
@@ -56,18 +107,11 @@ class BlankTokenizer:
 
     def __call__(self, prompts: str | list[str], padding: str = "longest", **kwargs: Any) -> Any:
         if any(prompts):
-            raise FileNotFoundError("a single-file checkpoint has no tokenizer, so only the empty prompt can be encoded; give prompt_embeds=, or a diffusers folder, for others")
+            raise FileNotFoundError(
+                f"the prompt {prompts!r} needs a tokenizer, and a single-file checkpoint has none, so that only the empty prompt can be encoded. "
+                "Give prompt_embeds=, or load a diffusers folder."
+            )
         row = [self.bos, self.eos]
         if padding == "max_length":
             row += [self.pad] * (self.model_max_length - 2)
         return SimpleNamespace(input_ids=row if isinstance(prompts, str) else torch.tensor([row] * len(prompts)))
-
-
-def _tokenize(tokenizer: Any, prompts: list[str], padding: str) -> Tensor:
-    limit = tokenizer.model_max_length
-    for prompt in prompts:
-        length = len(tokenizer(prompt).input_ids)
-        if length > limit:
-            raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the text encoder takes {limit}, start and end included; shorten it")
-    tokens: Tensor = tokenizer(prompts, padding=padding, max_length=limit, return_tensors="pt").input_ids
-    return tokens
