@@ -1,0 +1,40 @@
+# make demo and make test need Python >= 3.10, git and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PICTURE := demo/tinysd_gdf.png
+
+.PHONY: demo test lint cards check bench clean
+
+demo: .venv/installed                  ## the maps of an untrained network as colours, beside the photograph
+	@mkdir -p $(dir $(PICTURE))
+	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/cat.jpg -o $(PICTURE)
+
+test: .venv/installed-dev              ## the whole suite; make test ARGS="-k cards" for a part of it
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+cards: .venv/installed-dev             ## write the model cards, the README's tables and costs.json anew
+	$(BIN)/python scripts/generate.py
+
+check: .venv/installed-dev             ## exit 1 if one of them is not current
+	$(BIN)/python scripts/generate.py --check
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
+
+# The stamps are older than pyproject.toml when dependencies may have changed.
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
