@@ -74,7 +74,7 @@ def parse(text: str) -> ActivationId:
         if match := pattern.fullmatch(text):
             groups = match.groupdict()
             if groups["kind"] in ("cross-k", "cross-v"):
-                raise ValueError(f"{text!r} is on the text side (batch, tokens, channels) and has no place in an image; use the cross-q or cross-map of that block")
+                raise ValueError(f"{text!r} is on the text side (batch, tokens, channels), not in the image; use the cross-q or cross-map of that block")
             numbers = {k: int(groups[k]) for k in ("level", "repeat", "block") if groups.get(k) is not None}
             return ActivationId(text, groups["stage"], groups["kind"], **numbers)
     if _MODULE_PATH.fullmatch(text):

@@ -28,7 +28,7 @@ def attention_map(attention: nn.Module, q: Tensor, k: Tensor, average: bool = Fa
     """
     heads: int = attention.heads                    # type: ignore[assignment]
     scale: float = attention.scale                  # type: ignore[assignment]
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+    q, k = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k))
     if attention.norm_q is not None:
         q = attention.norm_q(q)                     # type: ignore[operator]
     if attention.norm_k is not None:

@@ -71,6 +71,7 @@ class DiffusionBackbone(nn.Module):
     """
 
     num_classes, in_chans = 0, 3
+    canvas: Tensor | None
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class DiffusionBackbone(nn.Module):
         if self.out_strides is None:
             return [(level.channels, level.stride, i) for i, level in enumerate(self.levels)]
         chosen = [pyramid.nearest_level(stride, self.levels) for stride in self.out_strides]
-        return [(self.levels[i].channels, stride, i) for stride, i in zip(self.out_strides, chosen)]
+        return [(self.levels[i].channels, stride, i) for stride, i in zip(self.out_strides, chosen, strict=True)]
 
     def extra_repr(self) -> str:
         maps = ", ".join(f"{channels}@{stride}" for channels, stride, _ in self._channels_and_strides())
@@ -197,7 +198,9 @@ class DiffusionBackbone(nn.Module):
             z = (z - shift) * factor
         return z
 
-    def forward_activations(self, x: Tensor | None, ids: Sequence[str], *, as_maps: bool = False, average_heads: bool = False, **call: Any) -> dict[str, Tensor]:
+    def forward_activations(
+        self, x: Tensor | None, ids: Sequence[str], *, as_maps: bool = False, average_heads: bool = False, **call: Any
+    ) -> dict[str, Tensor]:
         """Single activations, exactly as the stock network computes them.
 
         Args:
@@ -246,9 +249,11 @@ class DiffusionBackbone(nn.Module):
         acts = {}
         for site in sites:
             tensors = capture.read(recorded, site)
-            act = attention_map(self.denoiser.get_submodule(site.path), *tensors, average=average_heads) if site.port == "map" else tensors[0]
+            act = tensors[0]
+            if site.port == "map":
+                act = attention_map(self.denoiser.get_submodule(site.path), tensors[0], tensors[1], average=average_heads)
             act = capture.tie(act, output) if self.trainable else act
-            acts[site.id] = act.unflatten(0, (ensemble, b)).mean(0) if ensemble > 1 else act
+            acts[site.id] = act.view(ensemble, b, *act.shape[1:]).mean(0) if ensemble > 1 else act
         return acts
 
     # The parts of a call.
@@ -279,7 +284,7 @@ class DiffusionBackbone(nn.Module):
         full = (z.shape[-2] * self.latent_stride, z.shape[-1] * self.latent_stride)
         if size is None:
             return full
-        if any(not f - self.size_divisibility < s <= f for s, f in zip(size, full)):
+        if any(not f - self.size_divisibility < s <= f for s, f in zip(size, full, strict=True)):
             raise ValueError(f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} pixels with padding")
         return int(size[0]), int(size[1])
 
@@ -288,7 +293,8 @@ class DiffusionBackbone(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{expected}, got {type(x).__name__}; turn a PIL image into a tensor with timm's create_transform or torchvision")
         if x.ndim != 4 or x.shape[1] != 3:
-            hint = "; add the batch axis with x[None]" if x.ndim == 3 and x.shape[0] == 3 else "; repeat a grey image with x.repeat(1, 3, 1, 1)" if x.ndim == 4 and x.shape[1] == 1 else ""
+            hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
+            hint = hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ""
             raise ValueError(f"{expected}, got {_shape(x)}{hint}")
         if not x.is_floating_point():
             raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1")
@@ -368,8 +374,8 @@ class DiffusionBackbone(nn.Module):
         site = self.catalogue[id]
         if not capture.available(self.denoiser, site):
             raise KeyError(
-                f"{self.declaration.checkpoint.name} has {id!r}, but {self.declaration.name} is cut behind the last activation of its recipe and no longer computes it. "
-                f"Build a network that does: create_model({self.declaration.checkpoint.name!r}, recipe=[{id!r}])."
+                f"{self.declaration.checkpoint.name} has {id!r}, but {self.declaration.name} is cut behind the last activation of its recipe and no longer "
+                f"computes it. Build a network that does: create_model({self.declaration.checkpoint.name!r}, recipe=[{id!r}])."
             )
         return site
 

@@ -119,4 +119,4 @@ def tie(act: Tensor, output: Tensor) -> Tensor:
     FSDP gathers a block's parameters for the backward pass when a gradient reaches the block's output. Nothing but zeros
     ever does for the block that holds the last activation, so without this its parameters would not be there.
     """
-    return _Tie.apply(act, output) if output.requires_grad and act.requires_grad else act  # type: ignore[no-any-return, no-untyped-call]
+    return _Tie.apply(act, output) if output.requires_grad and act.requires_grad else act

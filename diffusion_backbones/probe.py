@@ -74,5 +74,5 @@ def gflops(function: Any, *args: Any) -> float:
 
     with FlopCounterMode(display=False) as counter:
         function(*args)
-    return counter.get_total_flops() / 1e9
+    return int(counter.get_total_flops()) / 1e9
 

@@ -45,7 +45,8 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
             if site.layout == "attention":
                 raise ValueError(f"{site.id} is an attention map (heads, queries, keys) and cannot be a level of a pyramid; read it with forward_activations")
             if site.stride != info.stride:
-                raise ValueError(f"one level has one stride, but {info.sites[0].id} has {info.stride} and {site.id} has {site.stride}; put them into two levels")
+                first = info.sites[0]
+                raise ValueError(f"one level has one stride, but {first.id} has {first.stride} and {site.id} has {site.stride}; put them into two levels")
     strides = [info.stride for info in infos]
     if strides != sorted(strides):
         raise ValueError(f"levels must run fine to coarse, got strides {strides}; reorder them")
@@ -70,7 +71,7 @@ def to_map(x: Tensor, site: Site, height: int, width: int) -> Tensor:
     h, w = height // site.stride, width // site.stride
     if site.layout == "tokens":
         assert x.shape[1] == h * w, f"{site.id}: {x.shape[1]} tokens are not {h} x {w}"
-        x = x.transpose(1, 2).unflatten(2, (h, w))
+        x = x.transpose(1, 2).reshape(len(x), -1, h, w)
     assert x.shape[-2:] == (h, w), f"{site.id}: {tuple(x.shape)} is not {h} x {w}"
     return x
 

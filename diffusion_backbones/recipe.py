@@ -152,7 +152,7 @@ class Checkpoint:
         """Inverse of ``dataclasses.asdict``; an unknown key is a ``TypeError``."""
         check_fields(cls, data, "a checkpoint")
         kinds = {"license": License, "paper": Paper, "denoiser": HubFile}
-        values = {k: kinds[k](**v) if k in kinds and v else tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {k: kinds[k](**v) if k in kinds and v else tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 
 
@@ -215,13 +215,15 @@ class Recipe:
     unverified: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, str) or not isinstance(self.levels, Sequence) or not self.levels:
-            raise ValueError(f"recipe {self.name!r}: levels must be a non-empty sequence of activation ids or of levels, got {self.levels!r}")
-        object.__setattr__(self, "levels", tuple(_level(level) for level in self.levels))
+        given: Any = self.levels
+        if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+            raise ValueError(f"recipe {self.name!r}: levels must be a non-empty sequence of activation ids or of levels, got {given!r}")
+        object.__setattr__(self, "levels", tuple(_level(level) for level in given))
         for key in ("notes", "unverified"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if self.noise not in get_args(NoiseRule):
-            raise ValueError(f"recipe {self.name!r}: noise must be one of {', '.join(get_args(NoiseRule))}, got {self.noise!r}.{closest(str(self.noise), get_args(NoiseRule))}")
+            rules = get_args(NoiseRule)
+            raise ValueError(f"recipe {self.name!r}: noise must be one of {', '.join(rules)}, got {self.noise!r}.{closest(str(self.noise), rules)}")
         if self.prompt_padding not in get_args(PromptPadding):
             raise ValueError(f"recipe {self.name!r}: prompt_padding must be 'max_length' or 'longest', got {self.prompt_padding!r}")
         if self.ensemble < 1 or (self.ensemble > 1 and self.noise == "none"):
@@ -283,7 +285,7 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"recipe={str(path)!r} is neither a registered recipe nor a file; give a YAML or JSON file, a Recipe, or a list of activation ids")
+            raise FileNotFoundError(f"recipe={str(path)!r} is no file; give a YAML or JSON file, a Recipe, or a list of activation ids")
         try:
             data = yaml.safe_load(path.read_text())          # JSON is a subset of YAML
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -72,7 +72,7 @@ class Step(NamedTuple):
     """
 
     name: str
-    drop: nn.Module | None | object
+    drop: nn.Module | object | None
 
 
 REMOVE = object()

@@ -14,11 +14,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("DIFFUSION_BACKBONES_CACHE", None)
 
 import pytest  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.transforms.functional import to_tensor  # noqa: E402
-
-import tiny  # noqa: E402
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"

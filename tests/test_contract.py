@@ -10,10 +10,10 @@ import pickle
 import threading
 
 import pytest
+import tiny
 import torch
 
 import diffusion_backbones as db
-import tiny
 from diffusion_backbones import capture, probe, tensors
 from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.registry import package_configs

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from oracle import Oracle
 
 import diffusion_backbones as db
-import tiny
 from diffusion_backbones.registry import package_configs
-from oracle import Oracle
 
 COUNTS = {"sd15": (197, 165), "sd21": (197, 165), "sdxl": (612, 472)}
 

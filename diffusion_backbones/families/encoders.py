@@ -34,10 +34,11 @@ class KLEncoder:
         vae: nn.Module = AutoencoderKL.from_config(config)
         return vae
 
-    def truncate(self, encoder: nn.Module) -> nn.Module:
+    def truncate(self, encoder: Any) -> nn.Module:
         encoder.decoder = None
         encoder.post_quant_conv = None
-        return encoder
+        kept: nn.Module = encoder
+        return kept
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         z: Tensor = encoder.encode(x, return_dict=False)[0].mode()

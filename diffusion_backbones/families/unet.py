@@ -26,7 +26,7 @@ class UNet(Family):
         return Catalogue(_sites(configs["unet"], self.latent_stride(configs)), network)
 
     def size_divisibility(self, configs: Configs) -> int:
-        return self.latent_stride(configs) * 2 ** (len(configs["unet"]["block_out_channels"]) - 1)
+        return self.latent_stride(configs) * int(2 ** (len(configs["unet"]["block_out_channels"]) - 1))
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         config = configs["unet"]

@@ -31,7 +31,8 @@ def _register(declaration: Declaration) -> None:
 
 
 def _full_name(architecture: str, cfg: Any) -> str:
-    tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+    """timm splits the tag off and passes it as ``pretrained_cfg``, alone or within the configuration."""
+    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
     return f"{architecture}.{tag}" if tag else architecture
 
 
