@@ -1,15 +1,17 @@
 """Entry points for ``torch.hub``: every registered backbone, with its weights unless ``pretrained=False``."""
 
+from collections.abc import Callable as _Callable
 from importlib.util import find_spec as _find_spec
+from typing import Any as _Any
 
 dependencies = ["torch", "torchvision", "diffusers", "transformers", "timm", "safetensors", "huggingface_hub", "yaml", "wrapt"]
 
 
-def _entry(name):
+def _entry(name: str) -> _Callable[..., _Any]:
     import diffusion_backbones as db
     from diffusion_backbones.cards import entry_help
 
-    def entry(pretrained=True, **kwargs):
+    def entry(pretrained: bool = True, **kwargs: _Any) -> _Any:
         return db.create_model(name, pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = name
@@ -17,11 +19,11 @@ def _entry(name):
     return entry
 
 
-def _names():
+def _entries() -> dict[str, _Callable[..., _Any]]:
     import diffusion_backbones as db
 
-    return db.list_models()
+    return {name: _entry(name) for name in db.list_models()}
 
 
 if all(map(_find_spec, dependencies)):          # otherwise torch.hub says which of them are missing
-    globals().update({name: _entry(name) for name in _names()})
+    globals().update(_entries())

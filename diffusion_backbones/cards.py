@@ -40,7 +40,7 @@ def card(declaration: Declaration, saved: Configs | None = None) -> str:
     maps, size, cost = levels(declaration, configs), declaration.input_size, costs(declaration, configs)
     sections = [
         f"# {declaration.name}\n\n{summary(declaration, maps)}",
-        _section("Maps", _maps(maps, size)),
+        _section("Levels", _levels(maps, size)),
         _section("Details", _details(declaration, configs, cost)),
         _section("Usage", usage(USAGE_OF_FOLDER if saved else USAGE, declaration, maps)),
         _section("Published results", _results(declaration)),
@@ -149,15 +149,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def _maps(maps: Sequence[Sequence[Site]], size: int) -> str:
+def _levels(maps: Sequence[Sequence[Site]], size: int) -> str:
     rows = []
     for index, level in enumerate(maps):
         shape = " × ".join(map(str, shapes([level], size)[0][1:]))
         for part, site in enumerate(level):
             first = [str(index), str(site.stride), shape] if part == 0 else ["", "", ""]
             rows.append([*first, f"`{site.id}`", str(site.channels), f"`{site.path}`"])
-    joined = "\n\nActivations of one map are concatenated along channels in this order." if any(len(level) > 1 for level in maps) else ""
-    return table(["map", "stride", f"shape at {size} × {size}", "activation", "channels", "module in diffusers"], rows) + joined
+    joined = "\n\nActivations of one level are concatenated along channels in this order." if any(len(level) > 1 for level in maps) else ""
+    return table(["level", "stride", f"shape at {size} × {size}", "activation", "channels", "module in diffusers"], rows) + joined
 
 
 def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
@@ -173,7 +173,7 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
         ("Weights", _weights(declaration)),
         ("Input", f"(B, 3, H, W), RGB in [-1, 1], any height and width, padded inside to multiples of {family.size_divisibility(configs)}"),
         ("Default size", f"{size} × {size} pixels, in `pretrained_cfg` for timm's transforms"),
-        ("Timestep", f"{recipe.timestep:g}{counted}"),
+        ("Timestep", f"{recipe.timestep:g}{', before the first step' if recipe.timestep < 0 else counted}"),
         ("Noise", _noise(declaration, configs["scheduler"])),
         ("Prompt", f"{repr(recipe.prompt) if recipe.prompt else 'empty'}, {padding}"),
         ("Latents", f"{latents}, the mode of the posterior, {_scaling(declaration, configs)}"),
@@ -342,4 +342,4 @@ def _citation(declaration: Declaration) -> str:
     papers = dict.fromkeys(paper for paper in (declaration.recipe.paper, declaration.checkpoint.paper) if paper)
     if not papers:
         return ""
-    return "Please cite who chose the recipe and who trained the weights:\n\n```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"
+    return "Please cite the sources of the recipe and of the weights:\n\n```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"

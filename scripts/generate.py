@@ -65,7 +65,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def index(declarations: Iterable[Declaration]) -> str:
     rows = [[f"[{d.name}]({d.name}.md)", d.checkpoint.title, cards.channels_at_strides(cards.levels(d))] for d in declarations]
-    return cards.table(["backbone", "checkpoint", "maps (channels at stride)"], rows)
+    return cards.table(["backbone", "checkpoint", "levels (channels at stride)"], rows)
 
 
 def zoo(declarations: Iterable[Declaration]) -> str:
@@ -82,7 +82,7 @@ def zoo(declarations: Iterable[Declaration]) -> str:
             f"[{cards.cite(paper)}]({paper.link})" if paper else "unpublished",
             licensed(d.checkpoint),
         ])
-    head = ["backbone", "maps (channels at stride)", "parameters kept", "GFLOPs, encoder + denoiser", "at px", "timestep", "recipe", "licence of the weights"]
+    head = ["backbone", "levels (channels at stride)", "parameters kept", "GFLOPs, encoder + denoiser", "at px", "timestep", "recipe", "licence of the weights"]
     return cards.table(head, rows)
 
 

@@ -31,6 +31,13 @@ def generate():
     return module
 
 
+def run(block, names, **replaced):
+    for old, new in replaced.items():
+        block = block.replace(old, new)
+    assert promised(block), "a snippet that shows no output"
+    assert printed(block, names) == promised(block)
+
+
 # What the hub reads.
 
 
@@ -70,14 +77,17 @@ def test_weights_from_two_repositories_name_both():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_maps_are_those_of_the_network(name):
-    card, backbone = cards.card(db.get_declaration(name)), db.create_model(name, device="meta")
-    lines = [f"| `{site.id}` | {site.channels} | `{site.path}` |" for level in backbone.levels for site in level.sites]
-    positions = [card.index(line) for line in lines]
-    assert positions == sorted(positions)
+def test_levels_and_usage_are_those_of_the_network(name):
+    """At full size, on meta, where there are no weights to download."""
+    card, names = cards.card(db.get_declaration(name)), {}
+    with torch.device("meta"):
+        run(blocks(card)[0], names, **{"pretrained=True": "pretrained=False"})
+    backbone = names["backbone"]
     for i, level in enumerate(backbone.levels):
         side = backbone.declaration.input_size // level.stride
         assert f"| {i} | {level.stride} | {level.channels} × {side} × {side} | `{level.sites[0].id}` |" in card
+    positions = [card.index(f"| `{site.id}` | {site.channels} | `{site.path}` |") for level in backbone.levels for site in level.sites]
+    assert positions == sorted(positions)
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.parent.name for path in CONFIGS.glob("*/scheduler/scheduler_config.json")))
@@ -112,7 +122,7 @@ def test_linear_betas_too():
         ("sd15_vpd", "the mode of the posterior, not scaled |"),
         ("sdxl_gdf", "the image encoder overflows in float16 and stays in float32"),
         ("sd21_genpercept", "| Prompt | empty, not padded |"),
-        ("sd15_hyperfeatures", "| Timestep | -1 |"),
+        ("sd15_hyperfeatures", "| Timestep | -1, before the first step |"),
     ],
 )
 def test_details(name, sentence):
@@ -174,33 +184,18 @@ def test_an_unknown_architecture_is_an_error_that_says_what_to_give():
 # The code that they paste.
 
 
-def run(block, **replaced):
-    for old, new in replaced.items():
-        block = block.replace(old, new)
-    assert promised(block), "a snippet that shows no output"
-    assert printed(block, {}) == promised(block)
-
-
 @pytest.mark.parametrize("name", ["tinysd_gdf", "tinysd_dift"])
 def test_usage_runs_as_it_stands(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     for block in blocks(cards.card(db.get_declaration(name))):
-        run(block)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_shapes_in_the_usage(name):
-    """At full size, on meta, where there are no weights to download."""
-    block = blocks(cards.card(db.get_declaration(name)))[0]
-    with torch.device("meta"):
-        run(block, **{"pretrained=True": "pretrained=False"})
+        run(block, {})
 
 
 def test_usage_of_a_saved_folder(tmp_path):
     backbone = db.create_model("tinysd_gdf", pretrained=True)
     backbone.save_pretrained(tmp_path)
     (block,) = blocks(cards.card(backbone.declaration, backbone.configs))
-    run(block, FOLDER=str(tmp_path))
+    run(block, {}, FOLDER=str(tmp_path))
 
 
 # What is generated from them.
