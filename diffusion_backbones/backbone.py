@@ -21,18 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import capture, pyramid
+from diffusion_backbones import calls, capture, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.attention import attention_map
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
+from diffusion_backbones.interface import TimmInterface
 from diffusion_backbones.noise import canvas, crop
 from diffusion_backbones.pyramid import LevelInfo
-from diffusion_backbones.recipe import closest
 from diffusion_backbones.registry import Declaration, pretrained_cfg
-
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "class_labels")
-CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "latents")
 
 
 class Conditioning(nn.Module):
@@ -47,7 +44,7 @@ class Conditioning(nn.Module):
         return ((name, buffer) for name, buffer in self.named_buffers())
 
 
-class DiffusionBackbone(nn.Module):
+class DiffusionBackbone(TimmInterface):
     """A frozen diffusion network that returns a pyramid of its activations. Made by :func:`~diffusion_backbones.create_model`.
 
     Every method that runs the network takes these keywords, which hold for that call alone:
@@ -70,7 +67,6 @@ class DiffusionBackbone(nn.Module):
         pretrained_cfg: What ``timm.data.resolve_model_data_config`` reads.
     """
 
-    num_classes, in_chans = 0, 3
     canvas: Tensor | None
 
     def __init__(
@@ -177,7 +173,7 @@ class DiffusionBackbone(nn.Module):
         Returns:
             As :meth:`forward` of an image of that size.
         """
-        self._check_call(call)
+        calls.check_keywords(call, self.declaration.name)
         return self._pyramid(z, self._check_latents(z, size), self._take(indices), call)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -189,7 +185,7 @@ class DiffusionBackbone(nn.Module):
         Returns:
             (B, C, h, w), padded to ``size_divisibility``, scaled as the recipe says, in the encoder's dtype.
         """
-        self._check_image(x)
+        calls.check_image(x)
         d = self.size_divisibility
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
         z = self.family.image_encoder.encode(self.encoder, x.to(_dtype(self.encoder)))
@@ -239,13 +235,15 @@ class DiffusionBackbone(nn.Module):
     def _run(self, z: Tensor, size: tuple[int, int], sites: Sequence[Site], call: Mapping[str, Any], average_heads: bool = False) -> dict[str, Tensor]:
         """Noise the latents, run the denoiser once, and read what it computed, averaged over the ensemble."""
         recipe, b = self.declaration.recipe, len(z)
-        noise = call.get("noise", recipe.noise)
-        ensemble = call.get("ensemble", recipe.ensemble if isinstance(noise, str) and noise != "none" else 1)
-        timestep = call.get("timestep", recipe.timestep)
-        z_t = self._add_noise(z, noise, timestep, ensemble, call.get("generator"))
+        rule, timestep = call.get("noise", recipe.noise), call.get("timestep", recipe.timestep)
+        ensemble = call.get("ensemble", recipe.ensemble if isinstance(rule, str) and rule != "none" else 1)
+        canvas = self._canvas(ensemble, z.shape[-2], z.shape[-1]) if isinstance(rule, str) and rule == "fixed" else None
+        noise = calls.draw(z, rule, ensemble, canvas, call.get("generator"))
+        z_t = calls.mix(z, noise, timestep, self.forward_process).to(_dtype(self.denoiser))
+        t = calls.timesteps(timestep, b, z.device).repeat(ensemble)
         conditioning = {name: t.repeat(ensemble, *[1] * (t.ndim - 1)) for name, t in self._conditioning(b, call).items()}
         with self.recorder.recording(sites) as recorded:
-            output = self.family.call(self.denoiser, z_t, self._timesteps(timestep, b, z.device).repeat(ensemble), conditioning, size)
+            output = self.family.call(self.denoiser, z_t, t, conditioning, size)
         acts = {}
         for site in sites:
             tensors = capture.read(recorded, site)
@@ -260,7 +258,7 @@ class DiffusionBackbone(nn.Module):
 
     def _input(self, x: Tensor | None, call: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
         """The clean latents of a call and the size in pixels of its image before padding."""
-        self._check_call(call)
+        calls.check_keywords(call, self.declaration.name)
         z = call.pop("latents", None)
         if (x is None) == (z is None):
             raise TypeError("give either images x or latents=")
@@ -269,103 +267,27 @@ class DiffusionBackbone(nn.Module):
         assert x is not None
         return self.encode(x), (x.shape[-2], x.shape[-1])
 
-    def _check_call(self, call: dict[str, Any]) -> None:
-        """Drop keywords that are None, as timm does, and refuse unknown ones."""
-        for key in [key for key, value in call.items() if value is None]:
-            del call[key]
-        for key in call:
-            if key not in CALL:
-                raise TypeError(f"a call of {self.declaration.name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
-
     def _check_latents(self, z: Any, size: tuple[int, int] | None) -> tuple[int, int]:
-        step = self.size_divisibility // self.latent_stride
-        if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != self.latent_channels or z.shape[-2] % step or z.shape[-1] % step or 0 in z.shape:
-            raise ValueError(f"latents must be (B, {self.latent_channels}, h, w) with h and w multiples of {step}, as encode() gives them; got {_shape(z)}")
-        full = (z.shape[-2] * self.latent_stride, z.shape[-1] * self.latent_stride)
-        if size is None:
-            return full
-        if any(not f - self.size_divisibility < s <= f for s, f in zip(size, full, strict=True)):
-            raise ValueError(f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} pixels with padding")
-        return int(size[0]), int(size[1])
+        return calls.check_latents(z, size, self.latent_channels, self.latent_stride, self.size_divisibility)
 
-    def _check_image(self, x: Any) -> None:
-        expected = "expected (B, 3, H, W) floating point in [-1, 1]"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{expected}, got {type(x).__name__}; turn a PIL image into a tensor with timm's create_transform or torchvision")
-        if x.ndim != 4 or x.shape[1] != 3:
-            hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
-            hint = hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ""
-            raise ValueError(f"{expected}, got {_shape(x)}{hint}")
-        if not x.is_floating_point():
-            raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1")
-        if 0 in x.shape:
-            raise ValueError(f"{expected}, got an empty batch {_shape(x)}")
-        if not torch.compiler.is_compiling() and not x.is_meta and not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{expected}, got NaN or infinite values")
-
-    def _add_noise(self, z: Tensor, noise: Any, timestep: Any, ensemble: int, generator: torch.Generator | None) -> Tensor:
-        """(B, C, h, w) clean latents -> (ensemble · B, C, h, w) noisy ones, in the denoiser's dtype."""
-        if not isinstance(ensemble, int) or ensemble < 1:
-            raise ValueError(f"ensemble must be an integer from 1 up, got {ensemble!r}")
-        if generator is not None and noise != "random":
-            raise ValueError("generator= is for noise='random'")
-        dtype, shape = _dtype(self.denoiser), (ensemble, *z.shape)
-        if isinstance(noise, Tensor):
-            if tuple(noise.shape) not in (z.shape[1:], z.shape) or ensemble > 1:
-                raise ValueError(f"noise must be {tuple(z.shape[1:])} or {tuple(z.shape)} without an ensemble, got {_shape(noise)} with ensemble={ensemble}")
-            eps = noise.to(z.device).expand(shape)
-        elif noise == "none":
-            if ensemble > 1:
-                raise ValueError("an ensemble averages noise draws, and noise='none' has none")
-            return z.to(dtype)
-        elif noise == "fixed":
-            eps = crop(self._canvas(ensemble), z.shape[-2], z.shape[-1]).unsqueeze(1).expand(shape)
-        elif noise == "random":
-            eps = torch.randn(shape, generator=generator, device=generator.device if generator else z.device).to(z.device)
-        else:
-            raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
-        alpha, sigma = self.forward_process.levels(timestep if not isinstance(timestep, (Tensor, list, tuple)) else self._timesteps(timestep, len(z), z.device))
-        return (alpha * z + sigma * eps.to(z.dtype)).flatten(0, 1).to(dtype)
-
-    def _canvas(self, ensemble: int) -> Tensor:
+    def _canvas(self, ensemble: int, height: int, width: int) -> Tensor:
+        """The fixed noise of ``ensemble`` draws, cropped to the latents."""
         if self.canvas is not None and len(self.canvas) >= ensemble:
-            return self.canvas[:ensemble]
+            return crop(self.canvas[:ensemble], height, width)
         with torch.device(next(self.denoiser.parameters()).device):
-            return canvas(self.declaration.recipe.seed, ensemble, self.latent_channels)
-
-    def _timesteps(self, timestep: Any, b: int, device: torch.device) -> Tensor:
-        if isinstance(timestep, (Tensor, list, tuple)):
-            t = torch.as_tensor(timestep, device=device)
-            if t.ndim > 1 or t.numel() not in (1, b):
-                raise ValueError(f"timestep must be one number or {b}, one per image; got {_shape(t)}")
-            return t.reshape(-1).expand(b)
-        return torch.full((b,), timestep, device=device, dtype=torch.int64 if float(timestep).is_integer() else torch.float32)
+            return crop(canvas(self.declaration.recipe.seed, ensemble, self.latent_channels), height, width)
 
     def _conditioning(self, b: int, call: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors that condition this call, with a batch axis of ``b``."""
-        given = {name: call[name] for name in EMBEDDINGS if name in call}
-        tensors = dict(self.conditioning.items())
+        given = {name: call[name] for name in calls.EMBEDDINGS if name in call}
         if "prompt" in call:
             if given:
                 raise TypeError(f"give either prompt= or {', '.join(given)}, not both")
-            prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
-            if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-                raise TypeError(f"prompt must be a string or a list of strings, got {call['prompt']!r}")
-            if len(prompts) not in (1, b):
-                raise ValueError(f"prompt must be one string or {b}, one per image; got {len(prompts)}")
-            given = dict(self.prompter(prompts))
-        for name, tensor in given.items():
-            if name not in tensors:
-                raise TypeError(f"{self.declaration.name} is not conditioned on {name}; it takes {', '.join(tensors) or 'none'}")
-            own = tensors[name]
-            tensor = tensor if tensor.ndim == own.ndim else tensor[None]
-            if tensor.ndim != own.ndim or tensor.shape[-1] != own.shape[-1] or len(tensor) not in (1, b):
-                raise ValueError(f"{name} must be {tuple(own.shape[1:])} or ({b}, ...), got {_shape(given[name])}")
-            tensors[name] = tensor.to(device=own.device, dtype=own.dtype)
-        return {name: t.expand(b, *t.shape[1:]) for name, t in tensors.items()}
+            given = self.prompter(calls.prompts(call["prompt"], b))
+        return calls.condition(dict(self.conditioning.items()), given, b, self.declaration.name)
 
     def _take(self, indices: int | Sequence[int] | None) -> list[int]:
-        return take(indices, len(self._channels_and_strides()))
+        return calls.take(indices, len(self._channels_and_strides()))
 
     def _sites(self, levels: Iterable[LevelInfo]) -> list[Site]:
         return list(dict.fromkeys(site for level in levels for site in level.sites))
@@ -379,50 +301,7 @@ class DiffusionBackbone(nn.Module):
             )
         return site
 
-    # timm's surface.
-
-    def forward_features(self, x: Tensor, **call: Any) -> Tensor:
-        """The coarsest map, (B, num_features, h, w)."""
-        return self.forward(x, 1, **call)[0]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """There is no head.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(f"{self.declaration.name} has no classifier head; use the pyramid that forward() returns")
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        **call: Any,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's way of asking for levels.
-
-        Args:
-            x: As in :meth:`forward`.
-            indices: As in :meth:`forward`.
-            norm: Must be False: activations have no final norm.
-            stop_early: Accepted; nothing ever runs after the last activation.
-            output_fmt: ``NCHW``, or ``NLC`` for (B, h·w, C).
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The list of maps, or (coarsest map, list of maps).
-        """
-        if norm:
-            raise ValueError("norm=True asks for a final norm, and activations have none")
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        maps = self.forward(x, indices, **call)
-        out = [m.flatten(2).transpose(1, 2) for m in maps] if output_fmt == "NLC" else maps
-        return out if intermediates_only else (maps[-1], out)
+    # Cutting further, and staying frozen.
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Keep only some maps, and cut the denoiser behind the last activation that they need.
@@ -441,30 +320,6 @@ class DiffusionBackbone(nn.Module):
         self.family.truncate(self.denoiser, [path for site in self._sites(self.levels) for path in site.modules])
         self.num_features = self._channels_and_strides()[-1][0]
         return kept
-
-    def get_classifier(self) -> nn.Module:
-        return nn.Identity()
-
-    def reset_classifier(self, num_classes: int = 0, global_pool: str | None = None) -> None:
-        """Accepted for zero classes, since there is no classifier; anything else is a ``ValueError``."""
-        if num_classes:
-            raise ValueError(f"{self.declaration.name} has no classifier to reset to {num_classes} classes; put a head on its pyramid")
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory in the denoiser while it is trained."""
-        (self.denoiser.enable_gradient_checkpointing if enable else self.denoiser.disable_gradient_checkpointing)()  # type: ignore[operator]
-
-    def group_matcher(self, coarse: bool = False) -> Any:
-        """For timm's layer-wise learning rates: parameter name -> depth, from input to output."""
-        return self._depth
-
-    def _depth(self, name: str) -> int:
-        return self.family.depth(name.removeprefix("denoiser.")) if name.startswith("denoiser.") else 0
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    # Frozen stays frozen.
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
         """Only a trainable denoiser leaves eval; the encoder never does, whatever a framework calls."""
@@ -494,30 +349,6 @@ class DiffusionBackbone(nn.Module):
         return push(self, repo_id, private=private, commit_message=commit_message, token=token)
 
 
-def take(indices: int | Sequence[int] | None, n: int) -> list[int]:
-    """timm's way of naming some of n maps -> their positions, in the order given.
-
-    Args:
-        indices: None for all, an integer k for the last k, or positions, negative ones from the end.
-
-    Raises:
-        ValueError: A position that is not there, or twice the same.
-    """
-    if indices is None:
-        return list(range(n))
-    if isinstance(indices, int):
-        if not 1 <= indices <= n:
-            raise ValueError(f"the last {indices} maps were asked for, and there are {n}")
-        return list(range(n - indices, n))
-    wanted = [i + n if i < 0 else i for i in indices]
-    if not wanted or any(not 0 <= i < n for i in wanted) or len(set(wanted)) < len(wanted):
-        raise ValueError(f"indices must be different positions from {-n} to {n - 1}, got {list(indices)}")
-    return wanted
-
-
 def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters()), torch.get_default_dtype())
 
-
-def _shape(x: Any) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -14,7 +14,8 @@ from torch import nn
 
 from diffusion_backbones import probe, pyramid, tensors
 from diffusion_backbones.activations import Catalogue
-from diffusion_backbones.backbone import DiffusionBackbone, take
+from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.calls import take
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs
 from diffusion_backbones.hub import HubRepo, open_checkpoint
@@ -165,18 +166,23 @@ def _resolve(name: str, has_recipe: bool, cache_dir: Any) -> Place:
 
 def _anonymous(folder: Folder) -> Checkpoint:
     """A checkpoint that nobody declared: what its own configs say, and a licence that is not known."""
+    kinds = [kind for kind, family in FAMILIES.items() if f"{family.denoiser}/config.json" in folder.names()]
+    if not kinds:
+        wanted = ", ".join(f"{family.denoiser}/config.json" for family in FAMILIES.values())
+        raise FileNotFoundError(f"{folder} holds no denoiser that is known here ({wanted}); is it a folder in the diffusers layout?")
+    family = FAMILIES[kinds[0]]
+    configs = folder.configs(family)
     named = Path(folder.provenance.get("repo") or folder.path.resolve()).name.lower()
     name = "my_" + re.sub(r"[^a-z0-9]+", "_", named).strip("_")
-    side = folder.json("unet/config.json").get("sample_size") or 64
-    overflows = folder.json("vae/config.json").get("force_upcast", False)
     return Checkpoint(
         name=name,
         title=str(folder),
         hub_id=folder.provenance.get("repo", ""),
         license=License("other", name="unknown; see where the weights came from", verified=False),
         paper=None,
-        input_size=8 * (side if isinstance(side, int) else max(side)),
-        encoder_float16=not overflows,
+        input_size=family.native_size(configs),
+        family=kinds[0],
+        encoder_float16=not (family.encoder and configs[family.encoder].get("force_upcast", False)),
     )
 
 
@@ -277,10 +283,10 @@ def _build(
         embeddings = restored.embeddings()
     else:
         assert source is not None
+        embeddings = prompter([recipe.prompt])              # first, so that the text encoder is gone before the weights come
         for component, part, network, its_dtype in ((family.denoiser, "denoiser", denoiser, dtype), (family.encoder, "encoder", encoder, encoder_dtype)):
             files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
             tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}")
-        embeddings = prompter([recipe.prompt])
     with torch.device(device):
         backbone = DiffusionBackbone(
             declaration,

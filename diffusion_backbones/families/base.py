@@ -110,3 +110,8 @@ class Family(ABC):
         if not self.encoder:
             return 1
         return int(2 ** (len(configs[self.encoder]["block_out_channels"]) - 1))
+
+    def native_size(self, configs: Configs) -> int:
+        """Side in pixels of the square images that the denoiser's config states."""
+        side = configs[self.denoiser].get("sample_size") or 64
+        return int(side if isinstance(side, int) else max(side)) * self.latent_stride(configs)

@@ -1,0 +1,186 @@
+"""What one call says: checked, and turned into the tensors that the denoiser is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_backbones.noise import ForwardProcess
+from diffusion_backbones.recipe import closest
+
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "class_labels")
+CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "latents")
+
+
+def check_keywords(call: dict[str, Any], name: str) -> None:
+    """Drop keywords that are None, as timm does.
+
+    Raises:
+        TypeError: An unknown keyword; the closest is named.
+        ValueError: An ensemble of less than one.
+    """
+    for key in [key for key, value in call.items() if value is None]:
+        del call[key]
+    for key in call:
+        if key not in CALL:
+            raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
+    ensemble = call.get("ensemble", 1)
+    if not isinstance(ensemble, int) or ensemble < 1:
+        raise ValueError(f"ensemble must be an integer from 1 up, got {ensemble!r}")
+
+
+def check_image(x: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty."""
+    expected = "expected (B, 3, H, W) floating point in [-1, 1]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{expected}, got {type(x).__name__}; turn a PIL image into a tensor with timm's create_transform or torchvision")
+    if x.ndim != 4 or x.shape[1] != 3:
+        hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
+        raise ValueError(f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}")
+    if not x.is_floating_point():
+        raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1")
+    if 0 in x.shape:
+        raise ValueError(f"{expected}, got an empty batch {shape(x)}")
+    if not torch.compiler.is_compiling() and not x.is_meta and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{expected}, got NaN or infinite values")
+
+
+def check_latents(z: Any, size: tuple[int, int] | None, channels: int, stride: int, divisibility: int) -> tuple[int, int]:
+    """The size in pixels of the image that latents belong to, before it was padded.
+
+    Args:
+        z: (B, channels, h, w), h and w multiples of divisibility / stride.
+        size: What the caller says; None means that nothing was padded.
+
+    Raises:
+        ValueError: ``z`` has another shape, or ``size`` cannot be.
+    """
+    step = divisibility // stride
+    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels or z.shape[-2] % step or z.shape[-1] % step or 0 in z.shape:
+        raise ValueError(f"latents must be (B, {channels}, h, w) with h and w multiples of {step}, as encode() gives them; got {shape(z)}")
+    full = (z.shape[-2] * stride, z.shape[-1] * stride)
+    if size is None:
+        return full
+    if any(not f - divisibility < s <= f for s, f in zip(size, full, strict=True)):
+        raise ValueError(f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} pixels with padding")
+    return int(size[0]), int(size[1])
+
+
+def draw(z: Tensor, noise: Any, ensemble: int, canvas: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
+    """The noise of a call, (ensemble, B or 1, C, h, w), or None for none.
+
+    Args:
+        z: (B, C, h, w) latents.
+        noise: ``"fixed"``, ``"random"``, ``"none"``, or a tensor (C, h, w) or (B, C, h, w).
+        ensemble: Number of draws.
+        canvas: (ensemble, C, h, w) of the fixed noise, where that is asked for.
+        generator: For random noise.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    if generator is not None and not (isinstance(noise, str) and noise == "random"):
+        raise ValueError("generator= is for noise='random'")
+    if isinstance(noise, Tensor):
+        if tuple(noise.shape) not in (tuple(z.shape[1:]), tuple(z.shape)) or ensemble > 1:
+            raise ValueError(f"noise must be {tuple(z.shape[1:])} or {tuple(z.shape)} without an ensemble, got {shape(noise)} with ensemble={ensemble}")
+        return noise.to(z).expand(1, *z.shape)
+    if noise == "none":
+        if ensemble > 1:
+            raise ValueError("an ensemble averages noise draws, and noise='none' has none")
+        return None
+    if noise == "fixed":
+        assert canvas is not None
+        return canvas.to(z)[:, None]
+    if noise == "random":
+        return torch.randn((ensemble, *z.shape), generator=generator, device=generator.device if generator else z.device).to(z)
+    raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
+
+
+def mix(z: Tensor, noise: Tensor | None, timestep: Any, process: ForwardProcess) -> Tensor:
+    """(B, C, h, w) clean latents -> (ensemble · B, C, h, w) noisy ones, draw by draw."""
+    if noise is None:
+        return z
+    alpha, sigma = process.levels(timesteps(timestep, len(z), z.device) if isinstance(timestep, (Tensor, list, tuple)) else timestep)
+    return (alpha * z + sigma * noise).flatten(0, 1)
+
+
+def timesteps(timestep: Any, b: int, device: torch.device) -> Tensor:
+    """(B,) of what the network receives: integers as int64, as DDPM's schedulers give them, others as float32.
+
+    Raises:
+        ValueError: Neither one number nor one per image.
+    """
+    if isinstance(timestep, (Tensor, list, tuple)):
+        t = torch.as_tensor(timestep, device=device)
+        if t.ndim > 1 or t.numel() not in (1, b):
+            raise ValueError(f"timestep must be one number or {b}, one per image; got {shape(t)}")
+        return t.reshape(-1).expand(b)
+    return torch.full((b,), timestep, device=device, dtype=torch.int64 if float(timestep).is_integer() else torch.float32)
+
+
+def prompts(prompt: Any, b: int) -> list[str]:
+    """One prompt, or one per image.
+
+    Raises:
+        TypeError: No string and no list of strings.
+        ValueError: Another number than 1 or ``b``.
+    """
+    some = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(some, (list, tuple)) or not all(isinstance(p, str) for p in some):
+        raise TypeError(f"prompt must be a string or a list of strings, got {prompt!r}")
+    if len(some) not in (1, b):
+        raise ValueError(f"prompt must be one string or {b}, one per image; got {len(some)}")
+    return list(some)
+
+
+def condition(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, name: str) -> dict[str, Tensor]:
+    """The backbone's conditioning with a call's own in place, every tensor with a batch axis of ``b``.
+
+    Args:
+        own: Name -> (1, ...).
+        given: Name -> (...) or (1 or B, ...).
+
+    Raises:
+        TypeError: The network is not conditioned on such a tensor.
+        ValueError: It has another shape.
+    """
+    tensors = dict(own)
+    for key, tensor in given.items():
+        if key not in own:
+            raise TypeError(f"{name} is not conditioned on {key}; it takes {', '.join(own) or 'none'}")
+        like = own[key]
+        batched = tensor if tensor.ndim == like.ndim else tensor[None]
+        if batched.ndim != like.ndim or batched.shape[-1] != like.shape[-1] or len(batched) not in (1, b):
+            raise ValueError(f"{key} must be {tuple(like.shape[1:])} or ({b}, ...), got {shape(tensor)}")
+        tensors[key] = batched.to(like)
+    return {key: t.expand(b, *t.shape[1:]) for key, t in tensors.items()}
+
+
+def take(indices: int | Sequence[int] | None, n: int) -> list[int]:
+    """timm's way of naming some of n maps -> their positions, in the order given.
+
+    Args:
+        indices: None for all, an integer k for the last k, or positions, negative ones from the end.
+
+    Raises:
+        ValueError: A position that is not there, or twice the same.
+    """
+    if indices is None:
+        return list(range(n))
+    if isinstance(indices, int):
+        if not 1 <= indices <= n:
+            raise ValueError(f"the last {indices} maps were asked for, and there are {n}")
+        return list(range(n - indices, n))
+    wanted = [i + n if i < 0 else i for i in indices]
+    if not wanted or any(not 0 <= i < n for i in wanted) or len(set(wanted)) < len(wanted):
+        raise ValueError(f"indices must be different positions from {-n} to {n - 1}, got {list(indices)}")
+    return wanted
+
+
+def shape(x: Any) -> str:
+    """dtype and shape, for errors."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
