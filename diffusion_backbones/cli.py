@@ -1,0 +1,394 @@
+"""``diffusion-backbones``: the command line. Data goes to stdout, everything else to stderr.
+
+``list``, ``info``, ``activations`` and ``card`` read declarations and configs: no torch, no network, an answer at once.
+Exit status: 0; 1 for failures; 2 for wrong usage, unknown names included; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from diffusion_backbones import cards, listing, registry
+from diffusion_backbones.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from click.shell_completion import CompletionItem
+
+    from diffusion_backbones.backbone import DiffusionBackbone
+
+
+class Program(click.Group):
+    """The verbs, with the library's errors told in one line, and Ctrl-C answered with 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:  # `| head`: click ends quietly
+            raise
+        except (KeyError, ValueError, TypeError, OSError) as error:
+            if ctx.params["traceback"]:
+                raise
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
+            raise click.ClickException(" ".join(str(text).split())) from error
+
+
+class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
+    """A backbone's name; ``places`` allows ``hf-hub:`` and ``local-dir:`` too, ``checkpoints`` a checkpoint's name."""
+
+    name = "name"
+
+    def __init__(self, places: bool = False, checkpoints: bool = False):
+        self.prefixes = ("hf-hub:", "local-dir:") if places else ()
+        self.others = registry.list_checkpoints() if checkpoints else []
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.startswith(self.prefixes) or value in self.others:
+            return value
+        try:
+            return registry.get_declaration(value).name
+        except KeyError as error:
+            self.fail(str(error.args[0]), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in [*registry.list_models(include_tags=True), *self.others] if name.startswith(incomplete)]
+
+
+class Levels(click.ParamType):  # type: ignore[type-arg]
+    """``0,2`` -> (0, 2), growing."""
+
+    name = "levels"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+            self.fail(f"{value!r} must be different positions such as 0,2, counted from 0 for the finest level", param, ctx)
+        return tuple(sorted(map(int, parts)))
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="diffusion-backbones")
+@click.option("--traceback", is_flag=True, help="Show where an error comes from.")
+def main(traceback: bool) -> None:
+    """timm for diffusion features: what there is, what it gives, and the features of whole folders.
+
+    \b
+    Examples:
+      diffusion-backbones list 'sd15*'
+      diffusion-backbones info sd15_gdf
+      diffusion-backbones activations sd15 cross-q --size 512
+      diffusion-backbones extract sd15_gdf photos/ -o features/ --size 512
+      diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
+      diffusion-backbones card sd15_gdf
+    """
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
+
+
+@main.command(name="list")
+@click.argument("pattern", default="*")
+@click.option("--pretrained", is_flag=True, help="Only what has trained weights, tags included.")
+@click.option("--checkpoints", is_flag=True, help="Checkpoints, not backbones: the networks that recipes read.")
+@json_option
+def list_(pattern: str, pretrained: bool, checkpoints: bool, as_json: bool) -> None:
+    """What backbones there are.
+
+    One line each: name, channels@stride of every level from fine to coarse, licence of the weights, and how they are had.
+    PATTERN is shell-style; a word without *, ? or [ is looked for anywhere in the name.
+
+    \b
+    Examples:
+      diffusion-backbones list
+      diffusion-backbones list 'sd15_*'
+      diffusion-backbones list gdf --json
+      diffusion-backbones list --checkpoints
+    """
+    if checkpoints:
+        known = [c for c in map(registry.get_checkpoint, registry.list_checkpoints(_glob(pattern))) if not (pretrained and c.untrained)]
+        head = ["name", "licence", "access", "pixels", "weights"]
+        rows = [[c.name, str(c.license), listing.access(c), str(c.input_size), c.hub_id or "in the package"] for c in known]
+        _print(head, rows, [listing.checkpoint(c) for c in known] if as_json else None, f"{len(rows)} checkpoints")
+    else:
+        declared = [registry.get_declaration(name) for name in registry.list_models(_glob(pattern), pretrained=pretrained)]
+        head = ["name", "channels@stride", "licence", "access"]
+        rows = [[d.name, cards.channels_at_strides(cards.levels(d)), str(d.checkpoint.license), listing.access(d.checkpoint)] for d in declared]
+        _print(head, rows, [listing.backbone(d) for d in declared] if as_json else None, f"{len(rows)} backbones")
+
+
+@main.command()
+@click.argument("name", type=Name())
+@json_option
+def info(name: str, as_json: bool) -> None:
+    """What a backbone is, what it returns and what it costs.
+
+    \b
+    Examples:
+      diffusion-backbones info sd15_gdf
+      diffusion-backbones info sdxl_gdf --json
+    """
+    declaration = registry.get_declaration(name)
+    if as_json:
+        click.echo(json.dumps(listing.facts(declaration), indent=2))
+    else:
+        for heading, text in listing.about(declaration):
+            click.echo(f"{heading:12}{text}")
+
+
+@main.command()
+@click.argument("name", type=Name(checkpoints=True))
+@click.argument("pattern", default="*")
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    metavar="PIXELS",
+    help="Add the shapes for one square image of this many pixels a side, padded as the backbone pads it.",
+)
+@click.option("--all", "extensions", is_flag=True, help="Also the ids that go beyond GDF's: the outputs of attention layers.")
+@json_option
+def activations(name: str, pattern: str, size: int | None, extensions: bool, as_json: bool) -> None:
+    """Every activation of a network.
+
+    One line each: id, module path, port, channels, stride, and the shape with --size. NAME is a backbone or a checkpoint; its
+    whole network is listed, in forward order. PATTERN is shell-style; a word without *, ? or [ is looked for anywhere in the
+    id. The port is what is read of the module: its output, its input, or the attention map of its queries and keys, whose
+    channels are heads.
+
+    \b
+    Examples:
+      diffusion-backbones activations sd15
+      diffusion-backbones activations sdxl 'up-*-cross-q' --size 1024
+      diffusion-backbones activations sd15_gdf self --all --json
+    """
+    checkpoint = registry.get_checkpoint(name) if name in registry.list_checkpoints() else registry.get_declaration(name).checkpoint
+    found, total = listing.activations(checkpoint, _glob(pattern), extensions, size)
+    head = ["id", "path", "port", "channels", "stride", *(["shape"] if size else [])]
+    rows = [[" x ".join(map(str, row[key])) if key == "shape" else str(row[key]) for key in head] for row in found]
+    _print(head, rows, found if as_json else None, f"{len(found)} of {total} activations of {checkpoint.name}")
+
+
+@main.command()
+@click.argument("name", type=Name())
+def card(name: str) -> None:
+    """The model card, in Markdown.
+
+    \b
+    Example:
+      diffusion-backbones card sd15_gdf > README.md
+    """
+    click.echo(cards.card(registry.get_declaration(name)), nl=False)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which backbone runs, and where; :func:`_build` takes them."""
+    path = click.Path(exists=True, path_type=Path)
+    options = [
+        click.option(
+            "--size",
+            type=click.IntRange(min=1),
+            metavar="PIXELS",
+            help="Resize the shorter side and cut out the central square, as timm does.  [default: no change]",
+        ),
+        click.option("--levels", type=Levels(), help="Only these, 0 being the finest: 0,2. Fewer make a shorter network.  [default: all]"),
+        click.option(
+            "--device", metavar="NAME", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one."
+        ),
+        click.option("--checkpoint-path", type=path, help="A diffusers folder, a saved backbone or a .safetensors file, not the published weights."),
+        click.option("--random-weights", is_flag=True, help="Random weights (seed 0), to try things without a download."),
+        click.option("--prompt", help="In place of the recipe's."),
+        click.option("--timestep", type=int, help="In place of the recipe's."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("name", type=Name(places=True))
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the features.")
+@model_options
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of the files, and of the computation except on the CPU, which computes in float32.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Images per pass; only neighbours of equal size share one."
+)
+@click.option("--overwrite", is_flag=True, help="Make everything again, even where other settings made it.")
+def extract(
+    name: str, images: Sequence[Path], out: Path, size: int | None, levels: tuple[int, ...] | None, dtype: str, batch_size: int, overwrite: bool, **model: Any
+) -> None:
+    """Features of whole folders, a file for each image.
+
+    NAME is a backbone, hf-hub:OWNER/REPO or local-dir:FOLDER. IMAGES are files and folders, which are read with all that is
+    below them. The features of a/b.jpg in the folder photos go to OUT/a/b.jpg.safetensors, with the tensors level0
+    (C, h, w), level1 and so on; OUT/manifest.json says how they were made, and its path is printed. Calling it again goes on where it stopped.
+
+    \b
+    Examples:
+      diffusion-backbones extract sd15_gdf photos/ -o features/
+      diffusion-backbones extract sdxl_gdf photos/ -o features/ --size 1024 --batch-size 4 --device cuda
+      diffusion-backbones extract sd15_gdf a.jpg b.png -o features/ --levels 0 --prompt 'a photo of a cat'
+    """
+    from diffusion_backbones.images import find
+
+    files = find(images)
+    _check_random(name, model)
+
+    import torch
+
+    from diffusion_backbones import extraction
+
+    built = _build(name, levels, dtype, **model)
+    names = [f"level{i}" for i in levels] if levels else None
+    try:
+        summary = extraction.extract(
+            built.backbone,
+            files,
+            out,
+            size=size,
+            dtype=getattr(torch, dtype),
+            batch_size=batch_size,
+            names=names,
+            weights=built.weights,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        without = ", without --overwrite," if overwrite else ""
+        click.echo(f"\nInterrupted. Finished images are kept: the same command{without} goes on from here.", err=True)
+        raise click.exceptions.Exit(130) from None
+    click.echo(f"{summary.done} extracted, {summary.skipped} finished before, {len(summary.failed)} failed", err=True)
+    click.echo(out / extraction.MANIFEST)
+    if summary.failed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("name", type=Name(places=True))
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The picture: .png, .jpg or .webp.")
+@model_options
+def visualize(name: str, image: Path, out: Path, size: int | None, levels: tuple[int, ...] | None, **model: Any) -> None:
+    """A photograph beside what each level sees in it.
+
+    The channels of a level become red, green and blue by principal component analysis. NAME is a backbone,
+    hf-hub:OWNER/REPO or local-dir:FOLDER. Prints the shape of every level, and the picture's path last.
+
+    \b
+    Examples:
+      diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
+      diffusion-backbones visualize tinysd_genpercept photo.jpg -o picture.png --size 512
+    """
+    from diffusion_backbones.images import load, too_large
+
+    photo = load(image)
+    _check_random(name, model)
+
+    from diffusion_backbones import viz
+
+    if out.suffix.lower() not in viz.FORMATS:
+        raise click.BadParameter(f"{out.name!r} ends in none of {', '.join(viz.FORMATS)}.", param_hint="'-o'")
+    built = _build(name, levels, None, **model)
+    declaration = built.backbone.declaration
+    if size is None and (advice := too_large(image, photo, declaration)):
+        click.echo(advice, err=True)
+    panels, seen = viz.panels(built.backbone, photo, size, levels)
+    viz.write(viz.picture(seen, panels, *viz.titles(declaration), warning=viz.UNTRAINED if built.untrained else ""), out)
+    for panel in panels:
+        click.echo(f"{panel.name}: {tuple(panel.features.shape)} @ stride {panel.stride}")
+    click.echo(out)
+
+
+# What the verbs share.
+
+
+class Built(NamedTuple):
+    """A backbone, where its weights come from if it does not know itself, and whether they are random."""
+
+    backbone: DiffusionBackbone
+    weights: Mapping[str, str] | None
+    untrained: bool
+
+
+def _check_random(name: str, model: Mapping[str, Any]) -> None:
+    contradicting = [option for option in ("checkpoint_path", "prompt") if model[option] is not None]
+    if model["random_weights"] and (contradicting or ":" in name):
+        other = f"--{contradicting[0].replace('_', '-')}" if contradicting else name
+        raise click.UsageError(f"--random-weights builds a registered backbone without any file, so without a text encoder, and does not go with {other}.")
+
+
+def _build(
+    name: str, levels: tuple[int, ...] | None, dtype: str | None, *, device: str, checkpoint_path: Path | None, random_weights: bool, **settings: Any
+) -> Built:
+    import torch
+
+    from diffusion_backbones.factory import create_model
+    from diffusion_backbones.viz import UNTRAINED
+
+    where = _device(device)
+    if random_weights:
+        torch.manual_seed(0)
+    backbone = create_model(
+        name,
+        pretrained=not random_weights,
+        checkpoint_path=checkpoint_path,
+        out_indices=levels,
+        dtype=None if where.type == "cpu" else dtype,
+        device=where,
+        **settings,
+    )
+    untrained = random_weights or (backbone.declaration.checkpoint.untrained and checkpoint_path is None)
+    if untrained:
+        click.echo(UNTRAINED, err=True)
+    return Built(backbone, {"random": f"seed 0 on {where.type}"} if random_weights else None, untrained)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{name!r} cannot be used here: {str(error).splitlines()[0]}", param_hint="'--device'") from error
+    return device
+
+
+def _glob(pattern: str) -> str:
+    return pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+
+
+def _print(head: Sequence[str], rows: Sequence[Sequence[str]], data: Sequence[Any] | None, count: str) -> None:
+    """Rows in columns, or ``data`` as JSON. Heading and count go to stderr, so that stdout has one line for each row."""
+    if data is None:
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        click.secho(_line(head, widths), err=True, dim=True)
+        for row in rows:
+            click.echo(_line(row, widths))
+    else:
+        click.echo(json.dumps(data, indent=2))
+    click.echo(count, err=True)
+
+
+def _line(cells: Iterable[str], widths: Iterable[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What the command line says about checkpoints, backbones and activations: text for people, dictionaries for machines.
+
+Declarations and architecture configs are all it reads. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from diffusion_backbones import cards, registry
+from diffusion_backbones.activations import Site, parse
+from diffusion_backbones.costs import costs
+from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.recipe import Checkpoint
+from diffusion_backbones.registry import Declaration, package_configs
+
+
+def access(checkpoint: Checkpoint) -> str:
+    """How the weights are had: ``gated``, ``open``, or ``built in`` if they travel in the package; and whether they are random."""
+    where = "gated" if checkpoint.gated else "open" if checkpoint.hub_id else "built in"
+    return f"{where}, untrained" if checkpoint.untrained else where
+
+
+def checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A row of ``list --checkpoints``."""
+    return {
+        "name": checkpoint.name,
+        "title": checkpoint.title,
+        "hub_id": checkpoint.hub_id,
+        "license": str(checkpoint.license),
+        "gated": checkpoint.gated,
+        "input_size": checkpoint.input_size,
+        "untrained": checkpoint.untrained,
+    }
+
+
+def backbone(declaration: Declaration) -> dict[str, Any]:
+    """A row of ``list``."""
+    return {
+        "name": declaration.name,
+        "levels": [{"channels": info["num_chs"], "stride": info["reduction"]} for info in feature_info(declaration)],
+        "license": str(declaration.checkpoint.license),
+        "gated": declaration.checkpoint.gated,
+        "untrained": declaration.checkpoint.untrained,
+    }
+
+
+def feature_info(declaration: Declaration) -> list[dict[str, Any]]:
+    """timm's ``feature_info`` of a backbone that nobody built, fine to coarse."""
+    return [
+        {"num_chs": sum(site.channels for site in level), "reduction": level[0].stride, "module": "+".join(site.path for site in level), "index": i}
+        for i, level in enumerate(cards.levels(declaration))
+    ]
+
+
+def activations(checkpoint: Checkpoint, pattern: str, extensions: bool, size: int | None) -> tuple[list[dict[str, Any]], int]:
+    """Rows of ``activations``, and how many there are without a pattern.
+
+    Args:
+        pattern: Shell-style, for ids.
+        extensions: Also the ids that go beyond GDF's.
+        size: Side in pixels of a square image, whose shapes, padded and without batch, are told.
+    """
+    configs, family = package_configs(checkpoint), FAMILIES[checkpoint.family]
+    catalogue = family.catalogue(configs, checkpoint.name)
+    rows = [asdict(site) for site in catalogue.find(pattern, extensions)]
+    if size is not None:
+        side = size + -size % family.size_divisibility(configs)
+        tokens = family.conditioning_shapes(configs)["prompt_embeds"][0]
+        for row in rows:
+            row["shape"] = shape(catalogue[row["id"]], side, tokens)
+    return rows, len(catalogue.find("*", extensions))
+
+
+def shape(site: Site, side: int, tokens: int) -> tuple[int, ...]:
+    """Shape, without batch, of an activation for ``side`` x ``side`` pixels, a multiple of its stride, and ``tokens`` text tokens."""
+    n = side // site.stride
+    if site.layout == "map":
+        return site.channels, n, n
+    if site.layout == "tokens":
+        return n * n, site.channels
+    return site.channels, n * n, n * n if parse(site.id).kind == "self-map" else tokens
+
+
+def facts(declaration: Declaration) -> dict[str, Any]:
+    """All that ``info`` knows, JSON-able."""
+    cost = costs(declaration)
+    return {
+        "name": declaration.name,
+        "checkpoint": asdict(declaration.checkpoint),
+        "recipe": declaration.recipe.to_dict(),
+        "recipe_digest": declaration.recipe.digest,
+        "feature_info": feature_info(declaration),
+        "costs": {**asdict(cost), "bytes": cost.bytes},
+        "pretrained_cfg": registry.pretrained_cfg(declaration),
+    }
+
+
+def about(declaration: Declaration) -> Iterator[tuple[str, str]]:
+    """The lines of ``info``: (heading, text), the heading empty where the one before goes on."""
+    checkpoint = declaration.checkpoint
+    yield from _what(declaration)
+    yield from _levels(declaration)
+    yield from _recipe(declaration)
+    yield from _costs(declaration)
+    yield from _weights(checkpoint)
+    yield "source", declaration.recipe.source or "none: nobody published this recipe"
+    doubts = [*checkpoint.unverified, *declaration.recipe.unverified, *([] if checkpoint.license.verified else ["No source at hand states the licence."])]
+    yield from _sentences("notes", [*filter(None, [checkpoint.status]), *declaration.recipe.notes])
+    yield from _sentences("unverified", doubts)
+
+
+def _what(declaration: Declaration) -> Iterator[tuple[str, str]]:
+    recipe = declaration.recipe
+    paper = f" of {cards.cite(recipe.paper)}, {recipe.paper.link}" if recipe.paper else ""
+    yield "backbone", f"{declaration.name}: {declaration.checkpoint.title}, read by {recipe.name}{paper}"
+    if declaration.checkpoint.untrained:
+        yield "", "UNTRAINED: the weights are random, and its maps show nothing that was learned"
+
+
+def _levels(declaration: Declaration) -> Iterator[tuple[str, str]]:
+    for i, level in enumerate(cards.levels(declaration)):
+        first = f"{i}: {sum(site.channels for site in level)} @ {level[0].stride}"
+        for j, site in enumerate(level):
+            yield "" if i or j else "levels", f"{'' if j else first:14}{site.id}"
+
+
+def _recipe(declaration: Declaration) -> Iterator[tuple[str, str]]:
+    recipe, side = declaration.recipe, declaration.input_size
+    counted = "" if recipe.nominal_timestep is None else f", which the source counts as {recipe.nominal_timestep}"
+    seed = f", seed {recipe.seed}" if recipe.noise == "fixed" else ""
+    mean = f", mean of {recipe.ensemble} draws" if recipe.ensemble > 1 else ""
+    yield "input", f"{side} x {side} in the source, any size here"
+    yield "timestep", f"{recipe.timestep:g}{counted}"
+    yield "noise", f"{recipe.noise}{seed}{mean}"
+    yield "prompt", repr(recipe.prompt) if recipe.prompt else "empty"
+
+
+def _costs(declaration: Declaration) -> Iterator[tuple[str, str]]:
+    cost, ensemble = costs(declaration), declaration.recipe.ensemble
+    draws = f"{ensemble} x " if ensemble > 1 else ""
+    kept, whole, encoder = (cards.millions(n) for n in (cost.parameters, cost.parameters_total, cost.encoder_parameters))
+    operations = f"denoiser {draws}{cards.gflops(cost.denoiser_gflops)} GFLOPs, image encoder {cards.gflops(cost.encoder_gflops)} GFLOPs"
+    yield "parameters", f"denoiser {kept} kept of {whole}, image encoder {encoder}"
+    yield "operations", f"{operations}, for one image of {cost.size} x {cost.size}"
+    yield "to read", f"{cost.bytes / 1e9:.2f} GB in float32" if cost.bytes >= 1e8 else f"{cost.bytes / 1e6:.1f} MB in float32"
+
+
+def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    yield "weights", f"{checkpoint.hub_id} @ {checkpoint.revision}" if checkpoint.hub_id else "in the package"
+    if checkpoint.denoiser:
+        yield "", f"denoiser: {checkpoint.denoiser.repo} @ {checkpoint.denoiser.revision}, {checkpoint.denoiser.filename}"
+    for mirror in checkpoint.mirrors:
+        yield "", f"mirror: {mirror}"
+    yield "access", access(checkpoint) + (f": accept the licence at https://huggingface.co/{checkpoint.hub_id}" if checkpoint.gated else "")
+    yield "licence", " ".join(filter(None, [str(checkpoint.license), checkpoint.license.link]))
+
+
+def _sentences(heading: str, sentences: list[str]) -> Iterator[tuple[str, str]]:
+    for i, sentence in enumerate(sentences):
+        yield "" if i else heading, sentence

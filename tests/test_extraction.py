@@ -1,0 +1,385 @@
+"""Folders of images -> files of features: what is in them, and that no accident spoils, loses or repeats anything."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+from torchvision.transforms.functional import to_tensor
+
+import diffusion_backbones as db
+from diffusion_backbones import images, tensors
+from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.extraction import MANIFEST, extract
+
+PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
+NAME = "tinysd_gdf"
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return db.create_model(NAME, pretrained=True)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of four pictures cut from the photograph: two sizes, one of them in a folder of its own."""
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    photo = Image.open(PHOTO)
+    for i, (name, size) in enumerate([("a.jpg", (64, 48)), ("b.png", (64, 48)), ("c.jpg", (80, 64)), ("inner/a.jpg", (64, 48))]):
+        photo.crop((40 * i, 30 * i, 40 * i + size[0], 30 * i + size[1])).save(folder / name)
+    return folder
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same features and say the same about them; safetensors orders metadata at random."""
+    a, b = load_file(one), load_file(other)
+    return metadata(one) == metadata(other) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def litter(folder: Path) -> list[Path]:
+    """Whatever is neither a manifest nor a whole file of features."""
+    return [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and (p.name.startswith(".") or p.suffix != ".safetensors")]
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {name: image["status"] for name, image in json.loads((folder / MANIFEST).read_text())["images"].items()}
+
+
+# What is written.
+
+
+def test_files_hold_the_pyramid_and_say_what_it_is(backbone, photos, tmp_path):
+    out = tmp_path / "out"
+    summary = extract(backbone, images.find([photos]), out)
+    assert (summary.done, summary.skipped, summary.failed) == (4, 0, {})
+    written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    assert written == ["a.jpg.safetensors", "b.png.safetensors", "c.jpg.safetensors", "inner/a.jpg.safetensors", "manifest.json"]
+    x = to_tensor(Image.open(photos / "c.jpg"))[None] * 2 - 1
+    found = load_file(out / "c.jpg.safetensors")
+    for i, level in enumerate(backbone(x)):
+        assert torch.equal(found[f"level{i}"], level[0].half())
+    said = metadata(out / "c.jpg.safetensors")
+    assert said["backbone"] == NAME
+    assert said["recipe_digest"] == backbone.declaration.recipe.digest
+    assert json.loads(said["strides"]) == {"level0": 8, "level1": 16, "level2": 32}
+    assert json.loads(said["original_size"]) == json.loads(said["input_size"]) == [64, 80]
+    assert json.loads(said["weights"]) == backbone.provenance
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert (manifest["backbone"], manifest["tag"], manifest["dtype"], manifest["size"]) == (NAME, "", "float16", None)
+    assert manifest["weights"] == backbone.provenance
+    assert manifest["recipe_digest"] == db.Recipe.from_dict(manifest["recipe"]).digest
+    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert statuses(out) == {name.removesuffix(".safetensors"): "done" for name in written[:-1]}
+
+
+def test_a_size_means_what_timm_means(backbone, photos, tmp_path):
+    extract(backbone, images.find([PHOTO]), tmp_path / "out", size=64, dtype=torch.float32)
+    config = resolve_model_data_config(backbone) | {"input_size": (3, 64, 64)}
+    x = create_transform(**config)(Image.open(PHOTO).convert("RGB"))[None]
+    found = load_file(tmp_path / "out" / "cat.jpg.safetensors")
+    for i, level in enumerate(backbone(x)):
+        assert torch.equal(found[f"level{i}"], level[0])
+    said = metadata(tmp_path / "out" / "cat.jpg.safetensors")
+    assert (json.loads(said["original_size"]), json.loads(said["input_size"])) == ([300, 451], [64, 64])
+
+
+def test_batches_hold_images_of_one_size_and_change_nothing(backbone, photos, tmp_path, monkeypatch):
+    shapes = []
+    forward = DiffusionBackbone.forward
+    monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x, *args, **kwargs: shapes.append(tuple(x.shape)) or forward(self, x, *args, **kwargs))
+    extract(backbone, images.find([photos]), tmp_path / "alone")
+    assert [shape[0] for shape in shapes] == [1, 1, 1, 1]
+    shapes.clear()
+    extract(backbone, images.find([photos]), tmp_path / "together", batch_size=4)
+    assert shapes == [(2, 3, 48, 64), (1, 3, 64, 80), (1, 3, 48, 64)]
+    for path in (tmp_path / "alone").rglob("*.safetensors"):
+        alone, together = load_file(path), load_file(tmp_path / "together" / path.relative_to(tmp_path / "alone"))
+        for name in alone:
+            torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=1e-3)
+
+
+def test_features_are_not_gathered(backbone, photos, tmp_path, monkeypatch):
+    alive = []
+    write = tensors.write
+
+    def counting(*args):
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+        write(*args)
+
+    monkeypatch.setattr(tensors, "write", counting)
+    extract(backbone, images.find([photos]), tmp_path / "out")
+    assert len(alive) == 4
+    assert max(alive) == alive[0], alive
+
+
+def test_upright_as_the_camera_was_held(photos, tmp_path):
+    photo = Image.open(photos / "c.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees to be shown
+    photo.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert images.load(tmp_path / "turned.png").tobytes() == photo.convert("RGB").tobytes()
+
+
+# What is found.
+
+
+def test_hidden_files_and_other_files_are_no_images(photos):
+    for name in (".hidden.jpg", "notes.txt", "inner/D.JPEG"):
+        shutil.copy(photos / "a.jpg", photos / name)
+    (photos / "inner" / "round").symlink_to(photos)
+    assert [file.name for file in images.find([photos])] == ["a.jpg", "b.png", "c.jpg", "inner/D.JPEG", "inner/a.jpg"]
+
+
+def test_two_images_of_one_name_are_refused(photos):
+    assert len(images.find([photos / "a.jpg", photos])) == 4  # the same image twice
+    with pytest.raises(ValueError, match=r"would both be kept as 'a\.jpg'"):
+        images.find([photos / "a.jpg", photos / "inner" / "a.jpg"])
+
+
+def test_nothing_to_do_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        images.find([tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        images.find([tmp_path])
+
+
+# What can go wrong with an image.
+
+
+def test_broken_images_are_told_and_the_others_go_on(backbone, photos, tmp_path, capsys):
+    (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes()[:400])
+    (photos / "b.png").write_text("no image")
+    Image.new("I;16", (64, 48), 40000).save(photos / "deep.png")
+    (photos / "empty.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    summary = extract(backbone, images.find([photos]), out, batch_size=2)
+    assert summary.done == 2
+    assert set(summary.failed) == {"a.jpg", "b.png", "deep.png", "empty.jpg"}
+    assert "8 bits" in summary.failed["deep.png"]
+    told = capsys.readouterr().err
+    assert all(str(photos / name) in told for name in summary.failed)
+    assert statuses(out) == {name: "failed" for name in summary.failed} | {"c.jpg": "done", "inner/a.jpg": "done"}
+    Image.open(PHOTO).crop((0, 0, 64, 48)).save(photos / "a.jpg")  # repaired
+    again = extract(backbone, images.find([photos]), out)
+    assert (again.done, again.skipped, len(again.failed)) == (1, 2, 3)
+
+
+def test_features_that_float16_cannot_hold_are_not_written(photos, tmp_path):
+    backbone = db.create_model(NAME, pretrained=True)
+    site = backbone.levels[1].sites[0]
+    backbone.denoiser.get_submodule(site.path).weight.data.mul_(1e7)
+    summary = extract(backbone, images.find([photos / "a.jpg"]), tmp_path / "out")
+    assert "level1 has values that float16 cannot hold" in summary.failed["a.jpg"]
+    assert not (tmp_path / "out" / "a.jpg.safetensors").exists()
+    assert extract(backbone, images.find([photos / "a.jpg"]), tmp_path / "wide", dtype=torch.bfloat16).done == 1
+
+
+def test_an_image_too_large_for_memory_is_told_and_the_others_go_on(backbone, photos, tmp_path, monkeypatch):
+    forward = DiffusionBackbone.forward
+
+    def small_device(self, x, *args, **kwargs):
+        if x.shape[-1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionBackbone, "forward", small_device)
+    summary = extract(backbone, images.find([photos]), tmp_path / "out")
+    assert summary.done == 3
+    assert "does not fit the memory" in summary.failed["c.jpg"]
+
+
+# Going on.
+
+
+def test_what_is_finished_is_not_made_again(backbone, photos, tmp_path):
+    out, files = tmp_path / "out", images.find([photos])
+    extract(backbone, files[:2], out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    summary = extract(backbone, files[1:], out)
+    assert (summary.done, summary.skipped) == (2, 1)
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert statuses(out) == {file.name: "done" for file in files}
+    assert extract(backbone, files, out, overwrite=True).done == 4
+    assert all(path.stat().st_mtime_ns > at for path, at in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"size": 32}, "size was the images' own and is 32"),
+        ({"dtype": torch.float32}, 'dtype was "float16" and is "float32"'),
+        ({"names": ["level0", "level2", "level3"]}, "levels was"),
+        ({"weights": {"repo": "a/b", "commit": "c"}}, "weights was"),
+        ({"backbone": {"prompt": "a cat"}}, 'prompt was "" and is "a cat"'),
+        ({"backbone": {"timestep": 7}}, "timestep was 51 and is 7"),
+        ({"backbone": {"seed": 1}}, "recipe_digest was"),
+        ({"backbone": {"name": "tinysd_legacy"}}, 'backbone was "tinysd_gdf" and is "tinysd_legacy"'),
+    ],
+)
+def test_other_settings_never_share_a_folder(backbone, photos, tmp_path, change, told, capsys):
+    out, files = tmp_path / "out", images.find([photos])
+    extract(backbone, files[:2], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = change.pop("backbone", None)
+    other = db.create_model(**{"name": NAME, "pretrained": True} | other) if other else backbone
+    with pytest.raises(ValueError, match=told) as error:
+        extract(other, files, out, **change)
+    assert "--overwrite" in str(error.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    summary = extract(other, files[1:], out, overwrite=True, **change)
+    assert summary.done == 3
+    assert "whatever this call does not replace" in capsys.readouterr().err
+    late = extract(other, files, out, **change)  # a.jpg is still of the old settings, and its own metadata says so
+    assert (late.done, late.skipped) == (1, 3)
+
+
+def test_half_written_files_are_not_finished_and_do_not_stay(backbone, photos, tmp_path):
+    out, files = tmp_path / "out", images.find([photos])
+    extract(backbone, files, out)
+    shutil.copytree(out, tmp_path / "whole")
+    whole = (out / "a.jpg.safetensors").read_bytes()
+    (out / "a.jpg.safetensors").write_bytes(whole[:-100])
+    (out / "inner" / ".a.jpg.safetensors.123.part").write_bytes(whole[:100])
+    (out / "inner" / ".tmpAb3xYz").write_bytes(whole[:100])
+    summary = extract(backbone, files, out)
+    assert (summary.done, summary.skipped) == (1, 3)
+    assert same(out / "a.jpg.safetensors", tmp_path / "whole" / "a.jpg.safetensors")
+    assert litter(out) == []
+
+
+def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_path):
+    out, files = tmp_path / "out", images.find([photos])
+    extract(backbone, files, out)
+    for text in ("{", "[]", '{"images": 3}'):
+        (out / MANIFEST).write_text(text)
+        with pytest.raises(ValueError, match="not whole"):
+            extract(backbone, files, out)
+    (out / MANIFEST).unlink()
+    assert extract(backbone, files, out).skipped == 4  # each file says itself by what it was made
+    (out / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="is in the way"):
+        extract(backbone, files, out, size=32)
+    assert extract(backbone, files, out, size=32, overwrite=True).done == 4
+
+
+# Accidents: real processes, real signals, a real full disk.
+
+
+def start(photos: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "diffusion_backbones.cli", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
+    # a shell that runs tests in the background lets its children ignore Ctrl-C
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, n: int) -> None:
+    """Until ``n`` files are finished."""
+    end = time.monotonic() + 240
+    while len(list(out.glob("*.safetensors"))) < n:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no features after four minutes"
+        time.sleep(0.005)
+
+
+def test_interrupted_and_killed_runs_go_on_where_they_stopped(backbone, tmp_path):
+    photos, out, n = tmp_path / "photos", tmp_path / "out", 40
+    photos.mkdir()
+    photo = Image.open(PHOTO)
+    for i in range(n):
+        photo.crop((i, i, i + 128, i + 96)).save(photos / f"{i:02}.jpg")
+
+    process = start(photos, out)
+    wait_for(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert process.returncode == 130, told
+    assert told.splitlines()[-1] == "Interrupted. Finished images are kept: the same command goes on from here."
+    assert "Traceback" not in told
+    assert 3 <= len(first) < n
+    assert litter(out) == []
+    assert {name for name, status in statuses(out).items() if status == "done"} == {path.name.removesuffix(".safetensors") for path in first}
+
+    process = start(photos, out)
+    wait_for(process, out, len(first) + 3)
+    process.kill()
+    process.communicate()
+    second = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert len(second) < n, "killed too late"
+
+    summary = extract(backbone, images.find([photos]), out)
+    assert (summary.done, summary.skipped) == (n - len(second), len(second)), "finished images were lost or repeated"
+    assert all(path.stat().st_mtime_ns == at for path, at in {**second, **first}.items())
+    assert set(statuses(out).values()) == {"done"}
+    assert litter(out) == []
+    extract(backbone, images.find([photos])[:8], tmp_path / "undisturbed")
+    for path in (tmp_path / "undisturbed").glob("*.safetensors"):
+        assert same(out / path.name, path)
+
+
+MOUNTS = """
+import pathlib, shutil, subprocess, sys
+from click.testing import CliRunner
+from diffusion_backbones.cli import main
+
+photos, full, read_only, copy = sys.argv[1:]
+for folder, options in ((full, "size=100k"), (read_only, "ro")):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+    result = CliRunner().invoke(main, ["extract", "tinysd_gdf", photos, "-o", folder, "--device", "cpu", "--dtype", "float32"])
+    print(result.exit_code, result.stderr.splitlines()[-1])
+shutil.copytree(full, copy)
+"""
+
+
+def can_mount() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs user namespaces: `unshare -rm mount -t tmpfs tmpfs /mnt`")
+def test_full_and_read_only_disks(photos, tmp_path):
+    for i in range(8):
+        shutil.copy(photos / "c.jpg", photos / f"more{i}.jpg")
+    folders = [tmp_path / name for name in ("full", "read_only")]
+    for folder in folders:
+        folder.mkdir()
+    copy = tmp_path / "copy"
+    command = ["unshare", "-rm", sys.executable, "-c", MOUNTS, str(photos), *map(str, folders), str(copy)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "cache")})
+    assert result.returncode == 0, result.stderr
+    full, read_only = result.stdout.splitlines()
+    assert full.startswith("1 Error: ")
+    assert "cannot be written" in full
+    assert "No space left on device" in full
+    assert read_only.startswith("1 Error: ")
+    assert "Read-only file system" in read_only
+    assert litter(copy) == []
+    finished = list(copy.rglob("*.safetensors"))
+    assert 0 < len(finished) < 12
+    assert all(set(load_file(path)) == {"level0", "level1", "level2"} for path in finished)
+    assert len(statuses(copy)) == 12
+
+
+def test_a_folder_that_cannot_be_made(backbone, photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be made"):
+        extract(backbone, images.find([photos]), tmp_path / "file" / "out")
