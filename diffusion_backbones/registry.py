@@ -204,7 +204,6 @@ def pretrained_cfg(declaration: Declaration) -> dict[str, Any]:
     }
 
 
-@functools.cache
 def package_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """The architecture configs that travel with the package: component name -> config."""
     folder = CONFIGS / checkpoint.config_name

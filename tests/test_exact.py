@@ -112,7 +112,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in db.list_models() if not n.startswith("tinysd")])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_timestep_noise_level_and_latent_scale_are_as_published(name):
     timestep, noise, level, scale = PUBLISHED[name]
     declaration = db.get_declaration(name)

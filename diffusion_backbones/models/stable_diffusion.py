@@ -1,7 +1,7 @@
 """Stable Diffusion 1.4 to 2.1 and SD-Turbo, and the recipes published for them."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License, Recipe
+from diffusion_backbones.recipe import Checkpoint, License, Paper, Recipe
 from diffusion_backbones.registry import register_checkpoint, register_model
 
 _OPENRAIL_M = License("creativeml-openrail-m", link="https://huggingface.co/spaces/CompVis/stable-diffusion-license")
@@ -231,4 +231,26 @@ register_model(SD21, Recipe(
         "GenPercept trains at random timesteps, always without noise, and infers at timestep 1.",
         "GenPercept resizes the longest edge of an image to 768 pixels.",
     ),
+))
+
+register_model(SD21, Recipe(
+    name="probe3d",
+    levels=("up-level1-upsampler-out",),
+    timestep=1,
+    paper=Paper(
+        key="elbanani2024probing",
+        title="Probing the 3D Awareness of Visual Foundation Models",
+        authors="El Banani, Mohamed and Raj, Amit and Maninis, Kevis-Kokitsi and Kar, Abhishek and Li, Yuanzhen and Rubinstein, Michael and Sun, Deqing "
+        "and Guibas, Leonidas and Johnson, Justin and Jampani, Varun",
+        venue="Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition",
+        year=2024,
+        arxiv="2404.08636",
+    ),
+    source="mbanani/probe3d, configs/backbone/dift.yaml and evals/models/dift_sd.py",
+    notes=(
+        "The same activation as DIFT's, at the timestep of the released configuration and with one noise instead of eight.",
+        "Noise is one fixed seeded canvas; probe3d draws it unseeded.",
+        "probe3d resizes its maps to a stride of 16, which this level already has.",
+    ),
+    unverified=("The input size of the source was not read; the checkpoint's own is the default.",),
 ))
