@@ -295,7 +295,7 @@ def _build(
             encoder,
             levels,
             catalogue,
-            {name: t.to(device=device, dtype=dtype) for name, t in embeddings.items()},
+            {name: embeddings[name].to(device=device, dtype=dtype) for name in family.conditioning_shapes(configs)},
             out_strides=out_strides or (restored.out_strides if restored else None),
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},

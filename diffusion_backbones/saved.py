@@ -53,7 +53,7 @@ class Saved:
             self.out_strides: list[int] | None = data["out_strides"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{folder}: {CONFIG} is not what save_pretrained writes: {what}. Save the backbone again.") from error
+            raise ValueError(f"{folder}: {CONFIG} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again.") from error
         self._files = tensors.TensorFiles([folder.file(WEIGHTS)])
 
     def _part(self, prefix: str) -> tensors.TensorFiles:

@@ -1,0 +1,350 @@
+"""save_pretrained: what is written, and that it loads back bit for bit with no text encoder and no hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import diffusion_backbones as db
+import tiny
+from diffusion_backbones import saved, tensors
+
+X = torch.linspace(-1, 1, 3 * 40 * 64).view(1, 3, 40, 64).cos()
+FILES = {"config.json", "model.safetensors", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder, tmp_path_factory):
+    """``loaded("sd15_gdf")`` -> that backbone, from its tiny folder."""
+    os.environ["DIFFUSION_BACKBONES_CACHE"] = str(tmp_path_factory.mktemp("prompts"))
+    yield lambda name, **keywords: db.create_model(name, checkpoint_path=tiny_folder(name.split("_")[0]), **keywords)
+    del os.environ["DIFFUSION_BACKBONES_CACHE"]
+
+
+@pytest.fixture(scope="module")
+def once(loaded, tmp_path_factory):
+    return loaded("sd15_gdf").save_pretrained(tmp_path_factory.mktemp("once") / "saved")
+
+
+@pytest.fixture(autouse=True)
+def blank_card(once, monkeypatch):
+    """Cards measure the network, which takes longer than all the rest; the one in ``once`` is real."""
+    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+
+
+@pytest.fixture
+def folder(once, tmp_path):
+    """A folder that ``sd15_gdf`` was saved in, to be damaged."""
+    return Path(shutil.copytree(once, tmp_path / "saved"))
+
+
+def back(folder: Path, **keywords: Any) -> db.DiffusionBackbone:
+    return db.create_model(f"local-dir:{folder}", **keywords)
+
+
+def assert_same_state(a: db.DiffusionBackbone, b: db.DiffusionBackbone) -> None:
+    for (name, p), (other, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert name == other
+        assert p.dtype == q.dtype, name
+        assert torch.equal(p, q), name
+
+
+def assert_same(a: db.DiffusionBackbone, b: db.DiffusionBackbone) -> None:
+    assert_same_state(a, b)
+    maps = a(X)
+    assert maps
+    for p, q in zip(maps, b(X), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["sd15_gdf", "sd21_dift", "sd21_genpercept", "sdxl_gdf"])
+def test_a_round_trip_is_exact(name, loaded, tmp_path, monkeypatch):
+    backbone = loaded(name)
+    backbone.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(transformers.CLIPTextModel, "__init__", lambda *_: pytest.fail("a text encoder was built"))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == FILES
+    again = back(tmp_path / "saved")
+    assert again.declaration == backbone.declaration
+    assert again.provenance == backbone.provenance
+    assert again.pretrained_cfg == backbone.pretrained_cfg
+    assert_same(again, backbone)
+    by_path = db.create_model(name, checkpoint_path=tmp_path / "saved")
+    assert_same(by_path, backbone)
+
+
+def test_only_what_was_kept_is_saved(loaded, tmp_path):
+    backbone = loaded("sd15_gdf")
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    assert folder == tmp_path / "saved"
+    state = load_file(folder / "model.safetensors")
+    assert set(state) == set(backbone.state_dict()) - {"canvas"}
+    assert {name.split(".")[0] for name in state} == {"denoiser", "encoder", "conditioning"}
+    assert not any("up_blocks.3.resnets.1" in name or "decoder" in name or name.startswith("denoiser.conv_out") for name in state)
+
+
+@pytest.mark.parametrize("how", ["out_indices", "prune"])
+def test_a_round_trip_after_pruning(how, loaded, tmp_path):
+    backbone = loaded("sd15_gdf", out_indices=[-1] if how == "out_indices" else None)
+    if how == "prune":
+        backbone.prune_intermediate_layers([2])
+    again = back(backbone.save_pretrained(tmp_path / "saved"))
+    assert again.declaration.recipe.levels == backbone.declaration.recipe.levels[-1:]
+    assert len(again.levels) == 1
+    assert_same(again, backbone)
+    assert not any("up_blocks.2" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
+
+
+def test_levels_may_be_chosen_from_what_was_saved(loaded, folder):
+    assert_same(back(folder, out_indices=[1, 2]), loaded("sd15_gdf", out_indices=[1, 2]))
+    with pytest.raises(ValueError, match="indices must be different positions from -3 to 2"):
+        back(folder, out_indices=[3])
+
+
+def test_the_strides_that_were_asked_for_come_back_and_may_be_replaced(loaded, tmp_path):
+    backbone = loaded("sd15_gdf", out_strides=(4, 8, 16, 32))
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    assert_same(back(folder), backbone)
+    assert back(folder).feature_info.reduction() == [4, 8, 16, 32]
+    assert back(folder, out_strides=(8, 64)).feature_info.reduction() == [8, 64]
+    backbone.prune_intermediate_layers([3])
+    backbone.save_pretrained(folder)
+    assert back(folder).feature_info.reduction() == [32]
+    assert_same(back(folder), backbone)
+
+
+def test_overrides_are_saved_and_cannot_be_changed_afterwards(loaded, tmp_path):
+    backbone = loaded("sd15_gdf", timestep=7, seed=3, prompt="a cat")
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    assert_same(back(folder), backbone)
+    with pytest.raises(TypeError, match="a saved backbone keeps its recipe, and timestep would change it; give it per call"):
+        back(folder, timestep=3)
+    with pytest.raises(TypeError, match="is a saved backbone with its own recipe; recipe= is for a diffusers folder"):
+        back(folder, recipe=["mid-vit-out"])
+
+
+def test_the_dtype_is_that_of_the_one_who_loads(loaded, tmp_path):
+    half, full = loaded("sdxl_gdf", dtype=torch.float16), loaded("sdxl_gdf")
+    folder = half.save_pretrained(tmp_path / "half")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert {dtype for name, dtype in stored.items() if name.startswith("encoder.")} == {torch.float32}
+    assert {dtype for name, dtype in stored.items() if not name.startswith("encoder.")} == {torch.float16}
+    assert_same_state(back(folder, dtype=torch.float16), half)
+    assert {t.dtype for t in back(folder).state_dict().values()} == {torch.float32}
+    full.save_pretrained(tmp_path / "full")
+    assert_same_state(back(tmp_path / "full", dtype="float16"), half)
+
+
+def test_on_meta_nothing_is_read(folder, tmp_path):
+    backbone = back(folder, device="meta")
+    assert {t.device.type for t in backbone.state_dict().values()} == {"meta"}
+    with pytest.raises(ValueError, match="sd15_gdf is on the meta device and has no weights to save"):
+        backbone.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_training_goes_on_from_what_was_saved(loaded, tmp_path):
+    backbone = loaded("sd15_gdf", trainable=True)
+    with torch.no_grad():
+        backbone.denoiser.conv_in.weight.add_(0.1)
+    again = back(backbone.save_pretrained(tmp_path / "saved"), trainable=True)
+    assert_same(again, backbone)
+    again(X)[0].sum().backward()
+    assert again.denoiser.conv_in.weight.grad is not None
+
+
+def test_saving_over_what_was_loaded(folder):
+    """The file that is read and the file that is written are one; a process that lost its mapping would die here."""
+    backbone = back(folder)
+    reference = [level.clone() for level in backbone(X)]
+    for _ in range(2):
+        backbone.save_pretrained(folder)
+        assert all(torch.equal(p, q) for p, q in zip(backbone(X), reference, strict=True))
+    with torch.no_grad():
+        backbone.denoiser.conv_in.weight.mul_(2)
+    backbone.save_pretrained(folder)
+    assert_same(back(folder), backbone)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_provenance_survives_a_second_save(loaded, tmp_path):
+    backbone = loaded("sd15_gdf")
+    assert backbone.provenance["path"]
+    second = back(backbone.save_pretrained(tmp_path / "first"))
+    third = back(second.save_pretrained(tmp_path / "second"))
+    assert third.provenance == backbone.provenance
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["provenance"] == backbone.provenance
+
+
+def test_a_checkpoint_that_nobody_declared_round_trips(tiny_folder, loaded, tmp_path):
+    backbone = db.create_model(f"local-dir:{tiny_folder('sd15')}", recipe=["up-level1-repeat2-res-out", "mid-vit-out"])
+    again = back(backbone.save_pretrained(tmp_path / "saved"))
+    assert again.declaration == backbone.declaration
+    assert_same(again, backbone)
+
+
+def test_the_card_is_one_that_the_hub_reads(folder):
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "diffusion_backbones"
+    assert front["license"] == "creativeml-openrail-m"
+
+
+def test_prompts_need_a_text_encoder_and_the_error_says_so(loaded, folder):
+    backbone = back(folder)
+    with pytest.raises(FileNotFoundError, match=r"prompt='a cat' needs a text encoder, and this backbone has none.*save_pretrained wrote"):
+        backbone(X, prompt="a cat")
+    embeds = loaded("sd15_gdf").prompter(["a cat"])["prompt_embeds"]
+    assert all(torch.equal(p, q) for p, q in zip(backbone(X, prompt_embeds=embeds), loaded("sd15_gdf")(X, prompt="a cat"), strict=True))
+
+
+def test_a_file_is_as_readable_as_its_folder_allows(loaded, tmp_path):
+    old = os.umask(0o022)
+    try:
+        folder = loaded("sd15_gdf").save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(old)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == dict.fromkeys(FILES, 0o644)
+
+
+# What is refused.
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change ``config.json``; None removes a key."""
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config.pop(key)
+        if value is not None:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_format_from_the_future_is_refused(folder):
+    rewrite(folder, format=2)
+    with pytest.raises(ValueError, match=rf"{folder}: config\.json has format 2 and this version reads 1; update diffusion_backbones"):
+        back(folder)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"recipe": None}, "lacks 'recipe'"),
+    ({"checkpoint": None}, "lacks 'checkpoint'"),
+    ({"name": None}, "lacks 'name'"),
+    ({"configs": None}, "lacks 'configs'"),
+    ({"provenance": None}, "lacks 'provenance'"),
+    ({"out_strides": None}, "lacks 'out_strides'"),
+    ({"recipe": {"name": "gdf"}}, "a recipe needs levels"),
+    ({"recipe": {"levels": [["mid-vit-out"]], "nose": 1}}, r"a recipe has no setting 'nose'\. Did you mean noise"),
+    ({"recipe": 1}, "not iterable"),
+    ({"checkpoint": []}, "has no attribute 'items'"),
+])
+def test_a_config_that_is_not_whole_is_refused(changes, said, folder):
+    rewrite(folder, **changes)
+    with pytest.raises(ValueError, match=rf"{folder}: config\.json is not what save_pretrained writes: .*{said}.*Save the backbone again"):
+        back(folder)
+
+
+def test_a_config_that_is_not_json_is_refused(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{folder}: config\.json is not JSON"):
+        back(folder)
+
+
+def test_missing_and_broken_weights_are_named(folder):
+    state = load_file(folder / "model.safetensors")
+    weights = state.pop("denoiser.conv_in.weight")
+    tensors.write(folder / "model.safetensors", state, {})
+    with pytest.raises(ValueError, match=rf"sd15_gdf denoiser: missing from {folder}/model\.safetensors: conv_in\.weight"):
+        back(folder)
+    tensors.write(folder / "model.safetensors", state | {"denoiser.conv_in.weight": weights, "encoder.foreign": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match=r"sd15_gdf encoder: not part of this network, in .*: foreign"):
+        back(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model.safetensors is empty"):
+        back(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors does not exist"):
+        back(folder)
+
+
+def test_a_name_with_another_recipe_is_refused(folder):
+    with pytest.raises(ValueError, match=rf"{folder} was saved from sd15_gdf, whose recipe is another than that of sd15_legacy; use create_model\('local-dir:"):
+        db.create_model("sd15_legacy", checkpoint_path=folder)
+
+
+def test_a_saved_backbone_takes_no_other_weights(folder, tiny_folder):
+    with pytest.raises(TypeError, match=r"sd15 is loaded from a saved backbone, which brings its weights; checkpoint_path='.*' would give others"):
+        back(folder, checkpoint_path=tiny_folder("sd15"))
+
+
+def test_a_folder_that_cannot_be_made_is_an_oserror(loaded, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        loaded("sd15_gdf").save_pretrained(tmp_path / "file" / "saved")
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(folder):
+    """In a process whose files may not grow: the real writer fails in the middle, and the old folder still loads."""
+    backbone = back(folder)
+    script = f"""
+import resource, signal, sys
+import diffusion_backbones as db
+backbone = db.create_model({f"local-dir:{folder}"!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    backbone.save_pretrained({str(folder)!r})
+except OSError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert f"{folder}/model.safetensors cannot be written" in done.stderr
+    assert done.returncode == 1
+    assert_same(back(folder), backbone)
+    assert {path.name for path in folder.iterdir()} == FILES, "a half-written file was left"
+
+
+def test_the_config_is_written_last(loaded, tmp_path, monkeypatch):
+    """A folder is known by its config, so one that was interrupted is not taken for whole."""
+    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loaded("sd15_gdf").save_pretrained(tmp_path / "saved")
+    assert not saved.is_saved(db.factory.Folder(tmp_path / "saved"))
+
+
+def test_random_weights_can_be_saved(tmp_path):
+    torch.manual_seed(0)
+    backbone = db.create_model("tinysd_gdf")
+    assert_same(back(backbone.save_pretrained(tmp_path / "saved")), backbone)
+
+
+def test_seeds_stand_for_the_noise(loaded, tmp_path):
+    """The canvas of eight noises is not saved: its seed says it, and it comes back bit for bit."""
+    backbone = loaded("sd21_dift")
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    assert backbone.canvas.nbytes > 8_000_000
+    assert "canvas" not in load_file(folder / "model.safetensors")
+    assert torch.equal(back(folder).canvas, backbone.canvas)
+
+
+def test_a_saved_sibling_of_another_size_keeps_its_architecture(tmp_path, loaded):
+    folder = tiny.folder("sd15", tmp_path / "wide")
+    network = tiny.build("sd15")["vae"]
+    wide = type(network).from_config(dict(network.config) | {"block_out_channels": [16, 16, 32, 32]})
+    wide.save_pretrained(folder / "vae")
+    backbone = db.create_model("sd15_gdf", checkpoint_path=folder)
+    assert backbone.encoder.encoder.conv_in.out_channels == 16
+    assert_same(back(backbone.save_pretrained(tmp_path / "saved")), backbone)
