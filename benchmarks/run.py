@@ -210,7 +210,7 @@ def info(rounds: int) -> dict[str, float]:
     slowest = 0.0
     for name in db.list_models():
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "diffusion_backbones.cli", "info", name], check=True, capture_output=True)
+        subprocess.run([Path(sys.executable).with_name("diffusion-backbones"), "info", name], check=True, capture_output=True)
         slowest = max(slowest, time.perf_counter() - start)
     return {"info: slowest backbone, seconds": slowest}
 

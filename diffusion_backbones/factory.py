@@ -95,6 +95,8 @@ def create_model(
     if place.restored and settings:
         raise TypeError(f"a saved backbone keeps its recipe, and {', '.join(settings)} would change it; give it per call instead")
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
+    if settings.get("prompt") and not place.source:
+        Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
     return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable)
 
 

@@ -137,6 +137,8 @@ def test_an_id_behind_the_cut():
 def test_a_prompt_without_a_text_encoder():
     with pytest.raises(FileNotFoundError, match="needs a text encoder.*prompt_embeds"):
         db.create_model("tinysd_gdf")(IMAGE, prompt="a cat")
+    with pytest.raises(FileNotFoundError, match="needs a text encoder"):
+        db.create_model("tinysd_gdf", prompt="a cat")
 
 
 def test_heads_and_classifiers(backbone):
