@@ -122,7 +122,8 @@ def test_create_model(args, kwargs, error, words):
 
 
 def test_what_none_means_in_timm():
-    backbone = db.create_model("tinysd_gdf", device="meta", num_classes=None, timestep=None, out_indices=None, checkpoint_path="", output_stride=32, img_size=512, in_chans=3)
+    nothing = {"num_classes": None, "timestep": None, "out_indices": None, "checkpoint_path": ""}
+    backbone = db.create_model("tinysd_gdf", device="meta", output_stride=32, img_size=512, in_chans=3, **nothing)
     assert backbone.declaration.recipe.timestep == 51
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tiny
 import torch
 import transformers
+from hub import GRANTED, Hub
 from huggingface_hub import constants
 
 import diffusion_backbones as db
-import tiny
 from diffusion_backbones import conditioning
-from hub import GRANTED, Hub
 
 SD15, SD21, SDXL = (db.get_checkpoint(name) for name in ("sd15", "sd21", "sdxl"))
 ID = "up-level1-repeat1-vit-out"

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import original
 import pytest
+import tiny
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -18,8 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import diffusion_backbones as db
-import original
-import tiny
 from diffusion_backbones import registry, tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 import yaml
@@ -19,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
-import tiny
 from diffusion_backbones import saved, tensors
 
 X = torch.linspace(-1, 1, 3 * 40 * 64).view(1, 3, 40, 64).cos()

@@ -107,7 +107,8 @@ def test_layer_decay_groups_go_from_input_to_output():
     groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
     unet = model.denoiser
-    order = [unet.conv_in.weight, unet.down_blocks[0].resnets[0].conv1.weight, unet.mid_block.resnets[0].conv1.weight, unet.up_blocks[0].resnets[0].conv1.weight]
+    blocks = [unet.down_blocks[0], unet.mid_block, unet.up_blocks[0]]
+    order = [unet.conv_in.weight, *(block.resnets[0].conv1.weight for block in blocks)]
     scales = [scale[id(p)] for p in order]
     assert scales == sorted(scales)
     assert len(set(scales)) == 4
