@@ -39,8 +39,10 @@ def test_ids_are_taken_apart(text, stage, level, repeat, block, kind):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "up-level1", "up-level01-repeat0-res-out", "mid-level0-repeat0-res-out", "mid-res-out", "up-level1-repeat0-vit-blockX-out", "unet", "upblocks"]
-    + ["a..b", "up-level1-repeat0-vit-block0-self", "UP-level0-upsampler-out", 7, None],
+    [
+        *("", "unet", "upblocks", "a..b", 7, None, "up-level1", "mid-res-out", "mid-level0-repeat0-res-out", "UP-level0-upsampler-out"),
+        *("up-level01-repeat0-res-out", "up-level1-repeat0-vit-blockX-out", "up-level1-repeat0-vit-block0-self"),
+    ],
 )
 def test_what_is_no_id_is_refused_with_examples(text):
     with pytest.raises(ValueError, match="activation id"):
