@@ -10,7 +10,7 @@ demo: .venv/installed                  ## the maps of an untrained network as co
 	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/cat.jpg -o $(PICTURE)
 
 test: .venv/installed-dev              ## the whole suite; make test ARGS="-k cards" for a part of it
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
