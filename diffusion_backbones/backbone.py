@@ -241,7 +241,7 @@ class DiffusionBackbone(TimmInterface):
         noise = calls.draw(z, rule, ensemble, canvas, call.get("generator"))
         z_t = calls.mix(z, noise, timestep, self.forward_process).to(_dtype(self.denoiser))
         t = calls.timesteps(timestep, b, z.device).repeat(ensemble)
-        conditioning = {name: t.repeat(ensemble, *[1] * (t.ndim - 1)) for name, t in self._conditioning(b, call).items()}
+        conditioning = {name: rows.repeat(ensemble, *[1] * (rows.ndim - 1)) for name, rows in self._conditioning(b, call).items()}
         with self.recorder.recording(sites) as recorded:
             output = self.family.call(self.denoiser, z_t, t, conditioning, size)
         acts = {}

@@ -74,14 +74,14 @@ def read(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:
     """What was recorded for a site: one tensor, or query and key for an attention map.
 
     Raises:
-        RuntimeError: Nothing was recorded, because the network was compiled before its hooks were installed.
+        RuntimeError: Nothing was recorded: the network was compiled before its hooks were installed, or its projections were fused.
     """
     try:
         return tuple(acts[key] for key, _, _ in _taps(site))
     except KeyError:
         raise RuntimeError(
-            f"{site.id} was not recorded although the network ran: it was compiled before this activation was first asked for. "
-            "Ask for it once before compiling, or name it in the recipe."
+            f"{site.id} was not recorded although the network ran: it was compiled before this activation was first asked for, or its query, key and "
+            "value projections were fused. Ask for it once before compiling, or name it in the recipe; do not fuse."
         ) from None
 
 
