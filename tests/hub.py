@@ -1,4 +1,4 @@
-"""A Hugging Face hub on the loopback interface, for the real ``huggingface_hub``: what it asks of the real one, from memory.
+"""A Hugging Face hub on the loopback interface that answers what the real ``huggingface_hub`` asks.
 
 Repositories may be gated, private or removed, requests are recorded and their bytes counted, and the whole hub can be switched off.
 Weights are sent as the real hub sends them: by a redirect to another host.

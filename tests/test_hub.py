@@ -156,6 +156,14 @@ def test_another_start_asks_only_whether_the_repository_is_there(hub, sd15):
     assert hub.requests == [("GET", f"/api/models/{sd15}/revision/{SD15.revision}")]
 
 
+def test_another_start_from_a_branch_asks_only_where_it_is(hub, tiny_folder):
+    hub.add("me/mine", tiny_folder("sd15"))
+    db.create_model("hf-hub:me/mine", recipe=[ID])
+    hub.forget()
+    db.create_model("hf-hub:me/mine", recipe=[ID])
+    assert hub.requests == [("GET", "/api/models/me/mine/revision/main")]
+
+
 # A denoiser from elsewhere.
 
 
@@ -370,12 +378,10 @@ def test_a_revision_is_taken_from_the_name(hub, tiny_folder, tmp_path):
     old = hub.add("me/mine", tiny_folder("sd15"))
     hub.add("me/mine", tiny.folder("sd15", tmp_path / "new", seed=1))
     branch = hub.add("me/mine", tiny.folder("sd15", tmp_path / "branch", seed=2), revision="refs/pr/3")
-    for revision, commit in ((old, old), (old[:8], None), ("refs/pr/3", branch)):
-        if commit is None:
-            with pytest.raises(ConnectionError, match=f"me/mine has no revision '{revision}'"):
-                db.create_model(f"hf-hub:me/mine@{revision}", recipe=[ID])
-        else:
-            assert db.create_model(f"hf-hub:me/mine@{revision}", recipe=[ID]).provenance == {"repo": "me/mine", "commit": commit}
+    for revision, commit in ((old, old), ("refs/pr/3", branch)):
+        assert db.create_model(f"hf-hub:me/mine@{revision}", recipe=[ID]).provenance == {"repo": "me/mine", "commit": commit}
+    with pytest.raises(ConnectionError, match="me/mine has no revision 'nowhere'"):
+        db.create_model("hf-hub:me/mine@nowhere", recipe=[ID])
 
 
 def test_push_creates_a_repository_of_three_files_that_loads_back(hub, tiny_folder, monkeypatch):

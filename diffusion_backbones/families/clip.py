@@ -73,7 +73,7 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
     """
     import transformers
 
-    [kind] = config.get("architectures") or [ARCHITECTURES[0]]
+    kind = (config.get("architectures") or ARCHITECTURES)[0]
     if kind not in ARCHITECTURES:
         raise ValueError(f"{where}: the config names {kind!r}, and a text encoder of this family is one of {', '.join(ARCHITECTURES)}")
     cls = getattr(transformers, kind)
