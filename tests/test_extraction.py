@@ -288,8 +288,12 @@ def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_p
 
 def start(photos: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "diffusion_backbones.cli", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
-    # a shell that runs tests in the background lets its children ignore Ctrl-C
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}        # another number of threads rounds the last digit otherwise
+
+    def interruptible() -> None:                # a shell that runs tests in the background lets its children ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=interruptible)
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, n: int) -> None:
