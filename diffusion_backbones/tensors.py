@@ -1,8 +1,12 @@
 """Lazy, partial and strict loading of ``.safetensors``, and writing them whole or not at all.
 
 A file is opened, its header is read, and only the tensors that a network still has are taken from it, one at a time, straight
-to their device and dtype. They are copies, never views of the memory-mapped file: a view lies where the file's header put it,
-and the same weights at another alignment give other last digits; it would also die with the file.
+to their device and dtype.
+
+Small files are copied into memory. A view of a memory-mapped file lies where the file's header put it, and the same weights at
+another alignment give other last digits (2e-6 was seen), so copies make features equal bit for bit wherever weights were
+stored. From :data:`MAP_FROM` bytes on, weights that stay on the CPU in their own dtype stay views, as in diffusers: loading
+takes no time, processes share the pages, and only the file's last digits are its own.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
+
+MAP_FROM = 2**28
+"""Size in bytes from which a file's weights are used where they are mapped."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PICKLE_REFUSED = (
@@ -78,11 +85,12 @@ class TensorFiles:
         for name in names:
             wanted.setdefault(self._where[name][0], []).append(name)
         for path, group in wanted.items():
+            copy = path.stat().st_size < MAP_FROM
             for some in _chunks(group, 32):                 # a closed file gives back the pages that were read
                 with _open(path) as file:
                     for name in some:
                         view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
-                        tensor = view.to(device=device, dtype=dtype if view.is_floating_point() else None, copy=True)
+                        tensor = view.to(device=device, dtype=dtype if view.is_floating_point() else None, copy=copy)
                         del view
                         yield name, tensor
 

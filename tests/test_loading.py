@@ -295,6 +295,24 @@ def test_features_do_not_depend_on_where_a_file_holds_a_tensor(copy, tiny_folder
     assert {p.data_ptr() % 64 for p in [*a.parameters(), *b.parameters()]} == {0}
 
 
+def test_large_files_stay_mapped(monkeypatch, tiny_folder):
+    """Their weights are the same, and so are the features but for rounding; a cast or another device still copies."""
+    expected = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
+    monkeypatch.setattr(tensors, "MAP_FROM", 0)
+    mapped = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
+    assert all(torch.equal(p, q) for p, q in zip(mapped.state_dict().values(), expected.state_dict().values(), strict=True))
+    for p, q in zip(mapped(X), expected(X), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+    half = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), dtype=torch.float16)
+    assert [in_file(b.denoiser.conv_in.weight, tiny_folder("sd15") / UNET) for b in (expected, mapped, half)] == [False, True, False]
+
+
+def in_file(tensor: torch.Tensor, path: Path) -> bool:
+    """Whether a tensor lies where a file is mapped into this process."""
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    return any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in ranges)
+
+
 def test_a_file_may_be_overwritten_once_it_is_loaded(copy, tiny_folder):
     folder = copy()
     backbone = db.create_model("sd15_gdf", checkpoint_path=folder)
