@@ -86,7 +86,9 @@ class TensorFiles:
             wanted.setdefault(self._where[name][0], []).append(name)
         for path, group in wanted.items():
             copy = path.stat().st_size < MAP_FROM
-            for some in _chunks(group, 32):                 # a closed file gives back the pages that were read
+            with _open(path) as file:
+                mapped = not copy and device.type == "cpu" and dtype in (None, file.get_tensor(self._where[group[0]][1]).dtype)
+            for some in _chunks(group, len(group) if mapped else 32):       # closing a file gives back the pages that were read
                 with _open(path) as file:
                     for name in some:
                         view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
