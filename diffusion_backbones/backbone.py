@@ -333,7 +333,7 @@ class DiffusionBackbone(TimmInterface):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what was kept: weights, embedded prompt, recipe, configs and card. Returns the folder.
 
-        ``create_model("local-dir:FOLDER")`` reads it back with no text encoder and no hub.
+        ``create_model("local-dir:FOLDER")`` reads it back with no text encoder and no hub, in the dtype that it is asked for.
         """
         from diffusion_backbones.saved import save
 

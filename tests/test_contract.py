@@ -139,18 +139,20 @@ def test_any_size(size):
     assert [tuple(m.shape[-2:]) for m in maps] == [(-(-size[0] // s), -(-size[1] // s)) for s in (8, 16, 32, 64)]
 
 
-def test_latents_larger_than_the_canvas(photo):
-    """The noise repeats; an image's features still do not depend on how large its neighbours' canvas is."""
-    backbone = db.create_model("tinysd_gdf", pretrained=True, out_indices=[2])
-    z = torch.randn(1, 4, 264, 8)
-    assert backbone.forward_latents(z)[0].shape[-2:] == (66, 2)
+def test_latents_larger_than_the_canvas():
+    """The noise is the canvas, repeated: the network receives the same noise in row 256 as in row 0."""
+    backbone = db.create_model("tinysd", recipe=["unet-in"], pretrained=True)
+    [noisy] = backbone.forward_latents(torch.zeros(1, 4, 264, 8))
+    assert noisy.shape == (1, 4, 264, 8)
+    assert torch.equal(noisy[..., 256:, :], noisy[..., :8, :])
+    assert not torch.equal(noisy[..., 248:256, :], noisy[..., :8, :])
+    assert torch.equal(noisy[..., :16, :], backbone.forward_latents(torch.zeros(1, 4, 16, 8))[0])
 
 
 def test_random_weights_need_no_network_and_no_files():
-    for name in ("tinysd_gdf",):
-        first, second = db.create_model(name), db.create_model(name)
-        assert first.provenance == {}
-        assert not torch.equal(first.denoiser.conv_in.weight, second.denoiser.conv_in.weight)
+    first, second = db.create_model("tinysd_gdf"), db.create_model("tinysd_gdf")
+    assert first.provenance == {}
+    assert not torch.equal(first.denoiser.conv_in.weight, second.denoiser.conv_in.weight)
 
 
 def test_stand_ins_have_no_parameters():
