@@ -266,7 +266,7 @@ def _build(
     paths = [path for level in levels for site in level.sites for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
 
-    with torch.device("meta" if empty else device):
+    with tensors.unfilled() if empty else device:
         denoiser = family.build_denoiser(configs[family.denoiser])
         encoder = family.image_encoder.build(configs[family.encoder])
     whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}

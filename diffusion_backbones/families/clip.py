@@ -77,7 +77,7 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
     if kind not in ARCHITECTURES:
         raise ValueError(f"{where}: the config names {kind!r}, and a text encoder of this family is one of {', '.join(ARCHITECTURES)}")
     cls = getattr(transformers, kind)
-    with torch.device("meta"):
+    with tensors.unfilled():
         model = cls(cls.config_class.from_dict(dict(config))).eval()
     full = tensors.shapes(model)
     named = {_own_name(name, full): tensor for name, tensor in state.items() if name.removeprefix("text_model.") not in _UNUSED or name in full}
