@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import scenes
 import sprites
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, trainers
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode

@@ -49,7 +49,7 @@ class Scene:
     caption: str
 
 
-def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side: int, first: int | None = None) -> Scene:
+def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side: int, first: int | None = None, mirror: bool = True) -> Scene:
     """A random scene.
 
     Args:
@@ -57,7 +57,8 @@ def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side
         sprites: The pictures.
         choice: Indices of the sprites that may be used; classes are drawn first, so all are as frequent.
         side: Width and height in pixels.
-        first: Index of a sprite that must be in it.
+        first: Index of a sprite that must be in it, and is its first object.
+        mirror: Whether objects may be mirrored.
     """
     ground, canvas = _background(rng, side)
     classes, instances = np.zeros((2, side, side), np.uint8)
@@ -74,7 +75,7 @@ def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side
         reach = (0.72, 0.62, 0.52, 0.45, 0.42, 0.4)[wanted - 1]
         size = side * rng.uniform(0.45 * reach, reach)
         angle = rng.normal(0, np.pi / 10)
-        stretch = np.exp(rng.normal(0, 0.06, 2)) * (rng.choice([-1, 1]), 1)
+        stretch = np.exp(rng.normal(0, 0.06, 2)) * (rng.choice([-1, 1]) if mirror else 1, 1)
         linear = size / 2 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(stretch)
         centre = rng.uniform(size * 0.42, side - size * 0.42, 2)
         placed = Placed(index, np.column_stack([linear, centre]))
@@ -119,8 +120,9 @@ def _warp(sprite: np.ndarray, to_scene: np.ndarray, side: int) -> tuple[np.ndarr
 PHOTOGRAPHS = {"bricks": skimage.data.brick, "grass": skimage.data.grass, "gravel": skimage.data.gravel, "stars": skimage.data.hubble_deep_field}
 _PHOTOGRAPHS: dict[str, np.ndarray] = {}
 COLOURS = {
-    "red": (0.8, 0.25, 0.22), "orange": (0.9, 0.55, 0.25), "yellow": (0.92, 0.85, 0.45), "green": (0.4, 0.65, 0.35), "blue": (0.35, 0.55, 0.8),
-    "purple": (0.55, 0.4, 0.7), "pink": (0.92, 0.68, 0.75), "brown": (0.5, 0.36, 0.27), "grey": (0.55, 0.55, 0.55), "white": (0.94, 0.94, 0.94), "black": (0.13, 0.13, 0.15),
+    "red": (0.8, 0.25, 0.22), "orange": (0.9, 0.55, 0.25), "yellow": (0.92, 0.85, 0.45), "green": (0.4, 0.65, 0.35),
+    "blue": (0.35, 0.55, 0.8), "purple": (0.55, 0.4, 0.7), "pink": (0.92, 0.68, 0.75), "brown": (0.5, 0.36, 0.27),
+    "grey": (0.55, 0.55, 0.55), "white": (0.94, 0.94, 0.94), "black": (0.13, 0.13, 0.15),
 }
 
 

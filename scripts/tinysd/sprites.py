@@ -50,7 +50,8 @@ class Package:
             folder.mkdir(parents=True, exist_ok=True)
             run = subprocess.run(["npm", "pack", "--silent", f"{self.name}@{self.version}"], cwd=folder, capture_output=True, text=True)
             if run.returncode or not path.is_file():
-                sys.exit(f"{self.name}@{self.version} could not be fetched from the npm registry:\n{run.stderr.strip()}\nTry again, or put {path.name} into {folder}")
+                told = run.stderr.strip()
+                sys.exit(f"{self.name}@{self.version} could not be fetched from the npm registry:\n{told}\nTry again, or put {path.name} into {folder}")
         digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
         if digest != self.sha512:
             sys.exit(f"{path} is not {self.name}@{self.version} as pinned (half downloaded, or changed): its SHA-512 is {digest}. Delete it and start again.")
@@ -59,11 +60,21 @@ class Package:
 
 NAMES = Package("emoji.json", "16.0.0", "OWFSIAA5ZY2D7KTPxnS/oZTk5cs4ZE4+w/bHkpS+t6hj4AUwDH0okBGuffvsli6WMIimfgxb8ofadPC+UR+glw==")
 STYLES = {
-    "noto": Package("@iconify-json/noto", "1.2.9", "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="),
-    "noto-v1": Package("@iconify-json/noto-v1", "1.2.5", "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA=="),
-    "fluent": Package("@iconify-json/fluent-emoji", "1.2.7", "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA=="),
-    "fluent-flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="),
-    "twemoji": Package("@iconify-json/twemoji", "1.2.5", "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="),
+    "noto": Package(
+        "@iconify-json/noto", "1.2.9", "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
+    ),
+    "noto-v1": Package(
+        "@iconify-json/noto-v1", "1.2.5", "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA=="
+    ),
+    "fluent": Package(
+        "@iconify-json/fluent-emoji", "1.2.7", "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA=="
+    ),
+    "fluent-flat": Package(
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="
+    ),
+    "twemoji": Package(
+        "@iconify-json/twemoji", "1.2.5", "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="
+    ),
 }
 HELD_OUT_STYLE = "twemoji"
 
@@ -80,7 +91,10 @@ CLASSES = {
     "meal": (r"food-prepared|food-asian", r"salt|butter|fortune cookie"),
     "sweet": (r"food-sweet", r""),
     "drink": (r"drink", r"pouring|ice$"),
-    "vehicle": (r"transport-(ground|air|water)", r"station|bus stop|motorway|track|drum|pump|wheel$|light$|sign|construction|skate|seat|cable|tramway|suspension|satellite|parachute|anchor|buoy"),
+    "vehicle": (
+        r"transport-(ground|air|water)",
+        r"station|bus stop|motorway|track|drum|pump|wheel$|light$|sign|construction|skate|seat|cable|tramway|suspension|satellite|parachute|anchor|buoy",
+    ),
     "building": (r"place-building|place-religious", r"brick|rock|wood$|construction|wedding|kaaba"),
     "clothing": (r"clothing", r"bags|gem|lipstick|ring|prayer beads|fan|comb"),
     "instrument": (r"musical-instrument", r""),

@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +27,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-VAE = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "layers_per_block": 2, "sample_size": 256, "latent_channels": 4,
+VAE = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 2, "layers_per_block": 2, "sample_size": 256, "latent_channels": 4,
        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-UNET = {"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 96, "sample_size": 32}
+UNET = {"block_out_channels": (48, 96, 112, 112), "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 96, "sample_size": 32}
 TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 96}
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+ROOT = Path(__file__).parents[2]
 SAVE_EVERY = 120
 """Seconds between two saved states."""
 
@@ -57,7 +58,7 @@ class Training:
     def __init__(self, folder: Path, name: str, model: nn.Module, steps: int, lr: float):
         self.folder, self.name, self.steps = folder, name, steps
         self.accelerator = Accelerator()
-        optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 50), steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         self.ema = EMAModel(model.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
@@ -97,7 +98,8 @@ class Training:
             losses = loss_of(self.model, torch.Generator().manual_seed(step))       # so that a step is the same after a restart
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
-                sys.exit(f"{self.name}: the loss is {total.item()} at step {step}. {self.folder / self.name} holds the last good state; lower the learning rate.")
+                last = self.folder / self.name
+                sys.exit(f"{self.name}: the loss is {total.item()} at step {step}. {last} holds the last good state, if it was saved; lower the learning rate.")
             self.accelerator.backward(total)
             self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -130,6 +132,22 @@ class Training:
             csv.writer(file).writerows([["step", *means], *rows, [self.step, *(f"{v:.6g}" for v in means.values())]])
 
 
+def initialise(model: nn.Module) -> None:
+    """Random weights that keep the size of a signal, no biases, and residual branches that start at zero.
+
+    torch's default shrinks a signal at every convolution until constant biases outweigh it, and a VAE then spends thousands of
+    steps on the mean colour. Residual branches that start at zero: Dhariwal and Nichol, arXiv 2105.05233, and common since.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+
+
 def plot(table: Path) -> None:
     """Draw a loss table as a picture beside it."""
     from matplotlib.figure import Figure
@@ -159,9 +177,14 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vae(folder: Path, steps: int, batch: int) -> None:
-    """L1 on pixels and on their differences (which keeps outlines sharp), and a small KL term."""
+    """L1 on pixels and on their differences (which keeps outlines sharp), squared error of mean colours, and a small KL term."""
     small, large = (np.load(folder / f"scenes-{side}.npy", mmap_mode="r") for side in (128, 256))
+    torch.manual_seed(0)
     vae = AutoencoderKL(**VAE)
+    initialise(vae)
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] *= 0.1                       # little noise at first: the decoder sees what the encoder says
+        vae.quant_conv.bias[4:] = -4
     training = Training(folder, "vae", Reconstruction(vae), steps, 1.5e-3)
 
     def loss_of(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -188,32 +211,30 @@ class Reconstruction(nn.Module):
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
         y = self.vae.decode(posterior.mean + posterior.std * noise).sample
         outline = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(x), edges(y), strict=True)]).sum()
-        return {"pixels": F.l1_loss(y, x), "outlines": outline, "kl": 2e-5 * posterior.kl().mean() / x[0].numel() * 192}
+        colours = F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+        return {"pixels": F.l1_loss(y, x), "colours": 2 * colours, "outlines": 0.5 * outline, "kl": 2e-5 * posterior.kl().mean() / x[0].numel() * 192}
 
 
 @torch.no_grad()
 def moments(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 images (B, S, S, 3) -> mean and standard deviation of their latents, (2, B, 4, S / 8, S / 8)."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     posterior = vae.encode(x).latent_dist
     return torch.stack([posterior.mean, posterior.std]).cpu()
 
 
 def latents(folder: Path, side: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents of all training scenes of one size, plain and mirrored: (2, 2N, 4, S / 8, S / 8) float16; and token ids (N, 77)."""
+    """Latents of all training scenes of one size: scaled mean and deviation (2, N, 4, S / 8, S / 8) float16; and token ids (N, 77)."""
     path = folder / f"latents-{side}.pt"
     if not path.is_file():
         device = Accelerator().device
         vae = AutoencoderKL.from_pretrained(folder / "checkpoint" / "vae").to(device)
         images = np.load(folder / f"scenes-{side}.npy", mmap_mode="r")
         size = 32 * 128 * 128 // side**2
-        parts: list[list[Tensor]] = [[], []]
-        for start in tqdm(range(0, len(images), size), desc=path.name, mininterval=5):
-            for mirrored, part in enumerate(parts):
-                chunk = images[start : start + size]
-                part.append((moments(vae, chunk[:, :, ::-1] if mirrored else chunk, device) * vae.config.scaling_factor).half())
+        chunks = tqdm(range(0, len(images), size), desc=path.name, mininterval=5)
+        z = [(moments(vae, images[start : start + size], device) * vae.config.scaling_factor).half() for start in chunks]
         new = path.with_suffix(".new")
-        torch.save(torch.cat([torch.cat(part, 1) for part in parts], 1), new)
+        torch.save(torch.cat(z, 1), new)
         new.rename(path)
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     captions = json.loads((folder / f"captions-{side}.json").read_text())
@@ -232,7 +253,7 @@ class Denoiser(nn.Module):
 
 
 def train_unet(folder: Path, steps: int, batch: int, large_share: float) -> None:
-    """v-prediction on latents of 128 x 128 scenes, then, for the last ``large_share`` of the steps, of 256 x 256 scenes too.
+    """v-prediction on latents of 128 x 128 scenes, then, for the last ``large_share`` of the steps, of 256 x 256 scenes.
 
     One caption in ten is dropped, for classifier-free guidance and because features are read under the empty prompt.
     """
@@ -242,20 +263,21 @@ def train_unet(folder: Path, steps: int, batch: int, large_share: float) -> None
     ids = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
     torch.manual_seed(0)
     model = Denoiser(UNet2DConditionModel(**UNET), CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), **TEXT, **ids)))
+    initialise(model.unet)
+    nn.init.zeros_(model.unet.conv_out.weight)
     training = Training(folder, "unet", model, steps, 1.2e-3)
     noise = DDPMScheduler(**NOISE)
 
     def loss_of(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-        side = 256 if training.step >= steps * (1 - large_share) and training.step % 2 else 128
+        side = 256 if training.step >= steps * (1 - large_share) else 128
         (mean, std), captions = sets[side]
         n = batch * 128 * 128 // side**2
-        which = torch.randint(mean.shape[0], (n,), generator=generator)
+        which = torch.randint(len(mean), (n,), generator=generator)
         draw = lambda: torch.randn(n, *mean.shape[1:], generator=generator)  # noqa: E731
         z = mean[which].float() + std[which].float() * draw()
         e = draw()
         t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000).long()          # stratified: less variance than independent draws
-        prompts = torch.where((torch.rand(n, generator=generator) < 0.1)[:, None], empty, captions[which % len(captions)])
-        prompts = prompts[:, : int((prompts != tokens.pad_token_id).sum(1).max()) + 2]
+        prompts = torch.where((torch.rand(n, generator=generator) < 0.1)[:, None], empty, captions[which])
         noisy, target = noise.add_noise(z, e, t), noise.get_velocity(z, e, t)
         device = training.accelerator.device
         return {"v": F.mse_loss(network(noisy.to(device), t.to(device), prompts.to(device)), target.to(device))}
@@ -263,3 +285,45 @@ def train_unet(folder: Path, steps: int, batch: int, large_share: float) -> None
     model = training.run(loss_of)
     model.unet.save_pretrained(folder / "checkpoint" / "unet")
     model.text.save_pretrained(folder / "checkpoint" / "text_encoder")
+
+
+def export(folder: Path, target: Path) -> None:
+    """Write what was trained as a diffusers folder in float16."""
+    trained = folder / "checkpoint"
+    shutil.rmtree(target, ignore_errors=True)
+    AutoencoderKL.from_pretrained(trained / "vae").half().save_pretrained(target / "vae")
+    UNet2DConditionModel.from_pretrained(trained / "unet").half().save_pretrained(target / "unet")
+    CLIPTextModel.from_pretrained(trained / "text_encoder").half().save_pretrained(target / "text_encoder")
+    PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1).save_pretrained(target / "scheduler")
+    shutil.copytree(folder / "tokenizer", target / "tokenizer")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: {size / 2**20:.1f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what data.py wrote; states and results go there too")
+    parser.add_argument("--stage", choices=("vae", "unet", "export"), help="only this one; the default is all, in order")
+    parser.add_argument("--vae-steps", type=int, default=3400)
+    parser.add_argument("--vae-batch", type=int, default=8, help="crops of 64 x 64")
+    parser.add_argument("--unet-steps", type=int, default=2300)
+    parser.add_argument("--unet-batch", type=int, default=32, help="scenes of 128 x 128, or a quarter as many of 256 x 256")
+    parser.add_argument("--large-share", type=float, default=0.5, help="share of the steps, at the end, that are on 256 x 256")
+    parser.add_argument("--target", type=Path, default=ROOT / "diffusion_backbones/configs/tinysd")
+    args = parser.parse_args()
+    stages = [args.stage] if args.stage else ["vae", "unet", "export"]
+    if not (args.folder / "tokenizer").is_dir():
+        sys.exit(f"{args.folder} holds no finished training data; run python scripts/tinysd/data.py {args.folder} first")
+    if "vae" in stages:
+        train_vae(args.folder, args.vae_steps, args.vae_batch)
+    if "unet" in stages:
+        train_unet(args.folder, args.unet_steps, args.unet_batch, args.large_share)
+    if "export" in stages:
+        export(args.folder, args.target)
+
+
+if __name__ == "__main__":
+    main()

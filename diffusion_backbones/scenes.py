@@ -1,0 +1,110 @@
+"""The evaluation scenes that travel in the package: drawn objects with every pixel labelled, and matched keypoints.
+
+How they were made, what they may be used for and whose artwork is in them: ``data/scenes/README.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FOLDER = Path(__file__).with_name("data") / "scenes"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One labelled scene of 256 x 256 pixels.
+
+    Attributes:
+        image: RGB.
+        classes: (256, 256) uint8, an index into :attr:`SceneSet.classes` for every pixel; 0 is background.
+        instances: (256, 256) uint8, 0 for background and 1, 2 ... for the objects from back to front.
+        caption: Its objects and its background in words.
+    """
+
+    image: Image.Image
+    classes: NDArray[np.uint8]
+    instances: NDArray[np.uint8]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One object in two scenes with other places, sizes, backgrounds, light and neighbours.
+
+    Attributes:
+        source, target: RGB images of 256 x 256 pixels.
+        source_points, target_points: (K, 2) float32, x and y in pixels; row k is the same point of the object in both, visible in both.
+        target_box: x0, y0, x1, y1 of the object in the target, in pixels.
+        split: ``identities`` or ``style``, see :class:`SceneSet`.
+    """
+
+    source: Image.Image
+    target: Image.Image
+    source_points: NDArray[np.float32]
+    target_points: NDArray[np.float32]
+    target_box: tuple[float, float, float, float]
+    split: str
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """The whole set.
+
+    Attributes:
+        classes: Names of the classes; the first is background.
+        probe: Scenes to train a probe on.
+        scenes: New scenes of the same objects and drawing styles.
+        identities: Scenes of objects that neither ``probe`` nor the training of ``tinysd`` had.
+        style: Scenes in a drawing style that neither of them had.
+        pairs: Matched keypoints on objects, or in a style, that training never had.
+    """
+
+    classes: tuple[str, ...]
+    probe: tuple[Scene, ...]
+    scenes: tuple[Scene, ...]
+    identities: tuple[Scene, ...]
+    style: tuple[Scene, ...]
+    pairs: tuple[Pair, ...]
+
+
+def load_scenes(folder: Path | str = FOLDER) -> SceneSet:
+    """Read the evaluation set, about a second.
+
+    Args:
+        folder: Another set in the same layout.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no ``scenes.json``, or a file that it names is missing.
+    """
+    folder = Path(folder)
+    if not (folder / "scenes.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no scenes.json, so it is no set of evaluation scenes; leave folder= out for the one in the package")
+    index = json.loads((folder / "scenes.json").read_text())
+    splits = {name: tuple(_scenes(folder / name, captions)) for name, captions in index["splits"].items()}
+    return SceneSet(classes=tuple(index["classes"]), pairs=tuple(_pairs(folder / "pairs", index["pairs"])), **splits)
+
+
+def _rgb(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _scenes(folder: Path, captions: list[str]) -> Iterator[Scene]:
+    for i, caption in enumerate(captions):
+        with Image.open(folder / f"{i:03}.png") as labels:
+            classes, instances = (np.asarray(channel) for channel in labels.split())
+        yield Scene(_rgb(folder / f"{i:03}.jpg"), classes, instances, caption)
+
+
+def _pairs(folder: Path, rows: list[dict[str, object]]) -> Iterator[Pair]:
+    for i, row in enumerate(rows):
+        points = (np.array(row[key], np.float32) for key in ("source_points", "target_points"))
+        x0, y0, x1, y1 = row["target_box"]  # type: ignore[misc]
+        yield Pair(_rgb(folder / f"{i:03}-source.jpg"), _rgb(folder / f"{i:03}-target.jpg"), *points, (x0, y0, x1, y1), str(row["split"]))
