@@ -5,7 +5,7 @@ PICTURE := demo/tinysd_gdf.png
 
 .PHONY: demo test lint cards check bench clean
 
-demo: .venv/installed                  ## the maps of an untrained network as colours, beside the photograph
+demo: .venv/installed                  ## the maps of tinysd as colours, beside the photograph
 	@mkdir -p $(dir $(PICTURE))
 	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/cat.jpg -o $(PICTURE)
 

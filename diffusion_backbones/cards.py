@@ -20,7 +20,6 @@ from diffusion_backbones.registry import Declaration, package_configs
 
 RESULTS = Path(__file__).with_name("results.csv")
 HUB = "https://huggingface.co"
-UNTRAINED = "**Untrained.** The weights are random: this backbone is for tests, demonstrations and plumbing, and its maps show nothing that was learned."
 
 
 def card(declaration: Declaration, saved: Configs | None = None) -> str:
@@ -99,8 +98,7 @@ def summary(declaration: Declaration, maps: Sequence[Sequence[Site]]) -> str:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
     chosen = f"the recipe `{recipe.name}` of [{cite(recipe.paper)}]({recipe.paper.link})" if recipe.paper else f"the unpublished recipe `{recipe.name}`"
     count = f"{len(maps)} feature map{'s' * (len(maps) > 1)}"
-    text = f"{checkpoint.title}, frozen and read by {chosen}: an image in, {count} out ({channels_at_strides(maps)}, channels at stride)."
-    return f"> {UNTRAINED}\n\n{text}" if checkpoint.untrained else text
+    return f"{checkpoint.title}, frozen and read by {chosen}: an image in, {count} out ({channels_at_strides(maps)}, channels at stride)."
 
 
 def cite(paper: Paper) -> str:
@@ -191,7 +189,7 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
 def _weights(declaration: Declaration) -> str:
     checkpoint = declaration.checkpoint
     if not checkpoint.hub_id:
-        return "in the package"
+        return ". ".join(filter(None, ["in the package", checkpoint.status]))
     base = f"[{checkpoint.hub_id}]({HUB}/{checkpoint.hub_id})" + (f" at `{checkpoint.revision[:12]}`" if checkpoint.revision != "main" else "")
     file = checkpoint.denoiser
     text = f"denoiser from [{file.repo}]({HUB}/{file.repo}) (`{file.filename}`), the rest from {base}" if file else base
@@ -333,8 +331,7 @@ def _license(declaration: Declaration) -> str:
         sentences.append(f"Access is gated: accept the terms at {HUB}/{checkpoint.hub_id} and log in with `hf auth login` first.")
     elif checkpoint.hub_id:
         sentences.append("Access is not gated.")
-    if not checkpoint.untrained:
-        sentences.append("The features carry the limits and biases of the checkpoint and of the images it was trained on; its own card describes them.")
+    sentences.append("The features carry the limits and biases of the checkpoint and of the images it was trained on; its own card describes them.")
     return " ".join(sentences)
 
 

@@ -115,7 +115,7 @@ def list_(pattern: str, pretrained: bool, checkpoints: bool, as_json: bool) -> N
       diffusion-backbones list --checkpoints
     """
     if checkpoints:
-        known = [c for c in map(registry.get_checkpoint, registry.list_checkpoints(_glob(pattern))) if not (pretrained and c.untrained)]
+        known = [registry.get_checkpoint(name) for name in registry.list_checkpoints(_glob(pattern))]
         head = ["name", "licence", "access", "pixels", "weights"]
         rows = [[c.name, str(c.license), listing.access(c), str(c.input_size), c.hub_id or "in the package"] for c in known]
         _print(head, rows, [listing.checkpoint(c) for c in known] if as_json else None, f"{len(rows)} checkpoints")
@@ -277,25 +277,34 @@ def extract(
         raise click.exceptions.Exit(1)
 
 
+PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
 @main.command()
-@click.argument("name", type=Name(places=True))
-@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("name", metavar="[NAME]")
+@click.argument("image", metavar="IMAGE", required=False)
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The picture: .png, .jpg or .webp.")
+@click.pass_context
 @model_options
-def visualize(name: str, image: Path, out: Path, size: int | None, levels: tuple[int, ...] | None, **model: Any) -> None:
+def visualize(context: click.Context, name: str, image: str | None, out: Path, size: int | None, levels: tuple[int, ...] | None, **model: Any) -> None:
     """A photograph beside what each level sees in it.
 
     The channels of a level become red, green and blue by principal component analysis. NAME is a backbone,
-    hf-hub:OWNER/REPO or local-dir:FOLDER. Prints the shape of every level, and the picture's path last.
+    hf-hub:OWNER/REPO or local-dir:FOLDER; without it, it is tinysd_gdf, which needs no download. Prints the shape of
+    every level, and the picture's path last.
 
     \b
     Examples:
+      diffusion-backbones visualize photo.jpg -o picture.png
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
       diffusion-backbones visualize tinysd_genpercept photo.jpg -o picture.png --size 512
     """
     from diffusion_backbones.images import load, too_large
 
-    photo = load(image)
+    named = image is not None
+    path: Path = PHOTO.convert(image if image is not None else name, _argument(context, "image"), context)
+    name = Name(places=True).convert(name if named else "tinysd_gdf", _argument(context, "name"), context)
+    photo = load(path)
     _check_random(name, model)
 
     from diffusion_backbones import viz
@@ -304,10 +313,10 @@ def visualize(name: str, image: Path, out: Path, size: int | None, levels: tuple
         raise click.BadParameter(f"{out.name!r} ends in none of {', '.join(viz.FORMATS)}.", param_hint="'-o'")
     built = _build(name, levels, None, **model)
     declaration = built.backbone.declaration
-    if size is None and (advice := too_large(image, photo, declaration)):
+    if size is None and (advice := too_large(path, photo, declaration)):
         click.echo(advice, err=True)
     panels, seen = viz.panels(built.backbone, photo, size, levels)
-    viz.write(viz.picture(seen, panels, *viz.titles(declaration), warning=viz.UNTRAINED if built.untrained else ""), out)
+    viz.write(viz.picture(seen, panels, *viz.titles(declaration), warning=viz.UNTRAINED if built.weights else ""), out)
     for panel in panels:
         click.echo(f"{panel.name}: {tuple(panel.features.shape)} @ stride {panel.stride}")
     click.echo(out)
@@ -316,12 +325,15 @@ def visualize(name: str, image: Path, out: Path, size: int | None, levels: tuple
 # What the verbs share.
 
 
+def _argument(context: click.Context, name: str) -> click.Parameter:
+    return next(parameter for parameter in context.command.params if parameter.name == name)
+
+
 class Built(NamedTuple):
-    """A backbone, where its weights come from if it does not know itself, and whether they are random."""
+    """A backbone, and a description of its weights if they are random."""
 
     backbone: DiffusionBackbone
     weights: Mapping[str, str] | None
-    untrained: bool
 
 
 def _check_random(name: str, model: Mapping[str, Any]) -> None:
@@ -351,10 +363,9 @@ def _build(
         device=where,
         **settings,
     )
-    untrained = random_weights or (backbone.declaration.checkpoint.untrained and checkpoint_path is None)
-    if untrained:
+    if random_weights:
         click.echo(UNTRAINED, err=True)
-    return Built(backbone, {"random": f"seed 0 on {where.type}"} if random_weights else None, untrained)
+    return Built(backbone, {"random": f"seed 0 on {where.type}"} if random_weights else None)
 
 
 def _device(name: str) -> torch.device:

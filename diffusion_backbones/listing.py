@@ -18,9 +18,8 @@ from diffusion_backbones.registry import Declaration, package_configs
 
 
 def access(checkpoint: Checkpoint) -> str:
-    """How the weights are had: ``gated``, ``open``, or ``built in`` if they travel in the package; and whether they are random."""
-    where = "gated" if checkpoint.gated else "open" if checkpoint.hub_id else "built in"
-    return f"{where}, untrained" if checkpoint.untrained else where
+    """How the weights are had: ``gated``, ``open``, or ``built in`` if they travel in the package."""
+    return "gated" if checkpoint.gated else "open" if checkpoint.hub_id else "built in"
 
 
 def checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -32,7 +31,6 @@ def checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "license": str(checkpoint.license),
         "gated": checkpoint.gated,
         "input_size": checkpoint.input_size,
-        "untrained": checkpoint.untrained,
     }
 
 
@@ -43,7 +41,6 @@ def backbone(declaration: Declaration) -> dict[str, Any]:
         "levels": [{"channels": info["num_chs"], "stride": info["reduction"]} for info in feature_info(declaration)],
         "license": str(declaration.checkpoint.license),
         "gated": declaration.checkpoint.gated,
-        "untrained": declaration.checkpoint.untrained,
     }
 
 
@@ -116,8 +113,6 @@ def _what(declaration: Declaration) -> Iterator[tuple[str, str]]:
     recipe = declaration.recipe
     paper = f" of {cards.cite(recipe.paper)}, {recipe.paper.link}" if recipe.paper else ""
     yield "backbone", f"{declaration.name}: {declaration.checkpoint.title}, read by {recipe.name}{paper}"
-    if declaration.checkpoint.untrained:
-        yield "", "UNTRAINED: the weights are random, and its maps show nothing that was learned"
 
 
 def _levels(declaration: Declaration) -> Iterator[tuple[str, str]]:

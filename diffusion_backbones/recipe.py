@@ -118,11 +118,10 @@ class Checkpoint:
         configs: Folder below ``diffusion_backbones/configs`` with its architecture; defaults to ``name``.
         revision: A commit hash only where a source states one, else ``main``.
         mirrors: Repositories with the same files, tried in order when ``hub_id`` does not answer.
-        status: A sentence about a repository that was removed or replaced, told when it cannot be read.
+        status: A sentence about where the weights come from, such as a repository that was removed or replaced; it is told when they cannot be read.
         gated: Whether the hub asks for the licence to be accepted first.
         denoiser: A file that replaces the denoiser's weights; the rest then comes from ``hub_id``.
         encoder_float16: False where the image encoder overflows in float16; it then runs in float32.
-        untrained: The weights are random. Everything that shows features of it says so.
         unverified: Facts above that no source at hand confirms, one sentence each.
     """
 
@@ -140,7 +139,6 @@ class Checkpoint:
     gated: bool = False
     denoiser: HubFile | None = None
     encoder_float16: bool = True
-    untrained: bool = False
     unverified: tuple[str, ...] = ()
 
     @property

@@ -109,7 +109,7 @@ def list_models(
         include_tags: Whether names with a tag are listed; by default only with ``pretrained``.
     """
     include_tags = pretrained if include_tags is None else include_tags
-    names = [d.name for d in _declarations.values() if (include_tags or not d.tag) and not (pretrained and d.checkpoint.untrained)]
+    names = [d.name for d in _declarations.values() if (include_tags or not d.tag)]
     wanted, unwanted = ([p] if isinstance(p, str) else list(p) for p in (filter, exclude_filters))
     if any(wanted):
         names = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in wanted)]

@@ -78,14 +78,14 @@ def test_list_for_machines():
     assert [row["name"] for row in rows] == db.list_models()
     [row] = [row for row in rows if row["name"] == "sd15_gdf"]
     assert row["levels"] == [{"channels": 320, "stride": 8}, {"channels": 640, "stride": 16}, {"channels": 2560, "stride": 32}]
-    assert (row["license"], row["gated"], row["untrained"]) == ("creativeml-openrail-m", False, False)
+    assert (row["license"], row["gated"]) == ("creativeml-openrail-m", False)
     assert json.loads(ok("list", "nothing_like_it", "--json")) == []
 
 
 def test_list_checkpoints():
     assert [row.split()[0] for row in ok("list", "--checkpoints").splitlines()] == db.list_checkpoints()
     rows = json.loads(ok("list", "--checkpoints", "--pretrained", "--json"))
-    assert {row["name"] for row in rows} == set(db.list_checkpoints()) - {"tinysd"}
+    assert {row["name"] for row in rows} == set(db.list_checkpoints())
     assert next(row for row in rows if row["name"] == "sd15")["hub_id"] == db.get_checkpoint("sd15").hub_id
 
 
@@ -96,7 +96,6 @@ def test_info_says_everything(name):
     said = [*recipe.ids, *recipe.notes, *recipe.unverified, *checkpoint.unverified, *checkpoint.mirrors, recipe.source, checkpoint.hub_id, checkpoint.status]
     said += [str(checkpoint.license), cards.millions(cost.parameters), cards.millions(cost.parameters_total), cards.gflops(cost.encoder_gflops)]
     assert [sentence for sentence in said if sentence not in text] == []
-    assert ("UNTRAINED" in text) == checkpoint.untrained
 
 
 def test_info_for_machines():
@@ -194,15 +193,21 @@ def test_visualize(photo, tmp_path):
     out = tmp_path / "pictures" / "out.png"
     result = run("visualize", "tinysd_gdf", photo, "-o", out)
     assert result.exit_code == 0, result.output
-    expected = ["level 0: (16, 6, 8) @ stride 8", "level 1: (32, 3, 4) @ stride 16", "level 2: (128, 2, 2) @ stride 32", str(out)]
+    expected = ["level 0: (48, 6, 8) @ stride 8", "level 1: (96, 3, 4) @ stride 16", "level 2: (224, 2, 2) @ stride 32", str(out)]
     assert result.stdout.splitlines() == expected
-    assert viz.UNTRAINED in result.stderr
+    assert viz.UNTRAINED not in result.stderr
+    alone = run("visualize", photo, "-o", tmp_path / "alone.png")
+    assert alone.stdout.splitlines()[:3] == expected[:3]
+    assert (tmp_path / "alone.png").read_bytes() == out.read_bytes()
     picture = Image.open(out)
-    assert viz.RED in {colour for _, colour in picture.getcolors(2**24)}, "the picture itself must say that the weights are random"
+    random = tmp_path / "random.png"
+    assert viz.UNTRAINED in run("visualize", "tinysd_gdf", photo, "-o", random, "--random-weights").stderr
+    assert viz.RED in {colour for _, colour in Image.open(random).getcolors(2**24)}, "the picture itself must say that the weights are random"
+    assert viz.RED not in {colour for _, colour in picture.getcolors(2**24)}
     again = tmp_path / "again.png"
     ok("visualize", "tinysd_gdf", photo, "-o", again)
     assert Image.open(again).tobytes() == picture.tobytes()
-    assert ok("visualize", "tinysd_gdf", photo, "-o", out, "--size", "96", "--levels", "1").splitlines()[0] == "level 1: (32, 6, 6) @ stride 16"
+    assert ok("visualize", "tinysd_gdf", photo, "-o", out, "--size", "96", "--levels", "1").splitlines()[0] == "level 1: (96, 6, 6) @ stride 16"
 
 
 def test_a_very_large_image_gets_advice(tmp_path):
@@ -256,7 +261,7 @@ def test_failures_are_one_line_and_status_1(photo, tmp_path):
         "cannot be read as an image": ["visualize", "tinysd_gdf", tmp_path / "broken.jpg", "-o", tmp_path / "out.png"],
         "cannot be written": ["visualize", "tinysd_gdf", photo, "-o", photo / "out.png"],
     }.items():
-        lines = [line for line in fails(1, *args).splitlines() if line != viz.UNTRAINED]
+        lines = fails(1, *args).splitlines()
         assert len(lines) == 1, lines
         assert lines[0].startswith("Error: ")
         assert told in lines[0]

@@ -68,7 +68,7 @@ assert {str(ROOT)!r} not in sys.path
 backbone = pickle.loads(pickle.dumps(backbone))
 print([tuple(level.shape) for level in backbone(torch.zeros(1, 3, 64, 64), prompt="a cat")], backbone.feature_info.channels())
 """)
-    assert process.stdout == "[(1, 16, 8, 8), (1, 32, 4, 4), (1, 128, 2, 2)] [16, 32, 128]\n", process.stderr
+    assert process.stdout == "[(1, 48, 8, 8), (1, 96, 4, 4), (1, 224, 2, 2)] [48, 96, 224]\n", process.stderr
 
 
 def test_importing_the_entries_loads_no_network():

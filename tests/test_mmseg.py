@@ -25,7 +25,7 @@ def batch(height, width):
 def test_upernet_on_timm_backbone_trains_and_predicts():
     register_all_modules(init_default_scope=True)
     backbone = dict(type="TIMMBackbone", model_name="tinysd_gdf", features_only=True, pretrained=True, out_indices=(0, 1, 2))
-    head = dict(type="UPerHead", in_channels=[16, 32, 128], in_index=[0, 1, 2], channels=16, num_classes=5, norm_cfg=dict(type="BN"))
+    head = dict(type="UPerHead", in_channels=[48, 96, 224], in_index=[0, 1, 2], channels=16, num_classes=5, norm_cfg=dict(type="BN"))
     head |= dict(align_corners=False, loss_decode=dict(type="CrossEntropyLoss"))
     pixels = dict(type="SegDataPreProcessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=0, seg_pad_val=255, size=(64, 64))
     model = MODELS.build(

@@ -50,20 +50,20 @@ maps = db.create_model('tinysd_gdf', device='meta')(torch.empty(1, 3, 64, 64, de
 print([tuple(m.shape) for m in maps], 'timm' in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "[(1, 16, 8, 8), (1, 32, 4, 4), (1, 128, 2, 2)] False", run.stderr[-2000:]
+    assert run.stdout.strip() == "[(1, 48, 8, 8), (1, 96, 4, 4), (1, 224, 2, 2)] False", run.stderr[-2000:]
 
 
 def test_create_model_levels_and_transform(photo):
     model = timm.create_model("tinysd_gdf", pretrained=True, features_only=True, out_indices=(0, -1))
     assert isinstance(model, db.DiffusionBackbone)
-    assert (model.feature_info.channels(), model.feature_info.reduction()) == ([16, 128], [8, 32])
+    assert (model.feature_info.channels(), model.feature_info.reduction()) == ([48, 224], [8, 32])
     assert model.feature_info.module_name()[0] == "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k"
     config = timm.data.resolve_model_data_config(model)
     assert (config["mean"], config["std"], config["input_size"]) == ((0.5,) * 3, (0.5,) * 3, (3, 256, 256))
     image = timm.data.create_transform(**config, is_training=False)(to_pil_image(photo[0] / 2 + 0.5))
     assert image.shape == (3, 256, 256)
     assert -1 <= image.min() < 0 < image.max() <= 1
-    assert [tuple(m.shape) for m in model(image[None])] == [(1, 16, 32, 32), (1, 128, 8, 8)]
+    assert [tuple(m.shape) for m in model(image[None])] == [(1, 48, 32, 32), (1, 224, 8, 8)]
 
 
 def test_our_keywords_go_through_timm():
@@ -96,7 +96,7 @@ def test_forward_intermediates_and_pruning(photo):
     before = sum(p.numel() for p in model.parameters())
     assert model.prune_intermediate_layers([2, 3]) == [2, 3]
     assert sum(p.numel() for p in model.parameters()) < before
-    assert (model.feature_info.reduction(), model.num_features) == ([32, 64], 64)
+    assert (model.feature_info.reduction(), model.num_features) == ([32, 64], 112)
     assert all(torch.equal(a, b) for a, b in zip(model(x), maps[2:], strict=True))
 
 
@@ -127,7 +127,7 @@ def test_an_smp_decoder_trains():
 
 def test_transformers_upernet_trains():
     config = TimmBackboneConfig(backbone="tinysd_gdf", out_indices=[0, 1, 2], num_channels=3)
-    assert AutoBackbone.from_config(config).channels == [16, 32, 128]
+    assert AutoBackbone.from_config(config).channels == [48, 96, 224]
     model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, use_auxiliary_head=False))
     loss = model(pixel_values=torch.rand(2, 3, 64, 64) * 2 - 1, labels=torch.zeros(2, 64, 64, dtype=torch.long)).loss
     loss.backward()
@@ -146,5 +146,5 @@ def test_strides_that_a_decoder_wants(photo):
     x = photo[..., :90, :130]
     native, maps = db.create_model("tinysd_gdf", pretrained=True)(x), backbone(x)
     assert backbone.feature_info.reduction() == [4, 8, 16, 32, 64]
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 33), (16, 12, 17), (32, 6, 9), (128, 3, 5), (128, 2, 3)]
+    assert [tuple(m.shape[1:]) for m in maps] == [(48, 23, 33), (48, 12, 17), (96, 6, 9), (224, 3, 5), (224, 2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(maps[1:4], native, strict=True))

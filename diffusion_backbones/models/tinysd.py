@@ -1,4 +1,4 @@
-"""tinysd: a checkpoint inside the package, with the topology of Stable Diffusion 1.x at small width."""
+"""tinysd: a small trained checkpoint inside the package, with the topology of Stable Diffusion 1.x."""
 
 from diffusion_backbones.models import stable_diffusion  # noqa: F401  (its recipes are read below)
 from diffusion_backbones.recipe import Checkpoint, License
@@ -6,12 +6,12 @@ from diffusion_backbones.registry import get_declaration, register_checkpoint, r
 
 TINYSD = register_checkpoint(Checkpoint(
     name="tinysd",
-    title="tinysd (untrained)",
+    title="tinysd",
     hub_id="",
     license=License("apache-2.0"),
     paper=None,
     input_size=256,
-    untrained=True,
+    status="Trained from scratch for this package on drawn scenes: data, training, figures and limits are in docs/tinysd.md",
 ))
 
 for _name in ("sd15_gdf", "sd15_legacy", "sd15_hyperfeatures", "sd15_sd_dino", "sd15_vpd", "sd15_tadp", "sd21_dift", "sd21_dift_geo", "sd21_genpercept"):

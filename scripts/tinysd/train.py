@@ -57,6 +57,7 @@ class Training:
 
     def __init__(self, folder: Path, name: str, model: nn.Module, steps: int, lr: float):
         self.folder, self.name, self.steps = folder, name, steps
+        folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator()
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 50), steps)
@@ -212,7 +213,8 @@ class Reconstruction(nn.Module):
         y = self.vae.decode(posterior.mean + posterior.std * noise).sample
         outline = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(x), edges(y), strict=True)]).sum()
         colours = F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
-        return {"pixels": F.l1_loss(y, x), "colours": 2 * colours, "outlines": 0.5 * outline, "kl": 2e-5 * posterior.kl().mean() / x[0].numel() * 192}
+        kl = posterior.kl().mean() / posterior.mean[0, 0].numel()                # for each latent position
+        return {"pixels": F.l1_loss(y, x), "colours": 2 * colours, "outlines": 0.5 * outline, "kl": 2e-5 * kl}
 
 
 @torch.no_grad()
@@ -273,9 +275,8 @@ def train_unet(folder: Path, steps: int, batch: int, large_share: float) -> None
         (mean, std), captions = sets[side]
         n = batch * 128 * 128 // side**2
         which = torch.randint(len(mean), (n,), generator=generator)
-        draw = lambda: torch.randn(n, *mean.shape[1:], generator=generator)  # noqa: E731
-        z = mean[which].float() + std[which].float() * draw()
-        e = draw()
+        sampled, e = torch.randn(2, n, *mean.shape[1:], generator=generator)
+        z = mean[which].float() + std[which].float() * sampled
         t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000).long()          # stratified: less variance than independent draws
         prompts = torch.where((torch.rand(n, generator=generator) < 0.1)[:, None], empty, captions[which])
         noisy, target = noise.add_noise(z, e, t), noise.get_velocity(z, e, t)
@@ -294,6 +295,9 @@ def export(folder: Path, target: Path) -> None:
     AutoencoderKL.from_pretrained(trained / "vae").half().save_pretrained(target / "vae")
     UNet2DConditionModel.from_pretrained(trained / "unet").half().save_pretrained(target / "unet")
     CLIPTextModel.from_pretrained(trained / "text_encoder").half().save_pretrained(target / "text_encoder")
+    for config in target.glob("*/config.json"):                     # diffusers notes where it was read, which is of this machine alone
+        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1).save_pretrained(target / "scheduler")
     shutil.copytree(folder / "tokenizer", target / "tokenizer")
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -309,7 +313,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("vae", "unet", "export"), help="only this one; the default is all, in order")
     parser.add_argument("--vae-steps", type=int, default=3400)
     parser.add_argument("--vae-batch", type=int, default=8, help="crops of 64 x 64")
-    parser.add_argument("--unet-steps", type=int, default=2300)
+    parser.add_argument("--unet-steps", type=int, default=1700)
     parser.add_argument("--unet-batch", type=int, default=32, help="scenes of 128 x 128, or a quarter as many of 256 x 256")
     parser.add_argument("--large-share", type=float, default=0.5, help="share of the steps, at the end, that are on 256 x 256")
     parser.add_argument("--target", type=Path, default=ROOT / "diffusion_backbones/configs/tinysd")
