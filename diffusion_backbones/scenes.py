@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,8 @@ def load_scenes(folder: Path | str = FOLDER) -> SceneSet:
 
 def _rgb(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert("RGB")
+        rgb: Image.Image = image.convert("RGB")
+    return rgb
 
 
 def _scenes(folder: Path, captions: list[str]) -> Iterator[Scene]:
@@ -103,8 +105,8 @@ def _scenes(folder: Path, captions: list[str]) -> Iterator[Scene]:
         yield Scene(_rgb(folder / f"{i:03}.jpg"), classes, instances, caption)
 
 
-def _pairs(folder: Path, rows: list[dict[str, object]]) -> Iterator[Pair]:
+def _pairs(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Pair]:
     for i, row in enumerate(rows):
-        points = (np.array(row[key], np.float32) for key in ("source_points", "target_points"))
-        x0, y0, x1, y1 = row["target_box"]  # type: ignore[misc]
-        yield Pair(_rgb(folder / f"{i:03}-source.jpg"), _rgb(folder / f"{i:03}-target.jpg"), *points, (x0, y0, x1, y1), str(row["split"]))
+        source, target = (np.array(row[key], np.float32) for key in ("source_points", "target_points"))
+        x0, y0, x1, y1 = row["target_box"]
+        yield Pair(_rgb(folder / f"{i:03}-source.jpg"), _rgb(folder / f"{i:03}-target.jpg"), source, target, (x0, y0, x1, y1), row["split"])
