@@ -17,7 +17,7 @@ import torch
 from diffusion_backbones.registry import CONFIGS, get_checkpoint, package_configs
 
 TOKENIZER = CONFIGS / "tinysd" / "tokenizer"
-VOCABULARY = 514
+WORDS = {key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 CROSS, POOLED, TIME = 32, 16, 8
 
 
@@ -28,8 +28,7 @@ def configs(name: str) -> dict[str, dict[str, Any]]:
     n = len(unet["block_out_channels"])
     unet |= {"block_out_channels": [16, 32, 64, 64][:n], "norm_num_groups": 8, "cross_attention_dim": CROSS, "sample_size": 8}
     unet["attention_head_dim"] = 8 if isinstance(unet["attention_head_dim"], int) else [1, 2, 4, 4][:n]
-    text = {"hidden_size": CROSS, "projection_dim": CROSS, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-    text |= {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    text = {"hidden_size": CROSS, "projection_dim": CROSS, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **WORDS}
     out["text_encoder"] |= text
     if "text_encoder_2" in out:
         out["text_encoder"] |= {"hidden_size": CROSS // 2, "projection_dim": CROSS // 2}
