@@ -92,13 +92,13 @@ def test_gradient_checkpointing_gives_the_same_features_and_gradients(x):
 def test_a_call_that_fails_leaves_nothing_behind(backbone, x):
     expected = backbone(x)
     with pytest.raises(RuntimeError):
-        backbone(x, prompt_embeds=torch.randn(77, 32).to("meta"))
+        backbone(x, prompt_embeds=torch.randn(77, 96).to("meta"))
     assert backbone.recorder._store.acts is None
     same(backbone(x), expected)
 
 
 def test_a_direct_call_of_the_denoiser_records_nothing(backbone):
-    backbone.denoiser(torch.randn(1, 4, 8, 8), 1, encoder_hidden_states=torch.randn(1, 77, 32))
+    backbone.denoiser(torch.randn(1, 4, 8, 8), 1, encoder_hidden_states=torch.randn(1, 77, 96))
     assert backbone.recorder._store.acts is None
 
 

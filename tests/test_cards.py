@@ -224,9 +224,9 @@ def test_check_names_what_is_not_current(generate, tmp_path, monkeypatch, capsys
 
 
 def test_generated_tables_keep_the_text_around_them(generate):
-    assert generate.fill("a\n<!-- zoo -->\nold\n<!-- /zoo -->\nb", {"zoo": "new"}) == "a\n<!-- zoo -->\nnew\n<!-- /zoo -->\nb"
-    with pytest.raises(ValueError, match="needs a line <!-- zoo -->"):
-        generate.fill("no markers", {"zoo": "new"})
+    assert generate.fill("a\n<!-- zoo -->\nold\n<!-- /zoo -->\nb", {"zoo": "new"}, "page.md") == "a\n<!-- zoo -->\nnew\n<!-- /zoo -->\nb"
+    with pytest.raises(ValueError, match="page.md needs a line <!-- zoo -->"):
+        generate.fill("no markers", {"zoo": "new"}, "page.md")
 
 
 def test_wrong_arguments_of_generate(generate, capsys):
