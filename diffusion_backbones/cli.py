@@ -301,9 +301,10 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
     """
     from diffusion_backbones.images import load, too_large
 
-    named = image is not None
-    path: Path = PHOTO.convert(image if image is not None else name, _argument(context, "image"), context)
-    name = Name(places=True).convert(name if named else "tinysd_gdf", _argument(context, "name"), context)
+    if image is None:
+        name, image = "tinysd_gdf", name
+    path: Path = PHOTO.convert(image, _argument(context, "image"), context)
+    name = Name(places=True).convert(name, _argument(context, "name"), context)
     photo = load(path)
     _check_random(name, model)
 

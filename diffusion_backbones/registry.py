@@ -104,7 +104,7 @@ def list_models(
 
     Args:
         filter: Shell-style pattern or patterns; empty means all.
-        pretrained: Only those with trained weights to load; with their tags unless ``include_tags`` is False.
+        pretrained: Only those with weights to load, which all have; with their tags unless ``include_tags`` is False.
         exclude_filters: Patterns to leave out.
         include_tags: Whether names with a tag are listed; by default only with ``pretrained``.
     """
