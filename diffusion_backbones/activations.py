@@ -33,7 +33,7 @@ _GRAMMAR = [
 _PATTERNS = [re.compile(pattern) for pattern in _GRAMMAR]
 _MODULE_PATH = re.compile(rf"[A-Za-z_]\w*(?:\.(?:[A-Za-z_]\w*|{_NUMBER}))+")
 
-Layout = Literal["map", "tokens", "attention"]
+Layout = Literal["map", "tokens", "attention", "vector"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,15 @@ class Site:
     Args:
         id: The activation id.
         path: Module path in the stock diffusers network.
-        port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``in`` for its first input, ``map`` for
-            attention probabilities that are recomputed from the module's ``to_q`` and ``to_k``.
+        port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``out[:, T:]`` for the image tokens behind
+            T text tokens, ``in`` and ``in[:, T:]`` for its first input, ``map`` for attention probabilities that are recomputed from its ``taps``.
         channels: Channels of the activation; for ``map`` the number of heads.
         stride: Pixels of the input image per position.
-        layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys).
+        layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys),
+            or ``vector`` (B, C) for what belongs to no place.
+        taps: For ``map``, the children of the module whose outputs it is computed from.
+        modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale that the
+            next block's adaptive LayerNorm gives it; empty where there is none.
     """
 
     id: str
@@ -105,11 +109,17 @@ class Site:
     channels: int
     stride: int
     layout: Layout
+    taps: tuple[str, ...] = ("to_q", "to_k")
+    modulation: str = ""
+
+    def over_text(self, tokens: int) -> Site:
+        """As part of a level: attention to a text becomes, averaged over heads, one channel per token; anything else stays as it is."""
+        return replace(self, channels=tokens, layout="tokens") if self.id.endswith("cross-map") else self
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The module paths whose output must be recorded, in execution order."""
-        return (f"{self.path}.to_q", f"{self.path}.to_k") if self.port == "map" else (self.path,)
+        return tuple(f"{self.path}.{tap}" for tap in self.taps) if self.port == "map" else (self.path,)
 
 
 class Catalogue(Mapping[str, Site]):

@@ -6,6 +6,8 @@ one chunk of queries at a time.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,45 +15,95 @@ CHUNK = 2**24
 """Scores that may exist at once, per call: 64 MiB in float32."""
 
 
-def attention_map(attention: nn.Module, q: Tensor, k: Tensor, average: bool = False, chunk: int = CHUNK) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) of one attention layer.
+def attention_map(attention: nn.Module, q: Tensor, k: Tensor, average: bool = False, bias: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
+    """softmax(q kᵀ / sqrt(d) + bias) of one attention layer.
 
     Args:
         attention: The stock layer, for its heads, scale, query and key norms, and precision settings.
         q: (B, N, C) output of ``to_q``.
         k: (B, M, C) output of ``to_k``.
         average: Average over heads.
+        bias: (B, M), added to the scores of every head and query.
         chunk: How many scores are formed at a time, at least one row of M per image.
 
     Returns:
         (B, heads, N, M), or (B, N, M) if averaged. Rows sum to 1. The dtype is that of ``q``.
     """
+    q, k = split_heads(attention, q, attention.norm_q), split_heads(attention, k, attention.norm_k)
+    upcast = Precision(bool(attention.upcast_attention), bool(attention.upcast_softmax))
+    return probabilities(q, k, slice(None), average, bias, upcast, chunk)
+
+
+def split_heads(attention: nn.Module, x: Tensor, norm: Any) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads), normalised where the layer normalises its queries or keys."""
     heads: int = attention.heads                    # type: ignore[assignment]
-    scale: float = attention.scale                  # type: ignore[assignment]
-    q, k = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k))
-    if attention.norm_q is not None:
-        q = attention.norm_q(q)                     # type: ignore[operator]
-    if attention.norm_k is not None:
-        k = attention.norm_k(k)                     # type: ignore[operator]
-    b, _, n, _ = q.shape
+    x = x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x if norm is None else norm(x)
+
+
+def linear_probabilities(q: Tensor, k: Tensor, average: bool = False) -> Tensor:
+    """The weights of linear attention, relu(q) relu(k)ᵀ over their sum along the keys, which that layer never forms.
+
+    Args:
+        q, k: (B, heads, N, d).
+        average: Average over heads.
+
+    Returns:
+        (B, heads, N, N), or (B, N, N) if averaged, in the dtype of ``q``.
+    """
+    out: Tensor | float = 0.0
+    maps = []
+    for head in range(q.shape[1]):
+        scores = torch.relu(q[:, head]).float() @ torch.relu(k[:, head]).float().transpose(-1, -2)
+        weights = (scores / (scores.sum(-1, keepdim=True) + 1e-15)).to(q.dtype)
+        if average:
+            out = out + weights / q.shape[1]
+        else:
+            maps.append(weights)
+    return out if isinstance(out, Tensor) else torch.stack(maps, 1)
+
+
+class Precision(NamedTuple):
+    """What a layer computes in float32 whatever its dtype."""
+
+    attention: bool = False
+    softmax: bool = False
+
+
+AS_IS = Precision()
+
+
+def probabilities(
+    q: Tensor, k: Tensor, keys: slice, average: bool = False, bias: Tensor | None = None, upcast: Precision = AS_IS, chunk: int = CHUNK
+) -> Tensor:
+    """softmax(q kᵀ / sqrt(d) + bias)[..., keys], a part at a time.
+
+    Args:
+        q: (B, heads, N, d).
+        k: (B, heads, M, d).
+        keys: The columns to keep; rows sum to 1 over all of them only.
+        average, bias, chunk: As for :func:`attention_map`.
+        upcast: What is computed in float32.
+
+    Returns:
+        (B, heads, N, kept), or (B, N, kept) if averaged.
+    """
+    b, heads, n, d = q.shape
     m = k.shape[2]
-    out = q.new_zeros((b, n, m) if average else (b, heads, n, m))
+    kept = len(range(m)[keys])
+    out = q.new_zeros((b, n, kept) if average else (b, heads, n, kept))
     rows = max(1, chunk // (b * m))
     for head in range(heads):
         for i in range(0, n, rows):
-            part = _probabilities(attention, q[:, head, i : i + rows], k[:, head], scale)
+            x, y = q[:, head, i : i + rows], k[:, head]
+            if upcast.attention:
+                x, y = x.float(), y.float()
+            scores = torch.matmul(x * d**-0.5, y.transpose(-1, -2))
+            if bias is not None:
+                scores = scores + bias[:, None]
+            part = (scores.float() if upcast.softmax else scores).softmax(dim=-1).to(q.dtype)[..., keys]
             if average:
                 out[:, i : i + rows] += part / heads
             else:
                 out[:, head, i : i + rows] = part
     return out
-
-
-def _probabilities(attention: nn.Module, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    dtype = q.dtype
-    if attention.upcast_attention:
-        q, k = q.float(), k.float()
-    scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    if attention.upcast_softmax:
-        scores = scores.float()
-    return scores.softmax(dim=-1).to(dtype)

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, pyramid
+from diffusion_backbones import calls, capture, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
-from diffusion_backbones.attention import attention_map
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
 from diffusion_backbones.interface import TimmInterface
@@ -97,9 +96,9 @@ class DiffusionBackbone(TimmInterface):
         fixed = recipe.noise == "fixed"
         self.register_buffer("canvas", canvas(recipe.seed, recipe.ensemble, self.latent_channels) if fixed else None)
         self.trainable = trainable
-        self.denoiser.requires_grad_(trainable)
+        self._unfreeze()
         self.encoder.requires_grad_(False)
-        self.recorder = capture.Recorder(denoiser, self._sites(self.levels))
+        self.recorder = capture.Recorder(denoiser, self._needed(self._sites(self.levels)))
         self.pretrained_cfg = pretrained_cfg(declaration)
         self.num_features = self._channels_and_strides()[-1][0]
         self.eval()
@@ -190,7 +189,7 @@ class DiffusionBackbone(TimmInterface):
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
         z = self.family.image_encoder.encode(self.encoder, x.to(_dtype(self.encoder)))
         if self.declaration.recipe.scaled:
-            shift, factor = self.family.image_encoder.scaling(self.configs[self.family.encoder])
+            shift, factor = self.family.image_encoder.scaling(self.family.encoder_config(self.configs))
             z = (z - shift) * factor
         return z
 
@@ -226,7 +225,7 @@ class DiffusionBackbone(TimmInterface):
         maps_out = self._channels_and_strides()
         needed = sorted({maps_out[i][2] for i in indices})
         sites = self._sites([self.levels[i] for i in needed])
-        acts = self._run(z, size, sites, call)
+        acts = postops.apply(self.declaration.recipe, sites, self._run(z, size, self._needed(sites), call))
         height, width = (s * self.latent_stride for s in z.shape[-2:])
         maps = {site.id: pyramid.to_map(acts[site.id], site, height, width) for site in sites}
         native = {i: pyramid.assemble(self.levels[i], maps, size) for i in needed}
@@ -246,10 +245,8 @@ class DiffusionBackbone(TimmInterface):
             output = self.family.call(self.denoiser, z_t, t, conditioning, size)
         acts = {}
         for site in sites:
-            tensors = capture.read(recorded, site)
-            act = tensors[0]
-            if site.port == "map":
-                act = attention_map(self.denoiser.get_submodule(site.path), tensors[0], tensors[1], average=average_heads)
+            grid = (z.shape[-2] * self.latent_stride // site.stride, z.shape[-1] * self.latent_stride // site.stride)
+            act = self.family.activation(self.denoiser, site, capture.read(recorded, site), conditioning, grid, average_heads or site.layout == "tokens")
             act = capture.tie(act, output) if self.trainable else act
             acts[site.id] = act.view(ensemble, b, *act.shape[1:]).mean(0) if ensemble > 1 else act
         return acts
@@ -292,6 +289,9 @@ class DiffusionBackbone(TimmInterface):
     def _sites(self, levels: Iterable[LevelInfo]) -> list[Site]:
         return list(dict.fromkeys(site for level in levels for site in level.sites))
 
+    def _needed(self, sites: Sequence[Site]) -> list[Site]:
+        return postops.needed(self.declaration.recipe, sites)
+
     def _find(self, id: str) -> Site:
         site = self.catalogue[id]
         if not capture.available(self.denoiser, site):
@@ -302,6 +302,14 @@ class DiffusionBackbone(TimmInterface):
         return site
 
     # Cutting further, and staying frozen.
+
+    def _unfreeze(self) -> None:
+        """Of a trainable denoiser, every parameter that a gradient can reach, as distributed training demands; of another none."""
+        self.denoiser.requires_grad_(self.trainable)
+        if self.trainable:
+            sites = self._needed(self._sites(self.levels))
+            for name in probe.unreached(self.declaration.checkpoint.family, self.configs, sites):
+                self.denoiser.get_parameter(name).requires_grad_(False)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Keep only some maps, and cut the denoiser behind the last activation that they need.
@@ -317,8 +325,9 @@ class DiffusionBackbone(TimmInterface):
         chosen = [self._channels_and_strides()[i] for i in kept]
         self.levels = tuple(self.levels[i] for i in sorted({level for _, _, level in chosen}))
         self.out_strides = tuple(stride for _, stride, _ in chosen) if self.out_strides else None
-        self.family.truncate(self.denoiser, [path for site in self._sites(self.levels) for path in site.modules])
+        self.family.truncate(self.denoiser, [path for site in self._needed(self._sites(self.levels)) for path in site.modules])
         self.num_features = self._channels_and_strides()[-1][0]
+        self._unfreeze()
         return kept
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
@@ -350,5 +359,6 @@ class DiffusionBackbone(TimmInterface):
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+    """What a network computes in; weights of one byte are only stored so, and some always have more."""
+    return next((p.dtype for p in module.parameters() if p.dtype.itemsize > 1), torch.get_default_dtype())
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from diffusion_backbones.noise import ForwardProcess
 from diffusion_backbones.recipe import closest
 
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "class_labels")
+EMBEDDINGS = (
+    "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "prompt_embeds_2", "prompt_attention_mask_2", "class_labels", "guidance",
+)
 CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "latents")
 
 
@@ -153,8 +155,9 @@ def condition(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, na
         if key not in own:
             raise TypeError(f"{name} is not conditioned on {key}; it takes {', '.join(own) or 'none'}")
         like = own[key]
+        tensor = torch.as_tensor(tensor)
         batched = tensor if tensor.ndim == like.ndim else tensor[None]
-        if batched.ndim != like.ndim or batched.shape[-1] != like.shape[-1] or len(batched) not in (1, b):
+        if batched.ndim != like.ndim or (like.ndim > 1 and batched.shape[-1] != like.shape[-1]) or len(batched) not in (1, b):
             raise ValueError(f"{key} must be {tuple(like.shape[1:])} or ({b}, ...), got {shape(tensor)}")
         tensors[key] = batched.to(like)
     return {key: t.expand(b, *t.shape[1:]) for key, t in tensors.items()}

@@ -57,7 +57,7 @@ class Recorder:
     def _record(self, key: str, port: str, module: nn.Module, args: Any, output: Any) -> None:
         store = self._store
         if store.acts is not None and key in store.wanted:
-            store.acts[key] = args[0] if port == "in" else output if isinstance(output, Tensor) else output[_index(port)]
+            store.acts[key] = args[0] if port.startswith("in") else output if isinstance(output, Tensor) else output[_index(port)]
 
     @contextmanager
     def recording(self, sites: Iterable[Site]) -> Iterator[dict[str, Tensor]]:
@@ -71,7 +71,7 @@ class Recorder:
 
 
 def read(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:
-    """What was recorded for a site: one tensor, or query and key for an attention map.
+    """What was recorded for a site: one tensor, or for an attention map what its taps gave.
 
     Raises:
         RuntimeError: Nothing was recorded: the network was compiled before its hooks were installed, or its projections were fused.
@@ -97,7 +97,7 @@ def _taps(site: Site) -> list[tuple[str, str, str]]:
 
 
 def _index(port: str) -> int:
-    return int(port[4:-1]) if port.startswith("out[") else 0
+    return int(port[4:-1]) if port[4:-1].isdigit() else 0
 
 
 class _Tie(torch.autograd.Function):

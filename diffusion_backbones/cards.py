@@ -14,8 +14,9 @@ import yaml
 
 from diffusion_backbones.activations import Site
 from diffusion_backbones.costs import Costs, costs
-from diffusion_backbones.families import FAMILIES, Config, Configs
-from diffusion_backbones.recipe import Paper
+from diffusion_backbones.families import FAMILIES, Config, Configs, left_out
+from diffusion_backbones.families.base import is_flow
+from diffusion_backbones.recipe import Paper, Recipe
 from diffusion_backbones.registry import Declaration, package_configs
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -74,7 +75,7 @@ def levels(declaration: Declaration, configs: Configs | None = None) -> list[tup
     configs = configs or package_configs(checkpoint)
     catalogue = FAMILIES[checkpoint.family].catalogue(configs, checkpoint.name)
     catalogue = catalogue.with_probe(functools.partial(_probe, checkpoint.family, configs))
-    return [tuple(catalogue[id] for id in level.activations) for level in declaration.recipe.levels]
+    return FAMILIES[checkpoint.family].levels(left_out(configs, declaration.recipe.without), declaration.recipe, catalogue)
 
 
 def _probe(family: str, configs: Configs, path: str) -> Site:
@@ -115,6 +116,8 @@ def noise_level(scheduler: Config, timestep: float) -> tuple[float, float]:
     Raises:
         KeyError: A beta schedule that no checkpoint here has.
     """
+    if is_flow(scheduler):
+        return 1 - timestep / 1000, timestep / 1000
     power = {"scaled_linear": 2, "linear": 1}[scheduler["beta_schedule"]]
     first, last = (scheduler[key] ** (1 / power) for key in ("beta_start", "beta_end"))
     alpha_bar, steps = 1.0, scheduler["num_train_timesteps"] - 1
@@ -163,6 +166,8 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
     family = FAMILIES[checkpoint.family]
     counted = f", which the source counts as {recipe.nominal_timestep}" if recipe.nominal_timestep is not None else ""
     padding = "padded to the text encoder's limit" if recipe.prompt_padding == "max_length" else "not padded"
+    unprompted = CLASS if "class_labels" in family.conditioning_shapes(configs) else "none"
+    texts = family.text_encoder_names(left_out(configs, recipe.without))
     latents = f"{family.latent_channels(configs)} channels at stride {family.latent_stride(configs)}"
     kept = f"{millions(cost.parameters)} of {millions(cost.parameters_total)}"
     draws = f"{recipe.ensemble} × " if recipe.ensemble > 1 else ""
@@ -173,8 +178,10 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
         ("Default size", f"{size} × {size} pixels, in `pretrained_cfg` for timm's transforms"),
         ("Timestep", f"{recipe.timestep:g}{', before the first step' if recipe.timestep < 0 else counted}"),
         ("Noise", _noise(declaration, configs["scheduler"])),
-        ("Prompt", f"{repr(recipe.prompt) if recipe.prompt else 'empty'}, {padding}"),
-        ("Latents", f"{latents}, the mode of the posterior, {_scaling(declaration, configs)}"),
+        ("Prompt", f"{repr(recipe.prompt) if recipe.prompt else 'empty'}, {padding}" if texts else unprompted),
+        *([("Left out", ", ".join(recipe.without))] if recipe.without else []),
+        *([("Afterwards", postop(recipe))] if postop(recipe) else []),
+        ("Latents", f"{latents}, {family.image_encoder.reading}, {_scaling(declaration, configs)}"),
         ("Parameters", f"denoiser {kept}, cut behind the last activation; image encoder {millions(cost.encoder_parameters)}"),
         ("Compute", f"{compute}, for one image of {cost.size} × {cost.size}; a multiply-add counts as two"),
         ("Size in memory", f"{cost.bytes / 1e9:.2f} GB in float32" if cost.bytes >= 1e8 else f"{cost.bytes / 1e6:.1f} MB in float32"),
@@ -214,8 +221,18 @@ def _scaling(declaration: Declaration, configs: Configs) -> str:
     if not declaration.recipe.scaled:
         return "not scaled"
     family = FAMILIES[declaration.checkpoint.family]
-    config = configs[family.encoder]
-    return f"multiplied by {config.get('scaling_factor') or 0.18215:g}"
+    shift, factor = family.image_encoder.scaling(family.encoder_config(configs))
+    return f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}" if (shift, factor) != (0, 1) else "as they are"
+
+
+CLASS = "none; the network is given no class, unless a call says `class_labels=`"
+POST = {"layer": "LayerNorm over channels", "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it"}
+
+
+def postop(recipe: Recipe) -> str:
+    """What is done to the activations behind the network, empty for nothing."""
+    dropped = f"channels {', '.join(map(str, recipe.discard))} set to zero" if recipe.discard else ""
+    return "; ".join(filter(None, [dropped, POST.get(recipe.normalise, "")]))
 
 
 USAGE = """```python

@@ -78,7 +78,8 @@ class Prompter:
         return row
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
-        key = hashlib.sha256(json.dumps([fingerprint, self.family, self.padding, prompt]).encode()).hexdigest()[:32]
+        encoders = FAMILIES[self.family].text_encoder_names(self.configs)
+        key = hashlib.sha256(json.dumps([fingerprint, self.family, encoders, self.padding, prompt]).encode()).hexdigest()[:32]
         return cache_folder() / "prompts" / f"{key}.safetensors"
 
 

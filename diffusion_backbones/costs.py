@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.families import FAMILIES, Configs, left_out
 from diffusion_backbones.registry import Declaration, package_configs
 
 FILE = Path(__file__).with_name("costs.json")
@@ -82,27 +82,29 @@ def measure(declaration: Declaration, configs: Configs | None = None) -> Costs:
     """Build the networks of a backbone on ``meta``, cut them, and count. Arguments as for :func:`costs`."""
     import torch
 
-    from diffusion_backbones import probe
+    from diffusion_backbones import postops, probe
 
     checkpoint = declaration.checkpoint
-    family, configs = FAMILIES[checkpoint.family], configs or package_configs(checkpoint)
+    family, configs = FAMILIES[checkpoint.family], left_out(configs or package_configs(checkpoint), declaration.recipe.without)
     catalogue = family.catalogue(configs, checkpoint.name).with_probe(functools.partial(probe.site, checkpoint.family, configs))
-    paths = [path for id in declaration.recipe.ids for path in catalogue[id].modules]
+    sites = [site for level in family.levels(configs, declaration.recipe, catalogue) for site in level]
+    paths = [path for site in postops.needed(declaration.recipe, sites) for path in site.modules]
     size = _padded(declaration.input_size, family.size_divisibility(configs))
     with torch.device("meta"):
         whole = family.build_denoiser(configs[family.denoiser])
-        encoder = family.image_encoder.truncate(family.image_encoder.build(configs[family.encoder]))
+        encoder = family.image_encoder.truncate(family.image_encoder.build(family.encoder_config(configs)))
         image = torch.empty(1, 3, size, size)
     parameters_total = _parameters(whole)
     denoiser = family.truncate(whole, paths)
     with torch.no_grad():
         encoder_gflops = probe.gflops(family.image_encoder.encode, encoder, image)
+        denoiser_gflops = probe.gflops(probe.run, checkpoint.family, configs, denoiser, (size, size))
     return Costs(
         size=size,
         parameters=_parameters(denoiser),
         parameters_total=parameters_total,
         encoder_parameters=_parameters(encoder),
-        denoiser_gflops=round(probe.gflops(probe.run, checkpoint.family, configs, denoiser, (size, size)), 3),
+        denoiser_gflops=round(denoiser_gflops, 3),
         encoder_gflops=round(encoder_gflops, 3),
     )
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffusion_backbones import probe, pyramid, tensors
+from diffusion_backbones import memory, postops, probe, pyramid, tensors
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import take
 from diffusion_backbones.conditioning import Prompter
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.families import FAMILIES, Configs, Family, left_out
 from diffusion_backbones.hub import HubRepo, open_checkpoint
 from diffusion_backbones.ldm import SingleFile, is_single_file
-from diffusion_backbones.pyramid import LevelInfo
 from diffusion_backbones.recipe import Checkpoint, License, Recipe, closest
 from diffusion_backbones.registry import CONFIGS, Declaration, get_checkpoint, get_declaration, is_model, package_configs
 from diffusion_backbones.saved import Saved, is_saved
@@ -81,6 +80,7 @@ def create_model(
         TypeError: Unknown keyword.
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
+        MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
         FileNotFoundError: Nothing at a path, or not what is needed there.
     """
     settings = _overrides(overrides, features_only=features_only)
@@ -168,10 +168,11 @@ def _resolve(name: str, has_recipe: bool, cache_dir: Any) -> Place:
 
 def _anonymous(folder: Folder) -> Checkpoint:
     """A checkpoint that nobody declared: what its own configs say, and a licence that is not known."""
-    kinds = [kind for kind, family in FAMILIES.items() if f"{family.denoiser}/config.json" in folder.names()]
+    kinds = [kind for kind, family in FAMILIES.items() if folder.holds(family)]
     if not kinds:
-        wanted = ", ".join(f"{family.denoiser}/config.json" for family in FAMILIES.values())
-        raise FileNotFoundError(f"{folder} holds no denoiser that is known here ({wanted}); is it a folder in the diffusers layout?")
+        wanted = ", ".join(dict.fromkeys(f"{family.denoiser}/config.json" for family in FAMILIES.values()))
+        known = ", ".join(name for family in FAMILIES.values() for name in family.networks)
+        raise FileNotFoundError(f"{folder} holds no denoiser that is known here ({wanted}, of one of {known}); is it a folder in the diffusers layout?")
     family = FAMILIES[kinds[0]]
     configs = folder.configs(family)
     named = Path(folder.provenance.get("repo") or folder.path.resolve()).name.lower()
@@ -184,7 +185,7 @@ def _anonymous(folder: Folder) -> Checkpoint:
         paper=None,
         input_size=family.native_size(configs),
         family=kinds[0],
-        encoder_float16=not (family.encoder and configs[family.encoder].get("force_upcast", False)),
+        encoder_float16=not family.encoder_config(configs).get("force_upcast", False),
     )
 
 
@@ -256,29 +257,34 @@ def _build(
 ) -> DiffusionBackbone:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
     family = FAMILIES[checkpoint.family]
+    configs = _without(configs, recipe, family)
     device = torch.device(device) if device is not None else torch.get_default_device()
     dtype = _dtype(dtype)
     encoder_dtype = torch.float32 if dtype == torch.float16 and not checkpoint.encoder_float16 else dtype
     source, restored = place.source, place.restored
     catalogue = _catalogue(checkpoint, configs)
-    levels = choose_levels(recipe, catalogue)
+    levels = pyramid.make_levels(family.levels(configs, recipe, catalogue))
     levels = tuple(levels[i] for i in sorted(take(out_indices, len(levels))))
-    paths = [path for level in levels for site in level.sites for path in site.modules]
+    sites = [site for level in levels for site in level.sites]
+    postops.check(recipe, sites)
+    paths = [path for site in postops.needed(recipe, sites) for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
 
     with tensors.unfilled() if empty else device:
         denoiser = family.build_denoiser(configs[family.denoiser])
-        encoder = family.image_encoder.build(configs[family.encoder])
+        encoder = family.image_encoder.build(family.encoder_config(configs))
     whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}
     denoiser = family.truncate(denoiser, paths)
     encoder = family.image_encoder.truncate(encoder)
-    if not empty:
+    if empty:
+        memory.check([(denoiser, dtype), (encoder, encoder_dtype)], device, declaration.name)
+    else:
         nn.Module.to(denoiser, dtype)               # not diffusers' own .to, which warns about layers that other networks have
         nn.Module.to(encoder, encoder_dtype)
 
     prompter = Prompter(checkpoint.family, configs, source, recipe.prompt_padding)
     if not empty:
-        embeddings = {name: torch.zeros(1, *shape) for name, shape in family.conditioning_shapes(configs).items()}
+        embeddings = family.blank_conditioning(configs)
     elif restored:
         restored.load("denoiser", denoiser, whole["denoiser"], dtype, device)
         restored.load("encoder", encoder, whole["encoder"], encoder_dtype, device)
@@ -286,9 +292,12 @@ def _build(
     else:
         assert source is not None
         embeddings = prompter([recipe.prompt])              # first, so that the text encoder is gone before the weights come
-        for component, part, network, its_dtype in ((family.denoiser, "denoiser", denoiser, dtype), (family.encoder, "encoder", encoder, encoder_dtype)):
+        parts = [(family.denoiser, "denoiser", denoiser, dtype), (family.encoder, "encoder", encoder, encoder_dtype)]
+        for component, part, network, its_dtype in parts if family.encoder else parts[:1]:
             files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
             tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}")
+    if empty:
+        family.fill_buffers(denoiser, device)
     with torch.device(device):
         backbone = DiffusionBackbone(
             declaration,
@@ -297,7 +306,7 @@ def _build(
             encoder,
             levels,
             catalogue,
-            {name: embeddings[name].to(device=device, dtype=dtype) for name in family.conditioning_shapes(configs)},
+            {name: _like(embeddings[name], device, dtype) for name in family.conditioning_shapes(configs)},
             out_strides=out_strides or (restored.out_strides if restored else None),
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},
@@ -306,14 +315,19 @@ def _build(
     return backbone
 
 
-def choose_levels(recipe: Recipe, catalogue: Catalogue) -> tuple[LevelInfo, ...]:
-    """A recipe's levels, resolved on a network.
+def _without(configs: Configs, recipe: Recipe, family: Family) -> Configs:
+    rest = left_out(configs, recipe.without)
+    everything = {name: config for name, config in configs.items() if config is not None}           # a saved folder leaves out already
+    whole, kept = family.text_encoder_names(everything), family.text_encoder_names(rest)
+    for name in recipe.without:
+        if name in kept or name not in whole:
+            there = ", ".join(whole) or "none"
+            raise ValueError(f"recipe {recipe.name!r}: without={name!r} is no text encoder that this checkpoint can do without; it has {there}")
+    return rest
 
-    Raises:
-        KeyError: The network lacks an id.
-        ValueError: Strides that do not fit.
-    """
-    return pyramid.make_levels([[catalogue[id] for id in level.activations] for level in recipe.levels])
+
+def _like(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -126,7 +126,9 @@ def open_checkpoint(checkpoint: Checkpoint, cache_dir: str | Path | None = None)
     if not checkpoint.denoiser:
         return base
     repo = HubRepo(checkpoint.denoiser.repo, checkpoint.denoiser.revision, cache_dir)
-    return WithDenoiser(base, family.denoiser, partial(repo.file, checkpoint.denoiser.filename), repo.provenance)
+    beside = str(PurePosixPath(checkpoint.denoiser.filename).with_name("config.json"))
+    config = repo.json(beside) if beside in repo.names() else None
+    return WithDenoiser(base, family.denoiser, partial(repo.file, checkpoint.denoiser.filename), repo.provenance, config)
 
 
 def _open_first(checkpoint: Checkpoint, cache_dir: str | Path | None) -> HubRepo:

@@ -65,7 +65,7 @@ def activations(checkpoint: Checkpoint, pattern: str, extensions: bool, size: in
     rows = [asdict(site) for site in catalogue.find(pattern, extensions)]
     if size is not None:
         side = size + -size % family.size_divisibility(configs)
-        tokens = family.conditioning_shapes(configs)["prompt_embeds"][0]
+        tokens = family.text_tokens(configs)
         for row in rows:
             row["shape"] = shape(catalogue[row["id"]], side, tokens)
     return rows, len(catalogue.find("*", extensions))
@@ -131,6 +131,8 @@ def _recipe(declaration: Declaration) -> Iterator[tuple[str, str]]:
     yield "timestep", f"{recipe.timestep:g}{counted}"
     yield "noise", f"{recipe.noise}{seed}{mean}"
     yield "prompt", repr(recipe.prompt) if recipe.prompt else "empty"
+    if cards.postop(recipe):
+        yield "afterwards", cards.postop(recipe)
 
 
 def _costs(declaration: Declaration) -> Iterator[tuple[str, str]]:

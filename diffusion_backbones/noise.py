@@ -65,6 +65,30 @@ class VariancePreserving:
             raise ValueError(f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with noise='none' any is possible")
 
 
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """alpha = 1 - t / 1000, sigma = t / 1000: the straight line of flow matching, without any shift for the resolution."""
+
+    def levels(self, timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """See :class:`ForwardProcess`.
+
+        Raises:
+            ValueError: The timestep is not from 0 to 1000.
+        """
+        if isinstance(timestep, Tensor):
+            if not torch.compiler.is_compiling() and not timestep.is_meta:
+                self._check(float(timestep.min()))
+                self._check(float(timestep.max()))
+            sigma = timestep.float().view(-1, 1, 1, 1) / 1000
+            return 1 - sigma, sigma
+        self._check(timestep)
+        return 1 - timestep / 1000, timestep / 1000
+
+    def _check(self, timestep: float) -> None:
+        if not 0 <= timestep <= 1000:
+            raise ValueError(f"timestep must be from 0 to 1000 on a rectified flow, where it is 1000 times the share of noise; got {timestep}")
+
+
 def canvas(seed: int, ensemble: int, channels: int) -> Tensor:
     """The fixed noise, (ensemble, channels, CANVAS, CANVAS) float32, on the default device (empty on ``meta``).
 

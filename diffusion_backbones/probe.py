@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones import capture
 from diffusion_backbones.activations import Site
 from diffusion_backbones.families import FAMILIES, Configs
 
@@ -18,14 +20,25 @@ def build(family: str, configs: Configs) -> nn.Module:
         return FAMILIES[family].build_denoiser(configs[FAMILIES[family].denoiser])
 
 
-def run(family: str, configs: Configs, denoiser: nn.Module, size: tuple[int, int]) -> None:
+def run(family: str, configs: Configs, denoiser: nn.Module, size: tuple[int, int]) -> Tensor:
     """One pass of a ``meta`` denoiser on one image of ``size`` pixels (height, width, multiples of ``size_divisibility``)."""
     kind = FAMILIES[family]
     stride = kind.latent_stride(configs)
     z = torch.empty(1, kind.latent_channels(configs), size[0] // stride, size[1] // stride, device="meta")
-    conditioning = {name: torch.empty(1, *shape, device="meta") for name, shape in kind.conditioning_shapes(configs).items()}
-    with torch.no_grad():
-        kind.call(denoiser, z, torch.zeros(1, dtype=torch.int64, device="meta"), conditioning, size)
+    with torch.device("meta"):
+        conditioning = kind.blank_conditioning(configs)
+        return kind.call(denoiser, z, torch.zeros(1, dtype=torch.int64, device="meta"), conditioning, size)
+
+
+def unreached(family: str, configs: Configs, sites: Sequence[Site]) -> list[str]:
+    """Names of the parameters of a cut network that no gradient of its activations reaches, such as the text's in the last block."""
+    kind = FAMILIES[family]
+    denoiser = kind.truncate(build(family, configs), [path for site in sites for path in site.modules])
+    recorder, d = capture.Recorder(denoiser, sites), kind.size_divisibility(configs)
+    with torch.enable_grad(), recorder.recording(sites) as acts:
+        output = run(family, configs, denoiser, (2 * d, 2 * d))
+    torch.autograd.backward([x.float().sum() for x in (output, *acts.values()) if x.requires_grad])
+    return [name for name, parameter in denoiser.named_parameters() if parameter.grad is None]
 
 
 def site(family: str, configs: Configs, path: str) -> Site:
@@ -37,15 +50,19 @@ def site(family: str, configs: Configs, path: str) -> Site:
     """
     denoiser = build(family, configs)
     try:
-        module = denoiser.get_submodule(path)
+        denoiser.get_submodule(path)
     except AttributeError as error:
         raise KeyError(f"the network has no module {path!r}: {error}") from None
+    denoiser = FAMILIES[family].truncate(denoiser, [path])
+    module = denoiser.get_submodule(path)
     outputs: list[Any] = []
     module.register_forward_hook(functools.partial(_keep, outputs))
     d = FAMILIES[family].size_divisibility(configs)
     size = (2 * d, 3 * d)                               # not square, so that height and width cannot be confused
-    run(family, configs, denoiser, size)
-    found = _site(path, outputs[0], size, d) if outputs else None
+    with torch.no_grad():
+        run(family, configs, denoiser, size)
+    text = FAMILIES[family].text_tokens(configs) + FAMILIES[family].registers
+    found = _site(path, outputs[0], size, d, text) if outputs else None
     if found is None:
         raise ValueError(f"{path!r} gives no feature map (B, C, h, w) and no image tokens (B, h·w, C), so it cannot be an activation")
     return found
@@ -55,16 +72,18 @@ def _keep(outputs: list[Any], module: nn.Module, args: Any, output: Any) -> None
     outputs.append(output)
 
 
-def _site(path: str, output: Any, size: tuple[int, int], coarsest: int) -> Site | None:
-    x = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else None
-    if not isinstance(x, Tensor):
-        return None
-    for stride in (s for s in range(1, coarsest + 1) if coarsest % s == 0):
-        grid = (size[0] // stride, size[1] // stride)
-        if x.ndim == 4 and tuple(x.shape[-2:]) == grid:
-            return Site(path, path, "out", x.shape[1], stride, "map")
-        if x.ndim == 3 and x.shape[1] == grid[0] * grid[1]:
-            return Site(path, path, "out", x.shape[2], stride, "tokens")
+def _site(path: str, output: Any, size: tuple[int, int], coarsest: int, text: int) -> Site | None:
+    several = isinstance(output, (tuple, list))
+    for i, x in enumerate(output if several else [output]):
+        port = f"out[{i}]" if several else "out"
+        for stride in (s for s in range(1, coarsest + 1) if coarsest % s == 0 and isinstance(x, Tensor)):
+            grid = (size[0] // stride, size[1] // stride)
+            if x.ndim == 4 and tuple(x.shape[-2:]) == grid:
+                return Site(path, path, port, x.shape[1], stride, "map")
+            if x.ndim == 3 and x.shape[1] == grid[0] * grid[1]:
+                return Site(path, path, port, x.shape[2], stride, "tokens")
+            if x.ndim == 3 and x.shape[1] == text + grid[0] * grid[1]:
+                return Site(path, path, "out[:, T:]", x.shape[2], stride, "tokens")
     return None
 
 

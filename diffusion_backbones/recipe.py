@@ -20,6 +20,7 @@ from diffusion_backbones import activations
 
 NoiseRule = Literal["fixed", "random", "none"]
 PromptPadding = Literal["max_length", "longest"]
+Normalisation = Literal["none", "layer", "adaptive"]
 
 
 def closest(name: str, known: Iterable[str], n: int = 3) -> str:
@@ -185,6 +186,10 @@ class Recipe:
         prompt: Text for every image unless a call overrides it.
         prompt_padding: ``"max_length"`` pads to the tokenizer's limit, as diffusers' pipelines do; ``"longest"`` does not.
         scaled: Whether latents are multiplied by the encoder's scaling factor, as the denoiser was trained.
+        without: Components that are left out, such as one of several text encoders.
+        discard: Channels of every activation that are set to zero, after the noise draws are averaged.
+        normalise: What is done to every activation then: ``"layer"`` is a LayerNorm over channels without parameters
+            (epsilon 1e-6), ``"adaptive"`` also the shift and scale with which the block behind the activation modulates it.
         input_size: Side in pixels that the source used; ``None`` means the checkpoint's own.
         paper: Who chose it, or None for a recipe nobody published.
         nominal_timestep: The timestep as the source counts it, where that is another number.
@@ -205,6 +210,9 @@ class Recipe:
     prompt: str = ""
     prompt_padding: PromptPadding = "max_length"
     scaled: bool = True
+    without: tuple[str, ...] = ()
+    discard: tuple[int, ...] = ()
+    normalise: Normalisation = "none"
     input_size: int | None = None
     paper: Paper | None = field(default=None)
     nominal_timestep: int | None = None
@@ -217,11 +225,16 @@ class Recipe:
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ValueError(f"recipe {self.name!r}: levels must be a non-empty sequence of activation ids or of levels, got {given!r}")
         object.__setattr__(self, "levels", tuple(_level(level) for level in given))
-        for key in ("notes", "unverified"):
+        for key in ("without", "discard", "notes", "unverified"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if self.noise not in get_args(NoiseRule):
             rules = get_args(NoiseRule)
             raise ValueError(f"recipe {self.name!r}: noise must be one of {', '.join(rules)}, got {self.noise!r}.{closest(str(self.noise), rules)}")
+        if self.normalise not in get_args(Normalisation):
+            known = get_args(Normalisation)
+            raise ValueError(f"recipe {self.name!r}: normalise must be one of {', '.join(known)}, got {self.normalise!r}.{closest(str(self.normalise), known)}")
+        if not all(isinstance(channel, int) and channel >= 0 for channel in self.discard):
+            raise ValueError(f"recipe {self.name!r}: discard must be channels from 0 up, got {self.discard}")
         if self.prompt_padding not in get_args(PromptPadding):
             raise ValueError(f"recipe {self.name!r}: prompt_padding must be 'max_length' or 'longest', got {self.prompt_padding!r}")
         if self.ensemble < 1 or (self.ensemble > 1 and self.noise == "none"):
@@ -242,7 +255,8 @@ class Recipe:
     def digest(self) -> str:
         """Twelve hexadecimal digits that change whenever a setting that changes the features does."""
         cosmetic = {"name", "paper", "nominal_timestep", "source", "notes", "unverified", "input_size"}
-        settings = {k: v for k, v in self.to_dict().items() if k not in cosmetic}
+        usual = Recipe("", self.levels).to_dict()                   # left out, so that a setting that is new one day changes no digest
+        settings = {k: v for k, v in self.to_dict().items() if k not in cosmetic and (k == "levels" or v != usual[k])}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def override(self, **settings: Any) -> Recipe:

@@ -207,4 +207,7 @@ def pretrained_cfg(declaration: Declaration) -> dict[str, Any]:
 def package_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """The architecture configs that travel with the package: component name -> config."""
     folder = CONFIGS / checkpoint.config_name
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/*config.json"))}
+    paths = {path.parent.name: path for path in sorted(folder.glob("*/*config.json"))}
+    if (index := folder / "model_index.json").is_file():
+        paths["model_index"] = index
+    return {name: json.loads(path.read_text()) for name, path in paths.items()}

@@ -109,7 +109,7 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
         "checkpoint": asdict(declaration.checkpoint),
         "recipe": declaration.recipe.to_dict(),
         "out_strides": backbone.out_strides,
-        "configs": {name: dict(config) for name, config in backbone.configs.items()},
+        "configs": {name: config and dict(config) for name, config in backbone.configs.items()},
         "provenance": backbone.provenance,
         "versions": {"diffusion_backbones": diffusion_backbones.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     }

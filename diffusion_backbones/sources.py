@@ -84,10 +84,21 @@ class Folder:
             raise ValueError(f"{self}: {name} must hold a JSON object, got {type(data).__name__}")
         return data
 
+    def holds(self, family: Family) -> bool:
+        """Whether there is a denoiser of a family."""
+        name = self._where(family.denoiser, "config.json")
+        return name in self.names() and family.recognises(self.json(name))
+
+    def _where(self, component: str, file: str) -> str:
+        """Where a component's file is: in its folder, or at the root of a repository that holds one network alone."""
+        inside = f"{component}/{file}"
+        return file if file in self.names() and inside not in self.names() else inside
+
     def configs(self, family: Family) -> Configs:
         required = [family.denoiser, *([family.encoder] if family.encoder else [])]
-        configs = {name: self.json(f"{name}/config.json") for name in required}
-        return configs | {"scheduler": self.json("scheduler/scheduler_config.json")}
+        configs = {name: self.json(self._where(name, "config.json") if name == family.denoiser else f"{name}/config.json") for name in required}
+        pipeline = {"model_index": self.json("model_index.json")} if family.reads_pipeline and "model_index.json" in self.names() else {}
+        return configs | {"scheduler": self.json(self._where("scheduler", "scheduler_config.json"))} | pipeline
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
         return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), _modern)
@@ -102,7 +113,7 @@ class Folder:
             log.warning("%s has the weights of %s in float16 only, and they are used in higher precision", self, component)
         if not name.endswith(".json"):
             return [self.file(name)]
-        shards = [f"{component}/{shard}" for shard in self._shards(name)]
+        shards = [str(PurePosixPath(name).with_name(shard)) for shard in self._shards(name)]
         for shard in shards:
             if shard not in names:
                 raise FileNotFoundError(f"{self}: {name} lists {len(shards)} shards, and {shard} is not there; download it again")
@@ -115,12 +126,13 @@ class Folder:
             raise ValueError(f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files") from error
 
     def text(self, component: str) -> tuple[Any, Any]:
-        from diffusion_backbones.families import clip
+        from diffusion_backbones.families import clip, language
 
         weights = TensorFiles(self._weights(component, "model", half=False))
         config = self.json(f"{component}/config.json")
         tokenizer = self._tokenizer(component.replace("text_encoder", "tokenizer"))
-        return tokenizer, clip.text_model(config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights))
+        build = language.text_model if set(config.get("architectures") or ()) & set(language.ARCHITECTURES) else clip.text_model
+        return tokenizer, build(config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights))
 
     def _tokenizer(self, component: str) -> Any:
         from transformers import AutoTokenizer
@@ -142,21 +154,23 @@ class Folder:
 
 
 class WithDenoiser:
-    """Another source with the denoiser's weights taken from one file, as CleanDIFT publishes them.
+    """Another source with the denoiser's weights taken from one file, as CleanDIFT and PixArt publish them.
 
     Args:
         base: Where everything else comes from.
         component: Name of the denoiser.
         file: Gives the path of its weights; called when they are read.
         provenance: Where that file comes from.
+        config: The denoiser's own config; None if it is that of ``base``.
     """
 
-    def __init__(self, base: Source, component: str, file: Callable[[], Path], provenance: Mapping[str, str]):
-        self.base, self.component, self._file = base, component, file
+    def __init__(self, base: Source, component: str, file: Callable[[], Path], provenance: Mapping[str, str], config: Config | None = None):
+        self.base, self.component, self._file, self._config = base, component, file, config
         self.provenance = base.provenance | {f"{component}_{k}": v for k, v in provenance.items()}
 
     def configs(self, family: Family) -> Configs:
-        return self.base.configs(family)
+        configs = self.base.configs(family)
+        return {**configs, self.component: self._config} if self._config else configs
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
         return TensorFiles([self._file()], _modern) if component == self.component else self.base.tensors(component, half)
@@ -183,9 +197,12 @@ def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
     Raises:
         FileNotFoundError: There is none; a pickle that is there instead is named.
     """
+    names = list(names)
     inside = [name for name in names if name.startswith(component + "/") and name.count("/") == 1]
-    full = [f"{component}/{stem}.safetensors", f"{component}/{stem}.safetensors.index.json"]
-    fp16 = [f"{component}/{stem}.fp16.safetensors", f"{component}/{stem}.safetensors.index.fp16.json", f"{component}/{stem}.fp16.safetensors.index.json"]
+    alone = not inside and any(name.startswith(f"{stem}.") for name in names)                  # at the root of a repository of one network
+    inside, at = ([name for name in names if "/" not in name], "") if alone else (inside, f"{component}/")
+    full = [f"{at}{stem}.safetensors", f"{at}{stem}.safetensors.index.json"]
+    fp16 = [f"{at}{stem}.fp16.safetensors", f"{at}{stem}.safetensors.index.fp16.json", f"{at}{stem}.fp16.safetensors.index.json"]
     for candidate in fp16 + full if half else full + fp16:
         if candidate in inside:
             return candidate

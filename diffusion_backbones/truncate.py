@@ -9,6 +9,7 @@ Stand-ins hold no parameters, so the weights of what was dropped are never read 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 
 class Bypass(nn.Module):
-    """Returns its first argument, with ``as_tuple`` inside a tuple."""
+    """Returns its first argument, which may be named ``hidden_states``, with ``as_tuple`` inside a tuple."""
 
     def __init__(self, as_tuple: bool = False):
         super().__init__()
         self.as_tuple = as_tuple
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        return (x,) if self.as_tuple else x
+    def forward(self, x: Tensor | None = None, *args: Any, hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
+        out = hidden_states if x is None else x
+        return (out,) if self.as_tuple else out
 
 
 class StandIn(nn.Module):
@@ -40,25 +42,68 @@ class StandIn(nn.Module):
         return x.narrow(self.dim, 0, 1).expand(shape)
 
 
+class OneToken(StandIn):
+    """The same, of the first token alone: an unpatchify for squares then takes any grid."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x[:, :1])
+
+
 class AttentionTap(nn.Module):
-    """What is left of an attention layer of which only projections are read: runs those and returns its input."""
+    """What is left of an attention layer of which only projections are read: runs those and returns its inputs."""
+
+    IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    NORMS = {"to_q": "norm_q", "to_k": "norm_k", "add_q_proj": "norm_added_q", "add_k_proj": "norm_added_k"}
+    PLAIN = ("heads", "upcast_attention", "upcast_softmax")
 
     def __init__(self, attention: nn.Module, names: Collection[str]):
         super().__init__()
-        for name in ("to_q", "to_k", "to_v"):
+        self.joint = getattr(attention, "added_kv_proj_dim", None) is not None
+        for name in (*self.IMAGE, *self.TEXT):
             if name in names:
                 self.add_module(name, getattr(attention, name))
-        for name in ("heads", "scale", "upcast_attention", "upcast_softmax", "norm_q", "norm_k"):     # what a map is computed with
-            setattr(self, name, getattr(attention, name))
+        for name in self.PLAIN:                                         # what a map is computed with
+            setattr(self, name, getattr(attention, name, None))
+        maps = {"to_q", "to_k"} <= set(names)
+        for projection, norm in self.NORMS.items():
+            setattr(self, norm, getattr(attention, norm, None) if maps and projection in names else None)
 
-    def forward(self, x: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        source = x if encoder_hidden_states is None else encoder_hidden_states
-        for name in ("to_q", "to_k", "to_v"):
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        for name in self.IMAGE:
             if hasattr(self, name):
-                getattr(self, name)(x if name == "to_q" else source)
-        return x
+                getattr(self, name)(hidden_states if name == "to_q" or self.joint else text)
+        for name in self.TEXT:
+            if hasattr(self, name):
+                getattr(self, name)(text)
+        return (hidden_states, encoder_hidden_states) if self.joint else hidden_states
 
 
+class ModulationTap(nn.Module):
+    """What is left of a transformer block of which only the modulation is read: computes that and returns its inputs."""
+
+    def __init__(self, block: nn.Module, norm: str):
+        super().__init__()
+        self.add_module(norm, getattr(block, norm))
+        self.norm_name = norm
+        self.names = [name for name in inspect.signature(block.forward).parameters][:3]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        getattr(self, self.norm_name)(given["hidden_states"], emb=given["temb"])
+        if "encoder_hidden_states" not in given:
+            return given["hidden_states"]
+        return given["encoder_hidden_states"], given["hidden_states"]
+
+
+ATTENTION = ("Attention", "FluxAttention")
+"""Layers that an :class:`AttentionTap` can stand in for."""
+MODULATED = (
+    "FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock", "AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock",
+)
+"""Blocks of text and image that a :class:`ModulationTap` can stand in for."""
+TEXT_HALF = ("norm2_context", "ff_context", "attn.to_add_out")
+"""What of a block of two streams only the blocks behind it need, if an image's output is read there."""
 STAND_INS = (Bypass, StandIn)
 
 
@@ -90,9 +135,11 @@ def truncate(module: nn.Module, paths: Collection[str], steps: Steps) -> nn.Modu
     """
     kind = type(module).__name__
     if "" in paths:
-        return module
-    if kind == "Attention" and {p.split(".")[0] for p in paths} <= {"to_q", "to_k", "to_v"}:
+        return _without_text(module) if kind in MODULATED else module
+    if kind in ATTENTION and getattr(module, "group_norm", None) is None and {p.split(".")[0] for p in paths} <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}:
         return AttentionTap(module, set(paths))
+    if kind in MODULATED and {p.partition(".")[2] for p in paths} == {"linear"}:
+        return ModulationTap(module, next(iter(paths)).split(".")[0])
     if kind not in steps:
         return module
     order = steps[kind](module)
@@ -105,6 +152,14 @@ def truncate(module: nn.Module, paths: Collection[str], steps: Steps) -> nn.Modu
     for step in reversed(order[last + 1 :]):
         _drop(module, step)
     return module
+
+
+def _without_text(block: nn.Module) -> nn.Module:
+    for path in TEXT_HALF:
+        owner, _, child = path.rpartition(".")
+        if getattr(block.get_submodule(owner), child, None) is not None:
+            setattr(block.get_submodule(owner), child, Bypass())
+    return block
 
 
 def _inside(path: str, name: str) -> bool:
@@ -129,7 +184,7 @@ def has(network: nn.Module, path: str) -> bool:
         module = network.get_submodule(path)
     except AttributeError:
         return False
-    return not isinstance(module, (*STAND_INS, AttentionTap))
+    return not isinstance(module, (*STAND_INS, AttentionTap, ModulationTap))
 
 
 def count_parameters(module: nn.Module) -> int:

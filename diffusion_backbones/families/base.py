@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusion_backbones.activations import Catalogue
+from diffusion_backbones.activations import Catalogue, Site
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from diffusion_backbones.families.encoders import ImageEncoder
     from diffusion_backbones.noise import ForwardProcess
+    from diffusion_backbones.recipe import Recipe
 
 Config = Mapping[str, Any]
 """One component's upstream ``config.json``."""
 
-Configs = Mapping[str, Config]
-"""Component name (``unet``, ``vae``, ``scheduler`` ...) -> its config."""
+Configs = Mapping[str, Any]
+"""Component name (``unet``, ``vae``, ``scheduler`` ...) -> its config, None for one that is left out."""
 
 LoadText = Callable[[str], tuple[Any, Any]]
 """Component name of a text encoder -> (tokenizer, model), loaded on first use."""
+
+
+def left_out(configs: Configs, components: Iterable[str]) -> Configs:
+    """Configs in which some components are None, as in a diffusers pipeline that was loaded without them."""
+    return {**configs, **dict.fromkeys(components)}
+
+
+def is_flow(scheduler: Config) -> bool:
+    """Whether a scheduler's config is that of a rectified flow, z_t = (1 - t) z + t noise, and not of a diffusion."""
+    return "FlowMatch" in scheduler.get("_class_name", "") or scheduler.get("prediction_type") == "flow_prediction"
 
 
 class Family(ABC):
@@ -32,10 +44,16 @@ class Family(ABC):
     Attributes:
         denoiser: Component name of the denoiser, as in a diffusers folder.
         encoder: Component name of the image encoder, or "" for networks that work on pixels.
+        networks: Class names that its denoisers have in their configs.
+        registers: Learned tokens that stand before those of the text.
+        reads_pipeline: Whether ``model_index.json`` matters, which names the pipeline's class.
     """
 
     denoiser: str
     encoder: str
+    networks: tuple[str, ...]
+    registers = 0
+    reads_pipeline = False
 
     @abstractmethod
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
@@ -87,6 +105,56 @@ class Family(ABC):
 
     # What almost every family shares.
 
+    def levels(self, configs: Configs, recipe: Recipe, catalogue: Catalogue) -> list[tuple[Site, ...]]:
+        """The sites of every level of a recipe, fine to coarse.
+
+        Raises:
+            KeyError: The network lacks an id.
+        """
+        tokens = self.text_tokens(configs)
+        return [tuple(catalogue[id].over_text(tokens) for id in level.activations) for level in recipe.levels]
+
+    def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
+        """What conditions a network without weights, (1, ...) each, on the default device: zeros, as nothing was encoded."""
+        import torch
+
+        return {name: torch.zeros(1, *shape) for name, shape in self.conditioning_shapes(configs).items()}
+
+    def activation(
+        self, denoiser: nn.Module, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+    ) -> Tensor:
+        """What a site gives, from what was recorded there.
+
+        Args:
+            denoiser: The network that ran.
+            site: Where it was recorded.
+            recorded: One tensor, or for an attention map what its taps gave.
+            conditioning: What the call was conditioned on.
+            grid: Height and width of the site's map of the padded image.
+            average: Average attention maps over heads.
+        """
+        from diffusion_backbones.attention import attention_map
+
+        if site.port == "map":
+            return attention_map(denoiser.get_submodule(site.path), recorded[0], recorded[1], average)
+        return recorded[0][:, -grid[0] * grid[1] :] if site.port.endswith("[:, T:]") else recorded[0]
+
+    def fill_buffers(self, denoiser: nn.Module, device: torch.device) -> None:  # noqa: B027  (most have none)
+        """Compute, on ``device``, what a network that was built on ``meta`` has in no file."""
+
+    def text_tokens(self, configs: Configs) -> int:
+        """Keys of a ``cross-map``: the tokens of the text, 0 without one."""
+        return self.conditioning_shapes(configs).get("prompt_embeds", (0,))[0]
+
+    def recognises(self, config: Config) -> bool:
+        """Whether a denoiser's config is one of this family's."""
+        return config.get("_class_name") in self.networks
+
+    def encoder_config(self, configs: Configs) -> Config:
+        """The image encoder's config, empty where there is no encoder."""
+        config: Config = configs[self.encoder] if self.encoder else {}
+        return config
+
     @property
     def image_encoder(self) -> ImageEncoder:
         """The kind of image encoder in front of the denoiser."""
@@ -96,9 +164,10 @@ class Family(ABC):
 
     def forward_process(self, configs: Configs) -> ForwardProcess:
         """How noise is mixed into clean latents."""
-        from diffusion_backbones.noise import VariancePreserving
+        from diffusion_backbones.noise import RectifiedFlow, VariancePreserving
 
-        return VariancePreserving.from_config(configs["scheduler"])
+        scheduler = configs["scheduler"]
+        return RectifiedFlow() if is_flow(scheduler) else VariancePreserving.from_config(scheduler)
 
     def latent_channels(self, configs: Configs) -> int:
         """Channels of what the denoiser receives."""

@@ -38,23 +38,50 @@ def encode(load: LoadText, prompts: list[str], padding: str, names: tuple[str, .
     states: list[Tensor] = []
     pooled: Tensor | None = None
     for name in names:
-        tokenizer, model = load(name)
-        tokens = _tokenize(tokenizer, prompts, padding)
-        output = model(tokens, output_hidden_states=len(names) > 1)
-        states.append(output.hidden_states[-2] if len(names) > 1 else output[0])
-        pooled = output[0] if len(names) > 1 else None
-        del model, output
+        if len(names) > 1:
+            state, pooled = penultimate(*load(name), prompts, padding)
+        else:
+            tokenizer, model = load(name)
+            state = model(tokenize(tokenizer, prompts, padding))[0]
+            del model
+        states.append(state)
     result = {"prompt_embeds": torch.cat(states, dim=-1).float()}
     return result if pooled is None else result | {"pooled_prompt_embeds": pooled.float()}
 
 
-def _tokenize(tokenizer: Any, prompts: list[str], padding: str) -> Tensor:
+@torch.no_grad()
+def penultimate(tokenizer: Any, model: Any, prompts: list[str], padding: str, truncate: bool = False) -> tuple[Tensor, Tensor]:
+    """The last but one hidden state (P, tokens, channels), and the pooled output, projected if the model does that (P, channels)."""
+    output = model(tokenize(tokenizer, prompts, padding, truncate), output_hidden_states=True)
+    return output.hidden_states[-2].float(), _pooled(output).float()
+
+
+@torch.no_grad()
+def pooled(tokenizer: Any, model: Any, prompts: list[str]) -> Tensor:
+    """The pooled output alone, (P, channels), of as much of a prompt as the encoder takes."""
+    return _pooled(model(tokenize(tokenizer, prompts, "max_length", truncate=True))).float()
+
+
+def _pooled(output: Any) -> Tensor:
+    found: Tensor = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+    return found
+
+
+def tokenize(tokenizer: Any, prompts: list[str], padding: str, truncate: bool = False) -> Tensor:
+    """Token ids (P, tokens).
+
+    Args:
+        truncate: Cut what is too long, as diffusers does where a T5 encoder reads the whole prompt beside.
+
+    Raises:
+        ValueError: A prompt is longer than the tokenizer's limit.
+    """
     limit = tokenizer.model_max_length
     for prompt in prompts:
-        length = len(tokenizer(prompt).input_ids)
-        if length > limit:
+        length = len(tokenizer(prompt, verbose=False).input_ids)
+        if length > limit and not truncate:
             raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the text encoder takes {limit}, start and end included; shorten it")
-    tokens: Tensor = tokenizer(prompts, padding=padding, max_length=limit, return_tensors="pt").input_ids
+    tokens: Tensor = tokenizer(prompts, padding=padding, max_length=limit, truncation=truncate, return_tensors="pt").input_ids
     return tokens
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_backbones.families.base import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class ImageEncoder(Protocol):
     """An image encoder as the backbone uses it."""
+
+    reading: str
+    """What the latents are, for the cards."""
 
     def build(self, config: Config) -> nn.Module:
         """The stock encoder with everything that decodes still in it, on the current default device."""
@@ -25,8 +29,54 @@ class ImageEncoder(Protocol):
         """(shift, factor): the denoiser was trained on (z - shift) * factor."""
 
 
+class Pixels:
+    """No encoder: the denoiser works on the image."""
+
+    reading = "the image itself"
+
+    def build(self, config: Config) -> nn.Module:
+        from torch import nn
+
+        return nn.Identity()
+
+    def truncate(self, encoder: nn.Module) -> nn.Module:
+        return encoder
+
+    def encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    def scaling(self, config: Config) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
+class DCEncoder:
+    """The encoder half of diffusers' ``AutoencoderDC``, which gives latents and no distribution."""
+
+    reading = "as the encoder gives them"
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import AutoencoderDC
+
+        vae: nn.Module = AutoencoderDC.from_config(config)
+        return vae
+
+    def truncate(self, encoder: Any) -> nn.Module:
+        encoder.decoder = None
+        kept: nn.Module = encoder
+        return kept
+
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        z: Tensor = encoder.encode(x, return_dict=False)[0]
+        return z
+
+    def scaling(self, config: Config) -> tuple[float, float]:
+        return 0.0, config["scaling_factor"]
+
+
 class KLEncoder:
     """The encoder half of diffusers' ``AutoencoderKL``; the posterior is read at its mode, so the same image gives the same latents."""
+
+    reading = "the mode of the posterior"
 
     def build(self, config: Config) -> nn.Module:
         from diffusers import AutoencoderKL

@@ -6,7 +6,7 @@ stock network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
@@ -15,15 +15,19 @@ from diffusion_backbones.families.base import Config, Configs, Family, LoadText
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Vit = Callable[[str, str, int, int, int, int], Iterator[Site]]
+"""Stage of the ids, module path, width, stride, number of blocks, heads -> the activations of what attends there."""
+
 
 class UNet(Family):
     """The family of ``UNet2DConditionModel``."""
 
     denoiser = "unet"
     encoder = "vae"
+    networks = ("UNet2DConditionModel",)
 
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        return Catalogue(_sites(configs["unet"], self.latent_stride(configs)), network)
+        return Catalogue(sites(configs["unet"], self.latent_stride(configs)), network)
 
     def size_divisibility(self, configs: Configs) -> int:
         return self.latent_stride(configs) * int(2 ** (len(configs["unet"]["block_out_channels"]) - 1))
@@ -79,8 +83,10 @@ def _per_level(value: Any, n: int) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * n
 
 
-def _sites(config: Config, latent_stride: int) -> Iterator[Site]:
+def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> Iterator[Site]:
     """Every activation of a ``UNet2DConditionModel`` with this config, in forward order.
+
+    ``plain_mid`` gives those of the attention in a middle block without cross-attention, if it has one.
 
     Levels, widths and depths follow the constructor of that class; the tests compare them with the built network.
     """
@@ -97,8 +103,9 @@ def _sites(config: Config, latent_stride: int) -> Iterator[Site]:
         stride, stage, prefix = latent_stride * 2**level, f"down-level{level}", f"down_blocks.{level}"
         for repeat, depth in enumerate(_per_level(depths[level], repeats[level])):
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", widths[level], stride)
-            if "CrossAttn" in kind:
-                yield from _vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", widths[level], stride, depth, heads[level])
+            if "Attn" in kind:
+                vit = _vit if "CrossAttn" in kind else plain_attention
+                yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", widths[level], stride, depth, heads[level])
         if level < n - 1:
             yield Site(f"{stage}-downsampler-out", f"{prefix}.downsamplers.0", "out", widths[level], 2 * stride, "map")
 
@@ -106,9 +113,10 @@ def _sites(config: Config, latent_stride: int) -> Iterator[Site]:
     stride = latent_stride * 2 ** (n - 1)
     if mid is not None:
         yield from _residual("mid-repeat0", "mid_block.resnets.0", widths[-1], stride)
-    if mid == "UNetMidBlock2DCrossAttn":
+    mid_vit = _vit if mid == "UNetMidBlock2DCrossAttn" else plain_mid
+    if mid_vit:
         depth = _per_level(depths[-1], 1)[0]
-        yield from _vit("mid", "mid_block.attentions.0", widths[-1], stride, depth, heads[-1])
+        yield from mid_vit("mid", "mid_block.attentions.0", widths[-1], stride, depth, heads[-1])
         yield from _residual("mid-repeat1", "mid_block.resnets.1", widths[-1], stride)
 
     for level, kind in enumerate(config["up_block_types"]):
@@ -116,8 +124,9 @@ def _sites(config: Config, latent_stride: int) -> Iterator[Site]:
         width = widths[n - 1 - level]
         for repeat, depth in enumerate(_per_level(up_depths[level], repeats[n - 1 - level] + 1)):
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", width, stride)
-            if "CrossAttn" in kind:
-                yield from _vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", width, stride, depth, heads[n - 1 - level])
+            if "Attn" in kind:
+                vit = _vit if "CrossAttn" in kind else plain_attention
+                yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", width, stride, depth, heads[n - 1 - level])
         if level < n - 1:
             yield Site(f"{stage}-upsampler-out", f"{prefix}.upsamplers.0", "out", width, stride // 2, "map")
     yield Site("unet-out", "conv_out", "out", config.get("out_channels", 4), latent_stride, "map")
@@ -126,6 +135,15 @@ def _sites(config: Config, latent_stride: int) -> Iterator[Site]:
 def _residual(id: str, path: str, width: int, stride: int) -> Iterator[Site]:
     yield Site(f"{id}-res-increment", f"{path}.conv2", "out", width, stride, "map")
     yield Site(f"{id}-res-out", path, "out", width, stride, "map")
+
+
+def plain_attention(id: str, path: str, width: int, stride: int, depth: int, heads: int) -> Iterator[Site]:
+    """A layer of self-attention with no transformer around it."""
+    name = f"{id}-vit-block0"
+    for qkv in "qkv":
+        yield Site(f"{name}-self-{qkv}", f"{path}.to_{qkv}", "out", width, stride, "tokens")
+    yield Site(f"{name}-self-map", path, "map", heads, stride, "attention")
+    yield Site(f"{id}-vit-out", path, "out", width, stride, "map")
 
 
 def _vit(id: str, path: str, width: int, stride: int, depth: int, heads: int) -> Iterator[Site]:

@@ -8,7 +8,7 @@ from diffusion_backbones.truncate import REMOVE, Bypass, StandIn, Step, Steps
 
 
 def _unet(unet: Any) -> list[Step]:
-    embedding = StandIn(unet.config.time_embedding_dim or 4 * unet.config.block_out_channels[0], dim=1)
+    embedding = StandIn(unet.config.get("time_embedding_dim") or 4 * unet.config.block_out_channels[0], dim=1)
     steps = [Step("conv_in", Bypass()), Step("time_embedding", embedding)]
     if getattr(unet, "add_embedding", None) is not None:
         steps.append(Step("add_embedding", embedding))
@@ -17,16 +17,17 @@ def _unet(unet: Any) -> list[Step]:
         steps.append(Step("mid_block", None))
     steps += [Step(f"up_blocks.{i}", REMOVE) for i in range(len(unet.up_blocks))]
     if unet.conv_norm_out is not None:
-        steps.append(Step("conv_norm_out", None))
+        steps.append(Step("conv_norm_out", Bypass()))
     return [*steps, Step("conv_out", Bypass())]
 
 
 def _repeats(block: Any, cut_resnet: object) -> list[Step]:
+    transformers = "CrossAttn" in type(block).__name__              # a transformer returns a tuple, a layer of attention a tensor
     steps = []
     for i in range(len(block.resnets)):
         steps.append(Step(f"resnets.{i}", cut_resnet))
         if i < len(getattr(block, "attentions", ())):
-            steps.append(Step(f"attentions.{i}", Bypass(as_tuple=True)))
+            steps.append(Step(f"attentions.{i}", Bypass(as_tuple=transformers)))
     return steps
 
 
@@ -44,7 +45,8 @@ def _mid(block: Any) -> list[Step]:
 
 def _resnet(resnet: Any) -> list[Step]:
     wide = StandIn(resnet.out_channels, dim=1)
-    steps = [Step("norm1", Bypass()), Step("conv1", wide), Step("time_emb_proj", wide), Step("norm2", Bypass()), Step("conv2", Bypass())]
+    time = StandIn(resnet.time_emb_proj.out_features, dim=1)
+    steps = [Step("norm1", Bypass()), Step("conv1", wide), Step("time_emb_proj", time), Step("norm2", Bypass()), Step("conv2", Bypass())]
     return steps + ([Step("conv_shortcut", wide)] if resnet.conv_shortcut is not None else [])
 
 
@@ -67,6 +69,9 @@ def _feed_forward(ff: Any) -> list[Step]:
 
 STEPS: Steps = {
     "UNet2DConditionModel": _unet,
+    "UNet2DModel": _unet,
+    "AttnDownBlock2D": _down,
+    "AttnUpBlock2D": _up,
     "CrossAttnDownBlock2D": _down,
     "DownBlock2D": _down,
     "UNetMidBlock2DCrossAttn": _mid,

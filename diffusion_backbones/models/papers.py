@@ -52,7 +52,112 @@ SSD = Paper(
     arxiv="2401.02677",
 )
 
+DIT = Paper(
+    key="peebles2023dit",
+    title="Scalable Diffusion Models with Transformers",
+    authors="Peebles, William and Xie, Saining",
+    venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
+    year=2023,
+    arxiv="2212.09748",
+)
+
+PIXART_ALPHA = Paper(
+    key="chen2023pixartalpha",
+    title="PixArt-α: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis",
+    authors="Chen, Junsong and Yu, Jincheng and Ge, Chongjian and Yao, Lewei and Xie, Enze and Wu, Yue and Wang, Zhongdao and Kwok, James and "
+    "Luo, Ping and Lu, Huchuan and Li, Zhenguo",
+    venue="",
+    year=2023,
+    arxiv="2310.00426",
+)
+
+PIXART_SIGMA = Paper(
+    key="chen2024pixartsigma",
+    title="PixArt-Σ: Weak-to-Strong Training of Diffusion Transformer for 4K Text-to-Image Generation",
+    authors="Chen, Junsong and Ge, Chongjian and Xie, Enze and Wu, Yue and Yao, Lewei and Ren, Xiaozhe and Wang, Zhongdao and Luo, Ping and "
+    "Lu, Huchuan and Li, Zhenguo",
+    venue="",
+    year=2024,
+    arxiv="2403.04692",
+)
+
+SD3 = Paper(
+    key="esser2024sd3",
+    title="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+    authors="Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and Müller, Jonas and Saini, Harry and Levi, Yam and "
+    "Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, Dustin and Dockhorn, Tim and English, Zion and Lacey, Kyle and "
+    "Goodwin, Alex and Marek, Yannik and Rombach, Robin",
+    venue="International Conference on Machine Learning",
+    year=2024,
+    arxiv="2403.03206",
+)
+
+FLUX = Paper(
+    key="flux2024",
+    title="FLUX",
+    authors="{Black Forest Labs}",
+    venue="",
+    year=2024,
+    url="https://github.com/black-forest-labs/flux",
+)
+
 # Recipes
+
+HUNYUAN_DIT = Paper(
+    key="li2024hunyuandit",
+    title="Hunyuan-DiT: A Powerful Multi-Resolution Diffusion Transformer with Fine-Grained Chinese Understanding",
+    authors="Li, Zhimin and Zhang, Jianwei and Lin, Qin and others",
+    venue="",
+    year=2024,
+    arxiv="2405.08748",
+)
+
+DDPM = Paper(
+    key="ho2020ddpm",
+    title="Denoising Diffusion Probabilistic Models",
+    authors="Ho, Jonathan and Jain, Ajay and Abbeel, Pieter",
+    venue="Advances in Neural Information Processing Systems",
+    year=2020,
+    arxiv="2006.11239",
+)
+
+SANA = Paper(
+    key="xie2024sana",
+    title="SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers",
+    authors="Xie, Enze and Chen, Junsong and Chen, Junyu and Cai, Han and Tang, Haotian and Lin, Yujun and Zhang, Zhekai and Li, Muyang "
+    "and Zhu, Ligeng and Lu, Yao and Han, Song",
+    venue="",
+    year=2024,
+    arxiv="2410.10629",
+)
+
+DDAE = Paper(
+    key="xiang2023ddae",
+    title="Denoising Diffusion Autoencoders are Unified Self-supervised Learners",
+    authors="Xiang, Weilai and Yang, Hongyu and Huang, Di and Wang, Yunhong",
+    venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
+    year=2023,
+    arxiv="2303.09769",
+)
+
+DITF = Paper(
+    key="gan2025ditf",
+    title="Unleashing Diffusion Transformers for Visual Correspondence by Modulating Massive Activations",
+    authors="Gan, Chaofan and Tu, Yuanpeng and Chen, Xi and Chen, Tieyuan and Li, Yuxi and Harandi, Mehrtash and Lin, Weiyao",
+    venue="Advances in Neural Information Processing Systems",
+    year=2025,
+    arxiv="2505.18584",
+)
+
+SEG4DIFF = Paper(
+    key="kim2025seg4diff",
+    title="Seg4Diff: Unveiling Open-Vocabulary Segmentation in Text-to-Image Diffusion Transformers",
+    authors="Kim, Chaehyun and Shin, Heeseong and Hong, Eunbeen and Yoon, Heeji and Arnab, Anurag "
+    "and Seo, Paul Hongsuck and Hong, Sunghwan and Kim, Seungryong",
+    venue="Advances in Neural Information Processing Systems",
+    year=2025,
+    arxiv="2509.18096",
+)
 
 GDF = Paper(
     key="meng2024gdf",

@@ -1,0 +1,81 @@
+"""Prompts for networks conditioned on the states of a language model: T5 and its kin, BERT, Gemma."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_backbones import tensors
+from diffusion_backbones.families.base import Config
+
+ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "Gemma2Model")
+_UNUSED = "embeddings.position_ids"         # some files of BERT hold it, and the model makes it itself
+
+
+@torch.no_grad()
+def encode(tokenizer: Any, model: Any, prompts: list[str], tokens: int, masked: bool = True) -> tuple[Tensor, Tensor]:
+    """Encode prompts as diffusers' pipelines do, padded to ``tokens``.
+
+    Args:
+        masked: Whether padding is masked inside the encoder; the pipelines of FLUX and SD3 let words see it.
+
+    Returns:
+        Embeddings (P, tokens, channels) and mask (P, tokens), 1 for text and 0 for padding, both float32.
+
+    Raises:
+        ValueError: A prompt has more than ``tokens`` tokens.
+    """
+    check_length(tokenizer, prompts, tokens)
+    batch = tokenizer(prompts, padding="max_length", max_length=tokens, return_tensors="pt")
+    states: Tensor = model(batch.input_ids, attention_mask=batch.attention_mask if masked else None)[0]
+    return states.float(), batch.attention_mask.float()
+
+
+def check_length(tokenizer: Any, prompts: list[str], tokens: int) -> None:
+    """Raise ``ValueError`` if a prompt has more than ``tokens`` tokens."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt, verbose=False).input_ids)
+        if length > tokens:
+            raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the network takes {tokens}; shorten it")
+
+
+def check_padding(padding: str) -> None:
+    """Raise ``ValueError`` for any padding but that to a fixed length, which the networks of these encoders were trained with."""
+    if padding != "max_length":
+        raise ValueError(f"prompt_padding={padding!r}: prompts of this network are always padded to its length; use 'max_length'")
+
+
+def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
+    """transformers' model with these weights, on the CPU, in eval mode, in their dtype.
+
+    Args:
+        config: Its ``config.json``, whose ``architectures`` names one of :data:`ARCHITECTURES`.
+        state: Its weights. Of tensors that the model ties, files hold one name or all.
+        where: Names the files in errors.
+
+    Raises:
+        ValueError: The weights are not its weights.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    kind = config["architectures"][0]
+    cls = getattr(transformers, kind)
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):            # buffers are computed, no file holds them
+        model = cls(cls.config_class.from_dict(dict(config))).eval()
+    model.tie_weights()
+    full, first = tensors.shapes(model), _first_names(model)
+    named = {first.get(name, name): tensor for name, tensor in state.items() if name != _UNUSED}
+    tensors.check(dict.fromkeys(first.values()), {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where)
+    tensors.fill(model, named.items())
+    model.tie_weights()
+    return model
+
+
+def _first_names(model: Any) -> dict[str, str]:
+    """Every name in a model's ``state_dict`` -> the first name that its tensor has there."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -1,0 +1,68 @@
+"""In which order the parts of diffusion transformers run, and what may stand in for a part that is cut off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_backbones.families.unet_steps import STEPS as UNET_STEPS
+from diffusion_backbones.truncate import REMOVE, Bypass, OneToken, StandIn, Step, Steps
+
+
+def _blocks(network: Any, *lists: str) -> list[Step]:
+    return [Step(f"{name}.{i}", REMOVE) for name in lists for i in range(len(getattr(network, name)))]
+
+
+def _dit(network: Any) -> list[Step]:
+    modulation, out = network.proj_out_1.out_features, network.proj_out_2.out_features
+    rest = [Step("norm_out", Bypass()), Step("proj_out_1", StandIn(modulation, dim=-1)), Step("proj_out_2", OneToken(out, dim=-1))]
+    return [*_blocks(network, "transformer_blocks"), *rest]
+
+
+def _projected(*lists: str) -> Any:
+    """Blocks, an output norm (with or without a modulation), and a projection whose width the unpatchify that follows relies on."""
+
+    def steps(network: Any) -> list[Step]:
+        out = network.proj_out.out_features
+        return [*_blocks(network, *lists), Step("norm_out", Bypass()), Step("proj_out", StandIn(out, dim=-1))]
+
+    return steps
+
+
+def _joint(block: Any) -> list[Step]:
+    """The image's half decides how far a joint block is needed; the text's half of the same stage goes with it."""
+    second = [Step("attn2", Bypass())] if getattr(block, "attn2", None) is not None else []
+    text = [Step("norm2_context", Bypass()), Step("ff_context", Bypass())] if getattr(block, "ff_context", None) is not None else []
+    return [Step("attn", None), *second, Step("norm2", Bypass()), Step("ff", Bypass()), *text]
+
+
+def _single(block: Any) -> list[Step]:
+    """The feed-forward layer runs beside attention, so what reads attention alone does without it."""
+    width = block.proj_out.out_features
+    return [Step("attn", None), Step("proj_mlp", StandIn(block.mlp_hidden_dim, dim=-1)), Step("act_mlp", Bypass()), Step("proj_out", StandIn(width, dim=-1))]
+
+
+def _sana(block: Any) -> list[Step]:
+    return [Step("attn1", None), Step("attn2", None), Step("norm2", Bypass()), Step("ff", Bypass())]
+
+
+def _hunyuan(block: Any) -> list[Step]:
+    return [Step("attn1", None), Step("norm2", Bypass()), Step("attn2", Bypass()), Step("norm3", Bypass()), Step("ff", Bypass())]
+
+
+STEPS: Steps = {
+    **{name: UNET_STEPS[name] for name in ("BasicTransformerBlock", "FeedForward")},
+    "DiTTransformer2DModel": _dit,
+    "PixArtTransformer2DModel": _projected("transformer_blocks"),
+    "FluxTransformer2DModel": _projected("transformer_blocks", "single_transformer_blocks"),
+    "SD3Transformer2DModel": _projected("transformer_blocks"),
+    "AuraFlowTransformer2DModel": _projected("joint_transformer_blocks", "single_transformer_blocks"),
+    "AuraFlowJointTransformerBlock": _joint,
+    "AuraFlowSingleTransformerBlock": _joint,
+    "SanaTransformer2DModel": _projected("transformer_blocks"),
+    "SanaTransformerBlock": _sana,
+    "HunyuanDiT2DModel": _projected("blocks"),
+    "HunyuanDiTBlock": _hunyuan,
+    "FluxTransformerBlock": _joint,
+    "FluxSingleTransformerBlock": _single,
+    "JointTransformerBlock": _joint,
+}

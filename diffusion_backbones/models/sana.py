@@ -1,0 +1,16 @@
+"""Sana of NVIDIA. No recipe was published for it: read it with ``recipe=``."""
+
+from diffusion_backbones.models import papers
+from diffusion_backbones.recipe import Checkpoint, License
+from diffusion_backbones.registry import register_checkpoint
+
+SANA_1600M_1024 = register_checkpoint(Checkpoint(
+    name="sana_1600m_1024",
+    title="Sana 1.6B 1024",
+    hub_id="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    license=License("other", name="unknown; see its repository", verified=False),
+    paper=papers.SANA,
+    input_size=1024,
+    family="sana",
+    unverified=("Its scheduler config was not read; it is taken to be that of the 512 pixel twin.", "Gemma, its text encoder, has a licence of its own."),
+))
