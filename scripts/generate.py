@@ -98,7 +98,8 @@ def built_in(declarations: Iterable[Declaration]) -> str:
 def checkpoints(declarations: Iterable[Declaration]) -> str:
     read = {d.checkpoint.name for d in declarations}
     rest = [db.get_checkpoint(name) for name in db.list_checkpoints() if name not in read]
-    rows = [[f"`{c.name}`", c.title, f"[{c.hub_id}]({cards.HUB}/{c.hub_id})", str(c.input_size), licensed(c)] for c in rest]
+    repos = {c: c.denoiser.repo if c.denoiser else c.hub_id for c in rest}
+    rows = [[f"`{c.name}`", c.title, f"[{repo}]({cards.HUB}/{repo})", str(c.input_size), licensed(c)] for c, repo in repos.items()]
     return cards.table(["checkpoint", "", "on the hub", "px", "licence of the weights"], rows)
 
 

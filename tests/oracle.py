@@ -31,10 +31,13 @@ def path(id: str) -> str:
 
 
 class Oracle:
-    """Runs a whole U-Net with hooks on every module and answers for ids."""
+    """Runs a whole U-Net with hooks on every module and answers for ids.
 
-    def __init__(self, unet: Any):
-        self.unet, self.outputs, self.inputs = unet, {}, {}
+    ``plain`` is for networks whose attention has no transformer around it.
+    """
+
+    def __init__(self, unet: Any, plain: bool = False):
+        self.unet, self.plain, self.outputs, self.inputs = unet, plain, {}, {}
         for name, module in unet.named_modules():
             module.register_forward_hook(lambda m, args, output, name=name: self._keep(name, args, output))
 
@@ -48,7 +51,7 @@ class Oracle:
         self.unet(*args, **kwargs)
 
     def __getitem__(self, id: str) -> torch.Tensor:
-        where = path(id)
+        where = path(id).replace(".transformer_blocks.0.attn1", "" if self.plain else ".transformer_blocks.0.attn1")
         if where.endswith("<"):
             return self.inputs[where[:-1]]
         if where.endswith("|map"):

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from snippets import blocks, printed, promised
 
 import diffusion_backbones as db
 from diffusion_backbones import cards, costs
+from diffusion_backbones.families.base import is_flow
 from diffusion_backbones.registry import CONFIGS, Declaration, package_configs
 
 ROOT = Path(__file__).parent.parent
 NAMES = db.list_models(include_tags=True)
-HUB_LICENSES = {"apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "other"}     # hf.co/docs/hub/repositories-licenses, those in use here
+# hf.co/docs/hub/repositories-licenses, those in use here
+HUB_LICENSES = {"apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "cc-by-nc-4.0", "other"}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,11 @@ def test_levels_and_usage_are_those_of_the_network(name):
 @pytest.mark.parametrize("folder", sorted(path.parent.parent.name for path in CONFIGS.glob("*/scheduler/scheduler_config.json")))
 def test_noise_levels_equal_diffusers(folder):
     config = package_configs(replace(db.get_checkpoint("sd15"), configs=folder))["scheduler"]
+    if is_flow(config):
+        flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)                 # no shift: what a timestep means, not which are visited
+        for timestep, sigma in zip(flow.timesteps.tolist(), flow.sigmas.tolist(), strict=False):
+            assert cards.noise_level(config, timestep) == pytest.approx((1 - sigma, sigma), abs=1e-6)
+        return
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     alpha_bar = DDPMScheduler(**{key: config[key] for key in keys}).alphas_cumprod.double()
     for timestep in (0, 1, 49, 51, 261, 500, 999):

@@ -187,6 +187,20 @@ def test_cleandift_on_meta_downloads_no_weight(hub, sd15):
     assert not hub.downloaded(cleandift.repo)
 
 
+def test_a_denoiser_that_is_published_alone_brings_its_config(hub, tmp_path):
+    """PixArt-Sigma 512: VAE and T5 are those of 1024, the transformer and its config its own."""
+    checkpoint = db.get_checkpoint("pixart_sigma_512")
+    hub.commit(checkpoint.hub_id, contents(tiny.folder("pixart_sigma_1024", tmp_path / "base")), commit=checkpoint.revision)
+    own = tiny.build("pixart_sigma_512", seed=5)["transformer"]
+    own.save_pretrained(tmp_path / "own" / "transformer")
+    hub.commit(checkpoint.denoiser.repo, contents(tmp_path / "own"), commit=checkpoint.denoiser.revision)
+    backbone = db.create_model("pixart_sigma_512", recipe=["vit-block1-out"], pretrained=True)
+    assert backbone.configs["transformer"]["sample_size"] == 64
+    assert torch.equal(backbone.denoiser.pos_embed.proj.weight, own.pos_embed.proj.weight)
+    assert backbone.conditioning.prompt_embeds.shape[1] == 300
+    assert not any(name.startswith(f"{checkpoint.hub_id}/transformer/") and name.endswith(".safetensors") for name in hub.sent)
+
+
 def test_a_denoiser_file_lies_on_the_published_rest(hub, sd15, tmp_path):
     tuned = tiny.build("sd15", seed=1)["unet"]
     tuned.save_pretrained(tmp_path / "tuned")

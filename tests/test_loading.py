@@ -405,7 +405,7 @@ def test_a_text_encoder_with_missing_tensors_is_not_filled_up_with_random_ones(c
 def test_a_text_encoder_of_another_kind_is_refused(copy):
     folder = copy()
     (folder / "text_encoder" / "config.json").write_text('{"architectures": ["T5EncoderModel"]}')
-    with pytest.raises(ValueError, match="the config names 'T5EncoderModel', and a text encoder of this family is one of CLIPTextModel, CLIPTextModelWith"):
+    with pytest.raises(ValueError, match=r"T5EncoderModel: missing from .*text_encoder/model\.safetensors: shared\.weight.*Is it a checkpoint of another"):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 

@@ -1,0 +1,510 @@
+"""Diffusion transformers: every activation equals that of the stock, whole network.
+
+The oracle knows nothing of the package: it hooks every module, replaces the fused attention by one that keeps its
+probabilities, and finds an id's module by rewriting its words.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers import AuraFlowPipeline, FluxPipeline, HunyuanDiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from torch import nn
+
+import diffusion_backbones as db
+from diffusion_backbones import Recipe, capture, memory
+from diffusion_backbones.costs import costs
+from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.noise import RectifiedFlow
+from diffusion_backbones.recipe import Level
+from diffusion_backbones.registry import package_configs
+from diffusion_backbones.sources import Folder
+
+VAE = {"block_out_channels": [8, 8, 8, 8], "encoder_block_out_channels": [8, 8, 8, 8]}
+TEXT = 7
+NETWORKS = {
+    "dit": {"num_attention_heads": 2, "attention_head_dim": 8, "out_channels": 8, "num_layers": 4, "sample_size": 8, "num_embeds_ada_norm": 10},
+    "pixart": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "sample_size": 8, "cross_attention_dim": 16, "caption_channels": 12},
+    "pixart-1024": {"num_attention_heads": 2, "attention_head_dim": 48, "num_layers": 2, "sample_size": 128, "cross_attention_dim": 96, "caption_channels": 12},
+    "flux": {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 64, "num_layers": 2, "num_single_layers": 3, "joint_attention_dim": 12,
+             "pooled_projection_dim": 10, "guidance_embeds": True, "axes_dims_rope": [4, 6, 6]},
+    "flux-schnell": {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 64, "num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 12,
+                     "pooled_projection_dim": 10, "guidance_embeds": False, "axes_dims_rope": [4, 6, 6]},
+    "sd3": {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "num_layers": 3, "sample_size": 8, "joint_attention_dim": 12,
+            "caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 12},
+    "sd3.5": {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "num_layers": 3, "sample_size": 8, "joint_attention_dim": 12,
+              "caption_projection_dim": 16, "pooled_projection_dim": 10, "pos_embed_max_size": 12, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+}  # fmt: skip
+NETWORKS |= {
+    "hunyuan": {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8, "hidden_size": 16, "num_layers": 6,
+                "mlp_ratio": 4.3637, "cross_attention_dim": 12, "cross_attention_dim_t5": 24, "pooled_projection_dim": 16, "text_len": TEXT,
+                "text_len_t5": TEXT, "use_style_cond_and_image_meta_size": False},
+    "auraflow": {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_size": 8,
+                 "num_mmdit_layers": 2, "num_single_dit_layers": 3, "joint_attention_dim": 12, "caption_projection_dim": 16, "pos_embed_max_size": 64},
+    "sana": {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 4, "num_cross_attention_heads": 4,
+             "cross_attention_head_dim": 4, "cross_attention_dim": 16, "caption_channels": 12, "mlp_ratio": 2.5, "sample_size": 8, "patch_size": 1},
+}  # fmt: skip
+NETWORKS["sana-1.5"] = NETWORKS["sana"] | {"qk_norm": "rms_norm_across_heads"}
+NETWORKS["hunyuan-1.1"] = NETWORKS["hunyuan"] | {"use_style_cond_and_image_meta_size": True}
+COUNTS = {"sana": 8 * 4, "sana-1.5": 8 * 4, "hunyuan": 8 * 6, "hunyuan-1.1": 8 * 6, "auraflow": 9 * 2 + 9 * 3}
+COUNTS |= {"dit": 6 * 4, "pixart": 8 * 4, "pixart-1024": 8 * 2, "flux": 39, "flux-schnell": 9 + 14, "sd3": 27, "sd3.5": 27}
+"""GDF's ids: activations.md counts 32 for four blocks of PixArt, and 39 for FLUX with two double and three single blocks."""
+
+
+class Case:
+    """A tiny network of a family, what it is run on, and what the stock network computes."""
+
+    def __init__(self, name: str, latent: tuple[int, int], timestep: int):
+        self.family = FAMILIES[re.split("[-.]", name)[0]]
+        self.configs = {"transformer": NETWORKS[name], "vae": VAE}
+        torch.manual_seed(0)
+        self.network = self.family.build_denoiser(NETWORKS[name]).eval()
+        for p in self.network.parameters():
+            if p.ndim < 2 or not p.std() > 0:                   # norms and tables that start at one or zero would hide mistakes
+                nn.init.normal_(p, std=0.3)
+        self.cut = self.family.truncate(copy.deepcopy(self.network), blocks(self.network)[-1:])      # no more than what is behind the last block
+        self.z = torch.randn(2, self.family.latent_channels(self.configs), *latent)
+        self.timestep = torch.full((2,), timestep)
+        self.size = (latent[0] * 8, latent[1] * 8)
+        patch = self.family.patch(self.configs)
+        self.grid = (latent[0] // patch, latent[1] // patch)
+        shapes = self.family.conditioning_shapes(self.configs)
+        given = {"class_labels": torch.tensor([10, 3]), "guidance": torch.tensor([3.5, 1.0]), "prompt_attention_mask": torch.ones(2, TEXT)}
+        given["prompt_attention_mask"][0, 4:] = 0
+        given["prompt_attention_mask_2"] = given["prompt_attention_mask"].flip(0)
+        self.conditioning = {k: given[k] if k in given else torch.randn(2, *((TEXT, s[1]) if len(s) == 2 else s)) for k, s in shapes.items()}
+        self.catalogue = self.family.catalogue(self.configs, name)
+
+    @torch.no_grad()
+    def ours(self, network: nn.Module, ids: list[str]) -> dict[str, torch.Tensor]:
+        sites = [self.catalogue[id] for id in ids]
+        recorder = capture.Recorder(network, sites)
+        with recorder.recording(sites) as acts:
+            self.family.call(network, self.z, self.timestep, self.conditioning, self.size)
+        return {s.id: self.family.activation(network, s, capture.read(acts, s), self.conditioning, self.grid, False) for s in sites}
+
+    @torch.no_grad()
+    def stock(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+        """Run the stock network's own forward; module path -> output, ``path<`` -> first input, ``path|map`` -> probabilities."""
+        kept: dict[str, object] = {}
+        running = ["no block yet"]
+
+        def attend(query, key, value, attn_mask=None, *args, **kwargs):
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            p = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
+            kept[f"{running[-1]}|map"] = p
+            return p @ value
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+        handles = []
+        for path, module in self.network.named_modules():
+            if path.endswith(("attn", "attn1", "attn2")):
+                handles.append(module.register_forward_pre_hook(lambda m, a, path=path: running.append(path)))
+
+            def keep(m, args, output, path=path):
+                kept[path], kept[f"{path}<"] = output, args[0] if args else None
+
+            handles.append(module.register_forward_hook(keep))
+        c, stock = self.conditioning, dict[str, object]()
+        if "class_labels" in c:
+            stock = {"hidden_states": self.z, "class_labels": c["class_labels"]}
+        elif "prompt_embeds_2" in c:
+            config, (h, w) = self.network.config, self.grid
+            corners = get_resize_crop_region_for_grid((h, w), 32)
+            rotary = get_2d_rotary_pos_embed(config.attention_head_dim, corners, (h, w), output_type="pt")
+            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"], "text_embedding_mask": c["prompt_attention_mask"],
+                     "encoder_hidden_states_t5": c["prompt_embeds_2"], "text_embedding_mask_t5": c["prompt_attention_mask_2"], "image_rotary_emb": rotary}
+            if config.use_style_cond_and_image_meta_size:
+                stock |= {"image_meta_size": torch.tensor([[*self.size, *self.size, 0, 0]] * 2).float(), "style": torch.zeros(2).long()}
+        elif "pooled_prompt_embeds" not in c and "prompt_attention_mask" not in c:
+            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"]}
+        elif "prompt_attention_mask" in c:
+            sizes = {"resolution": torch.tensor([self.size] * 2, dtype=torch.float32), "aspect_ratio": torch.tensor([[self.size[0] / self.size[1]]] * 2)}
+            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"], "encoder_attention_mask": c["prompt_attention_mask"]}
+            stock |= {"added_cond_kwargs": sizes} if hasattr(self.network, "use_additional_conditions") else {}
+        else:
+            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"], "pooled_projections": c["pooled_prompt_embeds"]}
+        timestep = self.timestep.float() / (1000 if "num_mmdit_layers" in self.network.config else 1)
+        if "axes_dims_rope" in self.network.config:
+            h, w = self.grid
+            stock["hidden_states"] = FluxPipeline._pack_latents(self.z, 2, 16, 2 * h, 2 * w)
+            stock["img_ids"] = FluxPipeline._prepare_latent_image_ids(2, h, w, "cpu", torch.float32)
+            stock["txt_ids"] = torch.zeros(TEXT, 3)
+            stock["guidance"] = c.get("guidance")
+            timestep = timestep / 1000
+        self.network(timestep=timestep, **stock)                # of DiT's result, an unpatchify for squares, nothing is read
+        for handle in handles:
+            handle.remove()
+        return kept
+
+    def expected(self, kept: dict[str, torch.Tensor], id: str) -> torch.Tensor:
+        n = self.grid[0] * self.grid[1]
+        block, kind = re.fullmatch(r"vit-block(\d+)-(.+)", id).groups()
+        at = blocks(self.network)[int(block)]
+        single = at.startswith("single")
+        joint = hasattr(self.network.get_submodule(at), "attn")
+        if joint and kind.endswith("-map"):
+            p = kept[f"{at}.attn|map"]
+            text_first = hasattr(self.network, "single_transformer_blocks")
+            rows = p[:, :, -n:] if text_first else p[:, :, :n]
+            words, image = (rows[..., -n - TEXT : -n], rows[..., -n:]) if text_first else (rows[..., n:], rows[..., :n])
+            return image if kind == "self-map" else words
+        if kind == "self-map" and "sana" in type(self.network).__name__.lower():           # linear attention
+            attention = self.network.get_submodule(f"{at}.attn1")
+            norms = [norm or nn.Identity() for norm in (attention.norm_q, attention.norm_k)]
+            q, k = (norm(kept[f"{at}.attn1.to_{x}"]).unflatten(-1, (2, -1)).transpose(1, 2).relu() for x, norm in zip("qk", norms, strict=True))
+            scores = q @ k.transpose(-1, -2)
+            return scores / (scores.sum(-1, keepdim=True) + 1e-15)
+        if kind.endswith("-map"):
+            return kept[f"{at}.{'attn1' if kind.startswith('self') else 'attn2'}|map"]
+        path = {
+            "out": at, "ffn-inner": f"{at}.ff.net.0", "norm-out": f"{at}.ff<", "attn-out": f"{at}.attn",
+            "q": f"{at}.attn.to_q", "k": f"{at}.attn.to_k", "v": f"{at}.attn.to_v",
+            "self-q": f"{at}.attn1.to_q", "self-k": f"{at}.attn1.to_k", "self-v": f"{at}.attn1.to_v", "self-out": f"{at}.attn1",
+            "cross-q": f"{at}.attn2.to_q", "cross-out": f"{at}.attn2",
+        }[kind]  # fmt: skip
+        last = [name for name in ("out_projection", "conv_point") if hasattr(getattr(self.network.get_submodule(at), "ff", None), name)]
+        if kind == "ffn-inner" and last:
+            path = f"{at}.ff.{last[0]}<"
+        value = kept[path]
+        if isinstance(value, tuple):
+            value = value[1] if kind == "out" else value[0]        # blocks give (text, image), attention layers (image, text)
+        return value[:, -n:] if single else value
+
+
+def blocks(network: nn.Module) -> list[str]:
+    """Paths of the blocks of a network in the order in which they run."""
+    lists = ("transformer_blocks", "joint_transformer_blocks", "blocks", "single_transformer_blocks")
+    return [f"{name}.{i}" for name in lists for i in range(len(getattr(network, name, ())))]
+
+
+@pytest.mark.parametrize("latent", [(8, 8), (8, 12)], ids=["square", "wide"])
+@pytest.mark.parametrize("timestep", [50, 261])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_activation_is_that_of_the_stock_network(name, timestep, latent, monkeypatch):
+    case = Case(name, latent, timestep)
+    assert len(list(case.catalogue)) == COUNTS[name]
+    ids = [site.id for site in case.catalogue.all()]
+    acts = case.ours(case.cut, ids)
+    kept = case.stock(monkeypatch)
+    n = case.grid[0] * case.grid[1]
+    for id, act in acts.items():
+        site = case.catalogue[id]
+        shapes = {"tokens": (2, n, site.channels), "attention": (2, site.channels, n), "map": (2, site.channels, case.grid[0])}
+        assert act.shape[:3] == shapes[site.layout], id
+        torch.testing.assert_close(act, case.expected(kept, id), rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_was_cut_gives_the_same_and_holds_less(name):
+    case = Case(name, (8, 12), 50)
+    whole = sum(p.numel() for p in case.network.parameters())
+    for id in [site.id for site in case.catalogue.all()][::3]:
+        torch.manual_seed(0)
+        cut = case.family.build_denoiser(NETWORKS[name]).eval()
+        cut.load_state_dict(case.network.state_dict())
+        cut = case.family.truncate(cut, list(case.catalogue[id].modules))
+        block = int(re.match(r"vit-block(\d+)", id)[1])
+        assert len(blocks(cut)) == block + 1, id
+        assert sum(p.numel() for p in cut.parameters()) < whole
+        assert torch.equal(case.ours(cut, [id])[id], case.ours(case.cut, [id])[id]), id
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_are_probabilities_and_may_be_averaged(name):
+    case = Case(name, (8, 8), 50)
+    for site in (s for s in case.catalogue.all() if s.layout == "attention"):
+        recorder = capture.Recorder(case.cut, [site])
+        with torch.no_grad(), recorder.recording([site]) as acts:
+            case.family.call(case.cut, case.z, case.timestep, case.conditioning, case.size)
+        heads, mean = (case.family.activation(case.cut, site, capture.read(acts, site), case.conditioning, case.grid, average) for average in (False, True))
+        torch.testing.assert_close(heads.mean(1), mean)
+        assert (heads.sum(-1) <= 1 + 1e-5).all()
+
+
+def test_depth_runs_from_input_to_output():
+    for name in NETWORKS:
+        case = Case(name, (8, 8), 50)
+        depths = [case.family.depth(f"{path}.ff.weight") for path in blocks(case.network)]
+        order = [case.family.depth("pos_embed.proj.weight"), *depths, case.family.depth("proj_out.weight")]
+        assert order == sorted(set(order))
+
+
+def test_a_flow_is_a_straight_line():
+    flow = RectifiedFlow()
+    assert flow.levels(260) == (0.74, 0.26)
+    alpha, sigma = flow.levels(torch.tensor([0, 500, 1000]))
+    assert alpha.flatten().tolist() == [1, 0.5, 0]
+    assert sigma.flatten().tolist() == [0, 0.5, 1]
+    for wrong in (-1, 1001, torch.tensor([5, 2000])):
+        with pytest.raises(ValueError, match="timestep must be from 0 to 1000 on a rectified flow"):
+            flow.levels(wrong)
+    schedulers = {"FlowMatchEulerDiscreteScheduler": True, "DDIMScheduler": False}
+    for kind, is_flow in schedulers.items():
+        config = {"_class_name": kind, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+        assert isinstance(FAMILIES["sd3"].forward_process({"scheduler": config}), RectifiedFlow) == is_flow
+
+
+def test_what_cannot_be_is_refused():
+    dit = Case("dit", (8, 8), 50)
+    dit.conditioning["class_labels"] = torch.tensor([3, 11])
+    with pytest.raises(ValueError, match=r"class_labels must be from 0 to 9, or 10 for no class; got \[3, 11\]"):
+        dit.ours(dit.cut, ["vit-block0-out"])
+    with pytest.raises(ValueError, match="conditioned on ImageNet classes and not on text; give class_labels="):
+        dit.family.encode_prompts(dit.configs, None, ["a cat"], "max_length")
+    assert dit.family.encode_prompts(dit.configs, None, ["", ""], "max_length")["class_labels"].tolist() == [10, 10]
+    assert dit.family.blank_conditioning(dit.configs)["class_labels"].tolist() == [10]
+    sd3 = Case("sd3", (8, 26), 50)
+    with pytest.raises(ValueError, match="latents of at most 24 x 24, and those of this 64 x 208 image are 8 x 26; give an image of at most 192 pixels a side"):
+        sd3.ours(sd3.network, ["vit-block0-out"])
+    with pytest.raises(KeyError, match="vit-block9-out"):
+        dit.catalogue["vit-block9-out"]
+
+
+def by_hand(folder, x, steps):
+    """(noisy latents of FLUX's formula, packed) for a list of noises, with stock parts."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        z = (vae.encode(x).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    return [(1 - t / 1000) * z + t / 1000 * noise for t, noise in steps]
+
+
+def test_ditf_is_what_its_paper_says(tiny_folder, monkeypatch):
+    """Mean over eight noises of the stream before block 28, two channels zeroed, then the very LayerNorm and modulation of block 28."""
+    folder = tiny_folder("flux_dev")
+    recipe = tiny.recipe("flux_dev_ditf")
+    backbone = db.create_model("flux_dev", recipe=recipe, checkpoint_path=folder)
+    stock = tiny.build("flux_dev")["transformer"]
+    torch.manual_seed(3)
+    x = torch.rand(1, 3, 64, 96) * 2 - 1
+    [ours] = backbone(x)
+    streams, scales = [], []
+    block = stock.single_transformer_blocks[28 - 19]
+    block.register_forward_pre_hook(lambda m, a, k: streams.append((k.get("hidden_states"), k["temb"])), with_kwargs=True)
+    h, w = 4, 6
+    for z_t in by_hand(folder, x, [(260, backbone.canvas[i : i + 1, :, :8, :12]) for i in range(8)]):
+        with torch.no_grad():
+            stock(
+                FluxPipeline._pack_latents(z_t, 1, 16, 2 * h, 2 * w), timestep=torch.tensor([0.26]), guidance=torch.tensor([3.5]),
+                encoder_hidden_states=backbone.conditioning.prompt_embeds, pooled_projections=backbone.conditioning.pooled_prompt_embeds,
+                img_ids=FluxPipeline._prepare_latent_image_ids(1, h, w, "cpu", torch.float32), txt_ids=torch.zeros(512, 3),
+            )  # fmt: skip
+        with torch.no_grad():
+            scales.append(block.norm.linear(F.silu(streams[-1][1])).chunk(3, dim=1))
+    mean = torch.stack([stream for stream, _ in streams]).mean(0)
+    mean[..., list(recipe.discard)] = 0
+    shift, scale, _ = scales[0]
+    expected = F.layer_norm(mean, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(ours, expected.reshape(1, h, w, 32).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+    raw = backbone.forward_activations(x, ["vit-block27-out"])["vit-block27-out"]
+    torch.testing.assert_close(raw, torch.stack([stream for stream, _ in streams]).mean(0), rtol=1e-4, atol=1e-4)
+    last = backbone.denoiser.single_transformer_blocks[9]
+    assert [name for name, _ in last.named_parameters()] == ["norm.linear.weight", "norm.linear.bias"]
+    assert len(backbone.denoiser.single_transformer_blocks) == 10
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit_xl_256", "sd35_medium"])
+def test_a_post_operation_goes_with_any_model(name, tiny_folder):
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    ids = ["up-level1-repeat1-res-out", "up-level2-repeat0-vit-block0-out"] if name == "sd15" else ["vit-block3-out"]
+    raw = db.create_model(name, recipe=ids, checkpoint_path=tiny_folder(name))(x)
+    levels = tuple(Level((id,)) for id in reversed(ids))
+    done = db.create_model(name, recipe=Recipe("mine", levels, discard=(3, 5), normalise="layer"), checkpoint_path=tiny_folder(name))(x)
+    for before, after in zip(raw, done, strict=True):
+        rows = before.movedim(1, -1).clone()
+        rows[..., [3, 5]] = 0
+        torch.testing.assert_close(after.movedim(1, -1), F.layer_norm(rows, rows.shape[-1:], eps=1e-6))
+    if name == "sd15":
+        with pytest.raises(ValueError, match=r"normalise='adaptive' needs a block with an adaptive LayerNorm behind .* and there is none behind up-level2"):
+            db.create_model(name, recipe=Recipe("mine", levels, normalise="adaptive"), device="meta")
+    else:
+        adaptive = db.create_model(name, recipe=Recipe("mine", levels, normalise="adaptive"), checkpoint_path=tiny_folder(name))
+        whole = db.create_model(name, recipe=["transformer_blocks.4.norm1", "vit-block5-out"], checkpoint_path=tiny_folder(name))
+        norm = whole.forward_activations(x, ["transformer_blocks.4.norm1"], as_maps=True)["transformer_blocks.4.norm1"]
+        torch.testing.assert_close(adaptive(x)[0], norm, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"discard=\(5000,\), and .* has channels 0 to"):
+        db.create_model(name, recipe=Recipe("mine", levels, discard=(5000,)), device="meta")
+
+
+def test_attention_to_a_text_can_be_a_level(tiny_folder):
+    """seg4diff: one channel per CLIP token, T5 left out, the mean of the heads' probabilities."""
+    backbone = db.create_model("sd3_medium_seg4diff", checkpoint_path=tiny_folder("sd3_medium"))
+    assert backbone.feature_info.channels() == [77]
+    assert backbone.conditioning.prompt_embeds.shape == (1, 77, tiny.T5["d_model"])
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    [level] = backbone(x, prompt=["a cat", "a dog"])
+    heads = backbone.forward_activations(x, ["vit-block9-cross-map"], prompt=["a cat", "a dog"])["vit-block9-cross-map"]
+    torch.testing.assert_close(level, heads.mean(1).transpose(1, 2).reshape(2, 77, 4, 6))
+    assert (level.sum(1) < 1).all(), "the softmax runs over image tokens too"
+    assert len(backbone.denoiser.transformer_blocks) == 10
+    with_t5 = db.create_model("sd3_medium", recipe=["vit-block9-cross-map"], checkpoint_path=tiny_folder("sd3_medium"))
+    assert with_t5.feature_info.channels() == [333]
+    for name in ("text_encoder", "unet"):
+        with pytest.raises(ValueError, match=f"without='{name}' is no text encoder that this checkpoint can do without; it has text_encoder, text_enc"):
+            db.create_model("sd3_medium", recipe=Recipe("mine", ("vit-block9-out",), without=(name,)), device="meta")
+    with pytest.raises(ValueError, match="vit-block9-self-map is an attention map"):
+        db.create_model("sd3_medium", recipe=["vit-block9-self-map"], device="meta")
+
+
+def test_prompts_of_t5_are_as_long_as_the_network_takes(tiny_folder):
+    """120 tokens for PixArt-alpha, 300 for Sigma, 512 and 256 for FLUX, whatever the tokenizer says."""
+    lengths = {"pixart_alpha_1024": 120, "pixart_sigma_1024": 300, "flux_dev": 512, "flux_schnell": 256}
+    for name, tokens in lengths.items():
+        backbone = db.create_model(name, recipe=["vit-block0-out"], checkpoint_path=tiny_folder(name))
+        assert backbone.conditioning.prompt_embeds.shape == (1, tokens, tiny.T5["d_model"]), name
+        with pytest.raises(ValueError, match=f"has .* tokens and the network takes {tokens}; shorten it"):
+            backbone(torch.zeros(1, 3, 32, 32), prompt="cat " * 3 * tokens)
+        long = backbone(torch.zeros(1, 3, 32, 32), prompt="cat " * (tokens // 3))         # often more than CLIP's 77 tokens, which FLUX cuts
+        assert long[0].isfinite().all()
+    mask = db.create_model("pixart_sigma_1024", recipe=["vit-block0-out"], checkpoint_path=tiny_folder("pixart_sigma_1024")).conditioning.prompt_attention_mask
+    assert mask.sum() == 1, "the empty prompt is its end token"
+
+
+def test_a_class_conditions_a_call(tiny_folder):
+    backbone = db.create_model("dit_xl_256_ddae", checkpoint_path=tiny_folder("dit_xl_256"))
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    [null], [same], [one], [two] = backbone(x), backbone(x, class_labels=1000), backbone(x, class_labels=207), backbone(x, class_labels=[1000, 207])
+    assert torch.equal(null, same)
+    assert not torch.equal(null, one)
+    torch.testing.assert_close(two, torch.stack([null[0], one[1]]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="class_labels must be from 0 to 999, or 1000 for no class; got"):
+        backbone(x, class_labels=1001)
+    with pytest.raises(ValueError, match="conditioned on ImageNet classes and not on text"):
+        backbone(x, prompt="a cat")
+
+
+def test_a_missing_text_encoder_is_named(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("sd3_medium"), tmp_path / "sd3", ignore=shutil.ignore_patterns("text_encoder_2"))
+    with pytest.raises(FileNotFoundError, match="text_encoder_2"):
+        db.create_model("sd3_medium", recipe=["vit-block0-out"], checkpoint_path=tmp_path / "sd3")
+
+
+def test_truncation_reaches_no_further_than_the_recipe():
+    """Full size, on meta: a recipe at block k of n keeps k + 1 blocks, and FLUX.1-dev read by DiTF about half its weights."""
+    for name, blocks in {"dit_xl_256_ddae": (14, 28), "sd3_medium_seg4diff": (10, 24), "flux_dev_ditf": (29, 57)}.items():
+        declaration = db.get_declaration(name)
+        network = db.create_model(name, device="meta").denoiser
+        kept = len(network.transformer_blocks) + len(getattr(network, "single_transformer_blocks", ()))
+        config = package_configs(declaration.checkpoint)["transformer"]
+        assert (kept, config["num_layers"] + config.get("num_single_layers", 0)) == blocks, name
+    cost = costs(db.get_declaration("flux_dev_ditf"))
+    assert 0.4 < cost.parameters / cost.parameters_total < 0.7
+
+
+def test_too_little_memory_says_what_would_fit(tiny_folder, monkeypatch):
+    folder = tiny_folder("dit_xl_256")
+    size = sum(t.numel() for part in (db.create_model("dit_xl_256_ddae", checkpoint_path=folder),) for net in (part.denoiser, part.encoder)
+               for t in net.state_dict().values())  # fmt: skip
+    monkeypatch.setattr(memory, "available", lambda device: 3 * size)
+    with pytest.raises(MemoryError, match=r"dit_xl_256_ddae needs .* in float32, and cpu has .*; dtype='bfloat16' takes .*, which fits"):
+        db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
+    assert db.create_model("dit_xl_256_ddae", checkpoint_path=folder, dtype="bfloat16")
+    monkeypatch.setattr(memory, "available", lambda device: size)
+    with pytest.raises(MemoryError, match=r"is the least that a dtype gives; docs/memory.md says how"):
+        db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
+    db.create_model("dit_xl_256_ddae", device="meta")
+
+
+def test_the_denoiser_takes_diffusers_casting(tiny_folder):
+    """docs/memory.md: weights in eight bits, computation in sixteen."""
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    backbone = db.create_model("flux_schnell", recipe=["vit-block20-out"], checkpoint_path=tiny_folder("flux_schnell"), dtype=torch.bfloat16)
+    [expected] = backbone(x)
+    backbone.denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert backbone.denoiser.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    [cast] = backbone(x)
+    assert F.cosine_similarity(cast.float(), expected.float(), dim=1).mean() > 0.9
+
+
+NATIVE = {"dit_xl_256": 256, "pixart_alpha_512": 512, "sana_1600m_1024": 1024, "sd3_medium": 512, "hunyuan_dit_12": 512}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_loaded_network_has_all_its_buffers(name, tiny_folder):
+    """Positions of the native size are in no file; at other sizes the stock network computes them anew."""
+    backbone = db.create_model(name, recipe=["vit-block1-out"], checkpoint_path=tiny_folder(name))
+    assert not [path for path, buffer in backbone.denoiser.named_buffers() if buffer.is_meta]
+    backbone.to("cpu")
+    stock = tiny.build(name)["transformer"]
+    x = torch.rand(1, 3, NATIVE[name], NATIVE[name]) * 2 - 1
+    kept = []
+    stock.get_submodule(blocks(stock)[1]).register_forward_hook(lambda m, a, o: kept.append(o))
+    family, z = backbone.family, backbone.encode(x)
+    conditioning = dict(backbone.conditioning.items())
+    with torch.no_grad():
+        family.call(stock, z, torch.tensor([50]), conditioning, x.shape[-2:])
+    act = backbone.forward_activations(None, ["vit-block1-out"], latents=z, noise="none", timestep=50)["vit-block1-out"]
+    torch.testing.assert_close(act, kept[0][1] if isinstance(kept[0], tuple) else kept[0], rtol=1e-4, atol=1e-4)
+
+
+PIPELINES = {
+    "flux_dev": (FluxPipeline, {"max_sequence_length": 512, "prompt_2": None}, {"prompt_embeds": 0, "pooled_prompt_embeds": 1}),
+    "sd3_medium": (StableDiffusion3Pipeline, {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
+                   {"prompt_embeds": 0, "pooled_prompt_embeds": 2}),
+    "pixart_alpha_1024": (PixArtAlphaPipeline, {"do_classifier_free_guidance": False}, {"prompt_embeds": 0, "prompt_attention_mask": 1}),
+    "pixart_sigma_1024": (PixArtSigmaPipeline, {"do_classifier_free_guidance": False}, {"prompt_embeds": 0, "prompt_attention_mask": 1}),
+    "auraflow_03": (AuraFlowPipeline, {"do_classifier_free_guidance": False}, {"prompt_embeds": 0}),
+    "hunyuan_dit_12": (HunyuanDiTPipeline, {"do_classifier_free_guidance": False}, {"prompt_embeds": 0, "prompt_attention_mask": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ["", "A photo of a cat"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_prompts_are_encoded_as_the_pipeline_does(name, prompt, tiny_folder):
+    cls, settings, places = PIPELINES[name]
+    folder = Folder(tiny_folder(name))
+    family, configs = FAMILIES[db.get_checkpoint(name).family], folder.configs(FAMILIES[db.get_checkpoint(name).family])
+    parts = {}
+    for encoder in family.text_encoder_names(configs):
+        parts[encoder.replace("text_encoder", "tokenizer")], parts[encoder] = folder.text(encoder)
+    parameters = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
+    empty = {p: False for p in parameters if p == "requires_safety_checker"}
+    pipeline = cls(**{p: parts.get(p) for p in parameters} | empty)
+    with torch.no_grad():
+        stock = pipeline.encode_prompt(prompt, device=torch.device("cpu"), **settings)
+        ours = family.encode_prompts(configs, folder.text, [prompt], "max_length")
+        for key, place in places.items():
+            torch.testing.assert_close(ours[key], stock[place].to(ours[key]), rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        if "prompt_embeds_2" in ours:
+            second = pipeline.encode_prompt(prompt, device=torch.device("cpu"), text_encoder_index=1, **settings)
+            torch.testing.assert_close(ours["prompt_embeds_2"], second[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="prompts of this network are always padded to its length"):
+        family.encode_prompts(configs, folder.text, [prompt], "longest")
+
+
+@pytest.mark.parametrize("name", ["pixart_sigma_1024", "sd35_medium", "flux_schnell", "hunyuan_dit_12", "auraflow_03", "sana_1600m_1024"])
+def test_a_transformer_without_a_recipe_keeps_the_contract(name, tiny_folder, tmp_path):
+    """Any size, strides by choice, a prompt, bfloat16, a cross-map level as wide as it says, and a saved folder that gives the same."""
+    recipe = Recipe("mine", (("vit-block1-cross-map", "vit-block2-out"),))
+    backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name), out_strides=(4, 8, 16, 32))
+    x = torch.rand(2, 3, 75, 110) * 2 - 1
+    maps = backbone(x)
+    channels = backbone.feature_info.channels()
+    assert [tuple(m.shape) for m in maps] == [(2, c, -(-75 // s), -(-110 // s)) for c, s in zip(channels, (4, 8, 16, 32), strict=True)]
+    assert not torch.equal(backbone(x, prompt="a cat")[0], maps[0])
+    alone = backbone(x[:1])
+    for m, a in zip(maps, alone, strict=True):
+        torch.testing.assert_close(m[:1], a, rtol=1e-4, atol=1e-4)
+    saved = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path / 'saved')}")
+    assert all(torch.equal(a, b) for a, b in zip(saved(x), maps, strict=True))
+    half = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name), dtype=torch.bfloat16)
+    assert all(m.dtype == torch.bfloat16 and m.isfinite().all() for m in half(x))
+    assert "GFLOPs" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_recipe_that_leaves_an_encoder_out_is_saved_without_it(tiny_folder, tmp_path):
+    backbone = db.create_model("sd3_medium_seg4diff", checkpoint_path=tiny_folder("sd3_medium"))
+    saved = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}")
+    x = torch.rand(1, 3, 64, 96) * 2 - 1
+    assert torch.equal(saved(x)[0], backbone(x)[0])
