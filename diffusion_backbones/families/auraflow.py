@@ -44,11 +44,9 @@ class AuraFlow(Transformer):
         output: Tensor = denoiser(z, encoder_hidden_states=conditioning["prompt_embeds"], timestep=timestep.to(z) / 1000, return_dict=False)[0]
         return output
 
-    def activation(
+    def attention(
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
-        if site.port != "map":
-            return super().activation(denoiser, site, recorded, conditioning, grid, average)
         return joint_map(denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], True, None, average, self.registers)
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:

@@ -133,11 +133,17 @@ class Family(ABC):
             grid: Height and width of the site's map of the padded image.
             average: Average attention maps over heads.
         """
+        if site.port == "map":
+            return self.attention(denoiser, site, recorded, conditioning, grid, average)
+        return recorded[0][:, -grid[0] * grid[1] :] if site.port.endswith("[:, T:]") else recorded[0]
+
+    def attention(
+        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+    ) -> Tensor:
+        """An attention map as the network applies it: (B, heads, h·w, keys), or (B, h·w, keys) if averaged. Arguments as for :meth:`activation`."""
         from diffusion_backbones.attention import attention_map
 
-        if site.port == "map":
-            return attention_map(denoiser.get_submodule(site.path), recorded[0], recorded[1], average)
-        return recorded[0][:, -grid[0] * grid[1] :] if site.port.endswith("[:, T:]") else recorded[0]
+        return attention_map(denoiser.get_submodule(site.path), recorded[0], recorded[1], average)
 
     def fill_buffers(self, denoiser: nn.Module, device: torch.device) -> None:  # noqa: B027  (most have none)
         """Compute, on ``device``, what a network that was built on ``meta`` has in no file."""

@@ -69,11 +69,9 @@ class Flux(Transformer):
         )[0]
         return output
 
-    def activation(
+    def attention(
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
-        if site.port != "map":
-            return super().activation(denoiser, site, recorded, conditioning, grid, average)
         import torch
         from diffusers.models.embeddings import apply_rotary_emb
 

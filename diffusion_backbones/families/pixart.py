@@ -58,16 +58,15 @@ class PixArt(Transformer):
         )[0]
         return output
 
-    def activation(
-        self, denoiser: nn.Module, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+    def attention(
+        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
         from diffusion_backbones.attention import attention_map
 
-        if site.port == "map" and site.path.endswith("attn2"):                # padding is masked in the text alone
-            q, k = recorded
-            bias = (1 - conditioning["prompt_attention_mask"].to(q)) * -10000.0
-            return attention_map(denoiser.get_submodule(site.path), q, k, average, bias)
-        return super().activation(denoiser, site, recorded, conditioning, grid, average)
+        q, k = recorded
+        padded = site.path.endswith("attn2")                                    # padding is masked in the text alone
+        bias = (1 - conditioning["prompt_attention_mask"].to(q)) * -10000.0 if padded else None
+        return attention_map(denoiser.get_submodule(site.path), q, k, average, bias)
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families import language

@@ -60,11 +60,9 @@ class Sana(Transformer):
         )[0]
         return output
 
-    def activation(
+    def attention(
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
-        if site.port != "map":
-            return super().activation(denoiser, site, recorded, conditioning, grid, average)
         from diffusion_backbones.attention import linear_probabilities, probabilities, split_heads
 
         attention: Any = denoiser.get_submodule(site.path)
