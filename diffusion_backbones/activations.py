@@ -93,7 +93,8 @@ class Site:
         id: The activation id.
         path: Module path in the stock diffusers network.
         port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``out[:, T:]`` for the image tokens behind
-            T text tokens, ``in`` and ``in[:, T:]`` for its first input, ``map`` for attention probabilities that are recomputed from its ``taps``.
+            T text tokens, ``out[:, T:, i]`` for the i-th part of their channels; ``in``, ``in[:, T:]`` and so on for its first input;
+            ``map`` for attention probabilities that are recomputed from its ``taps``.
         channels: Channels of the activation; for ``map`` the number of heads.
         stride: Pixels of the input image per position.
         layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys),
@@ -117,6 +118,12 @@ class Site:
         return replace(self, channels=tokens, layout="tokens") if self.id.endswith("cross-map") else self
 
     @property
+    def part(self) -> int | None:
+        """Which part of the channels of its module the activation is, None for all of them."""
+        last = self.port.rpartition(", ")[2].rstrip("]")
+        return int(last) if last.isdigit() else None
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The module paths whose output must be recorded, in execution order."""
         return tuple(f"{self.path}.{tap}" for tap in self.taps) if self.port == "map" else (self.path,)
@@ -135,7 +142,7 @@ class Catalogue(Mapping[str, Site]):
 
     def __init__(self, sites: Iterable[Site], network: str, probe: Callable[[str], Site] | None = None):
         self._sites = {site.id: site for site in sites}
-        self._paths = {site.path: site for site in self._sites.values() if site.port.startswith("out")}
+        self._paths = {site.path: site for site in self._sites.values() if site.port.startswith("out") and site.part is None}
         self.network, self._probe = network, probe
 
     def __getitem__(self, id: str) -> Site:

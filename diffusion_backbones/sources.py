@@ -22,7 +22,7 @@ from diffusion_backbones.tensors import PICKLE_REFUSED, PICKLES, TensorFiles
 log = logging.getLogger(__name__)
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_SMALL = (".json", ".txt", ".model")        # what configs and tokenizers are made of
+_SMALL = (".json", ".txt", ".model", ".jinja")        # what configs and tokenizers are made of
 
 
 class Source(Protocol):
@@ -38,7 +38,7 @@ class Source(Protocol):
         """The weights of a component, unread; ``half`` prefers float16 files where there are both."""
 
     def text(self, component: str) -> tuple[Any, Any]:
-        """(tokenizer, text model) of a text encoder, float32, on the CPU."""
+        """(tokenizer, text model) of a text encoder, on the CPU, float32, but for language models of billions of parameters."""
 
     def text_fingerprint(self) -> str:
         """Changes whenever the text encoders do."""
@@ -128,10 +128,14 @@ class Folder:
     def text(self, component: str) -> tuple[Any, Any]:
         from diffusion_backbones.families import clip, language
 
-        weights = TensorFiles(self._weights(component, "model", half=False))
+        files = self._weights(component, "model", half=False)
         config = self.json(f"{component}/config.json")
         tokenizer = self._tokenizer(component.replace("text_encoder", "tokenizer"))
-        build = language.text_model if set(config.get("architectures") or ()) & set(language.ARCHITECTURES) else clip.text_model
+        architectures = set(config.get("architectures") or ())
+        if architectures & set(language.GENERATIVE):
+            return tokenizer, language.pretrained(config, files[0].parent)
+        weights = TensorFiles(files)
+        build = language.text_model if architectures & set(language.ARCHITECTURES) else clip.text_model
         return tokenizer, build(config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights))
 
     def _tokenizer(self, component: str) -> Any:

@@ -49,6 +49,13 @@ class OneToken(StandIn):
         return super().forward(x[:, :1])
 
 
+class Pair(nn.Module):
+    """Stands in for an attention layer of two streams: returns both."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return hidden_states, encoder_hidden_states
+
+
 class AttentionTap(nn.Module):
     """What is left of an attention layer of which only projections are read: runs those and returns its inputs."""
 
@@ -96,15 +103,17 @@ class ModulationTap(nn.Module):
         return given["encoder_hidden_states"], given["hidden_states"]
 
 
-ATTENTION = ("Attention", "FluxAttention")
+ATTENTION = ("Attention", "FluxAttention", "Flux2Attention")
 """Layers that an :class:`AttentionTap` can stand in for."""
 MODULATED = (
     "FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock", "AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock",
 )
 """Blocks of text and image that a :class:`ModulationTap` can stand in for."""
-TEXT_HALF = ("norm2_context", "ff_context", "attn.to_add_out")
-"""What of a block of two streams only the blocks behind it need, if an image's output is read there."""
-STAND_INS = (Bypass, StandIn)
+TWO_STREAMS = (*MODULATED, "Flux2TransformerBlock", "QwenImageTransformerBlock")
+"""Blocks that also compute an output for the text."""
+TEXT_HALF = ("norm2_context", "ff_context", "txt_norm2", "txt_mlp", "attn.to_add_out")
+"""What of such a block only the blocks behind it need, if an image's output is read there."""
+STAND_INS = (Bypass, Pair, StandIn)
 
 
 class Step(NamedTuple):
@@ -135,7 +144,7 @@ def truncate(module: nn.Module, paths: Collection[str], steps: Steps) -> nn.Modu
     """
     kind = type(module).__name__
     if "" in paths:
-        return _without_text(module) if kind in MODULATED else module
+        return _without_text(module) if kind in TWO_STREAMS else module
     if kind in ATTENTION and getattr(module, "group_norm", None) is None and {p.split(".")[0] for p in paths} <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}:
         return AttentionTap(module, set(paths))
     if kind in MODULATED and {p.partition(".")[2] for p in paths} == {"linear"}:

@@ -22,6 +22,10 @@ TOKENIZER = CONFIGS / "tinysd" / "tokenizer"
 WORDS = {key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 CROSS, POOLED, TIME = 32, 16, 8
 T5 = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3, "vocab_size": 60}
+LANGUAGE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "vocab_size": WORDS["vocab_size"]}
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content if m.content is string else m.content[0].text }} {% endfor %}"
+"""A chat template as simple as can be."""
 CLIP = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **WORDS}
 
 
@@ -100,11 +104,30 @@ def _sana(c: dict[str, dict[str, Any]]) -> None:
                           "vocab_size": WORDS["vocab_size"]}
 
 
+def _qwen(c: dict[str, dict[str, Any]]) -> None:
+    c["vae"] |= {"base_dim": 8, "z_dim": 16}
+    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 16}
+    c["text_encoder"]["text_config"] |= LANGUAGE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}}
+    c["text_encoder"]["vision_config"] |= {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+
+
+def _flux2(c: dict[str, dict[str, Any]]) -> None:
+    c["vae"] |= {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 8}
+    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4], "joint_attention_dim": 48}
+    deep = LANGUAGE | {"num_hidden_layers": 31, "head_dim": 8}
+    if "text_config" in c["text_encoder"]:
+        c["text_encoder"]["text_config"] |= deep
+        c["text_encoder"]["vision_config"] |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    else:
+        c["text_encoder"] |= deep
+
+
 def _pixel(c: dict[str, dict[str, Any]]) -> None:
     c["unet"] |= {"block_out_channels": [8, 8, 16, 16, 24, 24][: len(c["unet"]["block_out_channels"])], "norm_num_groups": 4}
 
 
-SHRINK = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux, "hunyuan": _hunyuan, "auraflow": _auraflow, "pixel": _pixel, "sana": _sana}
+SHRINK = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux, "hunyuan": _hunyuan, "auraflow": _auraflow, "pixel": _pixel, "sana": _sana,
+          "qwen": _qwen, "flux2": _flux2}
 
 
 def build(name: str, seed: int = 0) -> dict[str, Any]:
@@ -140,6 +163,8 @@ def folder(name: str, path: Path, seed: int = 0, **save: Any) -> Path:
             sentencepiece(tokenizer)
         else:
             shutil.copytree(TOKENIZER, tokenizer, dirs_exist_ok=True)
+            if "For" in c[text]["architectures"][0]:
+                (tokenizer / "chat_template.jinja").write_text(CHAT)
     (path / "model_index.json").write_text(json.dumps(c.get("model_index", {"_class_name": "StableDiffusionPipeline"})))
     return path
 

@@ -6,16 +6,18 @@ from diffusion_backbones.families.auraflow import AuraFlow
 from diffusion_backbones.families.base import Config, Configs, Family, left_out
 from diffusion_backbones.families.dit import DiT
 from diffusion_backbones.families.flux import Flux
+from diffusion_backbones.families.flux2 import Flux2
 from diffusion_backbones.families.hunyuan import Hunyuan
 from diffusion_backbones.families.pixart import PixArt
 from diffusion_backbones.families.pixel import PixelUNet
+from diffusion_backbones.families.qwen import Qwen
 from diffusion_backbones.families.sana import Sana
 from diffusion_backbones.families.sd3 import SD3
 from diffusion_backbones.families.unet import UNet
 
 FAMILIES: dict[str, Family] = {
     "unet": UNet(), "dit": DiT(), "pixart": PixArt(), "sd3": SD3(), "flux": Flux(), "hunyuan": Hunyuan(), "auraflow": AuraFlow(),
-    "sana": Sana(),
+    "sana": Sana(), "qwen": Qwen(), "flux2": Flux2(),
     "pixel": PixelUNet(),
 }
 """Every family by the name that :class:`~diffusion_backbones.recipe.Checkpoint` uses."""

@@ -135,7 +135,8 @@ class Family(ABC):
         """
         if site.port == "map":
             return self.attention(denoiser, site, recorded, conditioning, grid, average)
-        return recorded[0][:, -grid[0] * grid[1] :] if site.port.endswith("[:, T:]") else recorded[0]
+        x = recorded[0][:, -grid[0] * grid[1] :] if "[:, T:" in site.port else recorded[0]
+        return x if site.part is None else x[..., site.part * site.channels : (site.part + 1) * site.channels]
 
     def attention(
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool

@@ -23,7 +23,7 @@ class ImageEncoder(Protocol):
         """Remove, in place, what only decoding needs."""
 
     def encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, H / stride, W / stride), before scaling."""
+        """(B, 3, H, W) in [-1, 1] -> (B, C, H / stride, W / stride), before :meth:`scaling`."""
 
     def scaling(self, config: Config) -> tuple[float, float]:
         """(shift, factor): the denoiser was trained on (z - shift) * factor."""
@@ -97,3 +97,57 @@ class KLEncoder:
     def scaling(self, config: Config) -> tuple[float, float]:
         # diffusers' default for configs written before the key existed, as SD 1.x's is
         return config.get("shift_factor") or 0.0, config.get("scaling_factor") or 0.18215
+
+
+class PatchKLEncoder(KLEncoder):
+    """The encoder half of diffusers' ``AutoencoderKLFlux2``: latents are gathered into patches, then standardised by running statistics."""
+
+    reading = "the mode of the posterior in patches, standardised channel by channel"
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import AutoencoderKLFlux2
+
+        vae: nn.Module = AutoencoderKLFlux2.from_config(config)
+        return vae
+
+    def truncate(self, encoder: Any) -> nn.Module:
+        encoder.bn.num_batches_tracked = None
+        return super().truncate(encoder)
+
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        z = F.pixel_unshuffle(super().encode(encoder, x), encoder.config.patch_size[0])
+        return F.batch_norm(z, encoder.bn.running_mean, encoder.bn.running_var, eps=encoder.bn.eps)
+
+    def scaling(self, config: Config) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
+class FrameKLEncoder(KLEncoder):
+    """The encoder half of diffusers' ``AutoencoderKLQwenImage``, which is one for video: an image is its first frame."""
+
+    reading = "the mode of the posterior, standardised channel by channel"
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import AutoencoderKLQwenImage
+
+        vae: nn.Module = AutoencoderKLQwenImage.from_config(config)
+        return vae
+
+    def truncate(self, encoder: Any) -> nn.Module:
+        """Also remove what looks at later frames."""
+        for layer in encoder.encoder.down_blocks:
+            if hasattr(layer, "time_conv"):
+                layer.time_conv = None
+        return super().truncate(encoder)
+
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        """Not by the stock ``encode``, which keeps what it saw on the network for the frames that follow."""
+        config = encoder.config
+        z: Tensor = encoder.quant_conv(encoder.encoder(x[:, :, None]))[:, : config.z_dim, 0]
+        mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+        return (z - mean) / std
+
+    def scaling(self, config: Config) -> tuple[float, float]:
+        return 0.0, 1.0

@@ -47,7 +47,8 @@ def single_block(path: str, block: int, channels: int, heads: int, stride: int, 
 
 
 def joint_map(
-    attention: Any, site: Site, recorded: tuple[Tensor, ...], tokens: int, text_first: bool, rotate: Any, average: bool, registers: int = 0
+    attention: Any, site: Site, recorded: tuple[Tensor, ...], tokens: int, text_first: bool, rotate: Any, average: bool, registers: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention probabilities from image queries to text (``cross-map``) or to image (``self-map``); one softmax runs over both.
 
@@ -60,6 +61,7 @@ def joint_map(
         rotate: (B, heads, sequence, d) -> the same with positions applied, or None.
         average: Average over heads.
         registers: Learned tokens before the text, which are no part of it.
+        bias: (B, sequence), added to the scores of every head and query.
 
     Returns:
         (B, heads, image tokens, text or image tokens), or without heads.
@@ -78,4 +80,4 @@ def joint_map(
     length = q.shape[2]
     image = slice(length - tokens, length) if text_first else slice(0, tokens)
     words = slice(registers, length - tokens) if text_first else slice(tokens, length)
-    return probabilities(q[:, :, image], k, words if site.id.endswith("cross-map") else image, average)
+    return probabilities(q[:, :, image], k, words if site.id.endswith("cross-map") else image, average, bias)

@@ -1,8 +1,9 @@
-"""Prompts for networks conditioned on the states of a language model: T5 and its kin, BERT, Gemma."""
+"""Prompts for networks conditioned on the states of a language model: T5 and its kin, BERT, Gemma, and models that also write."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from diffusion_backbones import tensors
 from diffusion_backbones.families.base import Config
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "Gemma2Model")
+GENERATIVE = ("Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")
+"""Whole language models of billions of parameters, which are run in the dtype that their files hold."""
 _UNUSED = "embeddings.position_ids"         # some files of BERT hold it, and the model makes it itself
 
 
@@ -73,6 +76,27 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
     tensors.fill(model, named.items())
     model.tie_weights()
     return model
+
+
+def pretrained(config: Config, folder: Path) -> Any:
+    """A language model as transformers loads it from its folder, on the CPU, in eval mode, in its own dtype.
+
+    Its files were written by several versions of transformers, which renamed its parts; transformers knows all the names.
+
+    Args:
+        config: Its ``config.json``, whose ``architectures`` names one of :data:`GENERATIVE`.
+        folder: Holds its config and its ``.safetensors`` files.
+
+    Raises:
+        ValueError: The files lack weights.
+    """
+    import transformers
+
+    cls = getattr(transformers, config["architectures"][0])
+    model, loaded = cls.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}; download it again")
+    return model.eval()
 
 
 def _first_names(model: Any) -> dict[str, str]:

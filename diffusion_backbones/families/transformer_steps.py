@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusion_backbones.families.unet_steps import STEPS as UNET_STEPS
-from diffusion_backbones.truncate import REMOVE, Bypass, OneToken, StandIn, Step, Steps
+from diffusion_backbones.truncate import REMOVE, Bypass, OneToken, Pair, StandIn, Step, Steps
 
 
 def _blocks(network: Any, *lists: str) -> list[Step]:
@@ -41,6 +41,28 @@ def _single(block: Any) -> list[Step]:
     return [Step("attn", None), Step("proj_mlp", StandIn(block.mlp_hidden_dim, dim=-1)), Step("act_mlp", Bypass()), Step("proj_out", StandIn(width, dim=-1))]
 
 
+def _flux2(network: Any) -> list[Step]:
+    """The modulation that all single blocks share is computed first, and goes when the last of them goes."""
+    doubles, singles = (_blocks(network, name) for name in ("transformer_blocks", "single_transformer_blocks"))
+    rest = [Step("norm_out", Bypass()), Step("proj_out", StandIn(network.proj_out.out_features, dim=-1))]
+    return [*doubles, Step("single_stream_modulation", Bypass()), *singles, *rest]
+
+
+def _flux2_single(attention: Any) -> list[Step]:
+    return [Step("to_qkv_mlp_proj", None), Step("mlp_act_fn", Bypass()), Step("to_out", StandIn(attention.to_out.out_features, dim=-1))]
+
+
+def _flux2_feed_forward(layer: Any) -> list[Step]:
+    return [Step("linear_in", None), Step("act_fn", Bypass()), Step("linear_out", StandIn(layer.linear_out.out_features, dim=-1))]
+
+
+def _qwen(block: Any) -> list[Step]:
+    """The image's modulation may be all that is read, by the norm of the block before."""
+    modulation = [Step("img_mod", None), Step("txt_mod", StandIn(6 * block.dim, dim=-1))]
+    behind = [Step(name, Bypass()) for name in ("img_norm2", "img_mlp", "txt_norm2", "txt_mlp")]
+    return [*modulation, Step("attn", Pair()), *behind]
+
+
 def _sana(block: Any) -> list[Step]:
     return [Step("attn1", None), Step("attn2", None), Step("norm2", Bypass()), Step("ff", Bypass())]
 
@@ -65,4 +87,11 @@ STEPS: Steps = {
     "FluxTransformerBlock": _joint,
     "FluxSingleTransformerBlock": _single,
     "JointTransformerBlock": _joint,
+    "Flux2Transformer2DModel": _flux2,
+    "Flux2TransformerBlock": _joint,
+    "Flux2SingleTransformerBlock": lambda block: [Step("attn", None)],
+    "Flux2ParallelSelfAttention": _flux2_single,
+    "Flux2FeedForward": _flux2_feed_forward,
+    "QwenImageTransformer2DModel": _projected("transformer_blocks"),
+    "QwenImageTransformerBlock": _qwen,
 }

@@ -1,5 +1,25 @@
 """Declarations of checkpoints and backbones, one file per upstream family. Importing this package registers them all."""
 
-from diffusion_backbones.models import auraflow, cleandift, ddpm, dit, flux, hunyuan, papers, pixart, sana, sd3, sdxl, ssd, stable_diffusion, tinysd
+from diffusion_backbones.models import (
+    auraflow,
+    cleandift,
+    ddpm,
+    dit,
+    flux,
+    flux2,
+    hunyuan,
+    papers,
+    pixart,
+    qwen,
+    sana,
+    sd3,
+    sdxl,
+    ssd,
+    stable_diffusion,
+    tinysd,
+)
 
-__all__ = ["auraflow", "cleandift", "ddpm", "dit", "flux", "hunyuan", "papers", "pixart", "sana", "sd3", "sdxl", "ssd", "stable_diffusion", "tinysd"]
+__all__ = [
+    "auraflow", "cleandift", "ddpm", "dit", "flux", "flux2", "hunyuan", "papers", "pixart", "qwen", "sana", "sd3", "sdxl", "ssd", "stable_diffusion",
+    "tinysd",
+]

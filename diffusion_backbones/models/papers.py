@@ -121,6 +121,24 @@ DDPM = Paper(
     arxiv="2006.11239",
 )
 
+FLUX2 = Paper(
+    key="flux2",
+    title="FLUX.2",
+    authors="{Black Forest Labs}",
+    venue="",
+    year=2025,
+    url="https://github.com/black-forest-labs/flux2",
+)
+
+QWEN_IMAGE = Paper(
+    key="wu2025qwenimage",
+    title="Qwen-Image Technical Report",
+    authors="{Qwen Team}",
+    venue="",
+    year=2025,
+    arxiv="2508.02324",
+)
+
 SANA = Paper(
     key="xie2024sana",
     title="SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers",
