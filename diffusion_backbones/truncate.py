@@ -49,6 +49,16 @@ class OneToken(StandIn):
         return super().forward(x[:, :1])
 
 
+class FirstToken(StandIn):
+    """The same of a text, (B, tokens, C) -> (B, channels), for what pools it."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, dim=1)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x[:, 0])
+
+
 class Pair(nn.Module):
     """Stands in for an attention layer of two streams: returns both."""
 

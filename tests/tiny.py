@@ -126,8 +126,14 @@ def _pixel(c: dict[str, dict[str, Any]]) -> None:
     c["unet"] |= {"block_out_channels": [8, 8, 16, 16, 24, 24][: len(c["unet"]["block_out_channels"])], "norm_num_groups": 4}
 
 
+def _deepfloyd(c: dict[str, dict[str, Any]]) -> None:
+    c["unet"] |= {"block_out_channels": [8, 16, 24, 32], "norm_num_groups": 8, "attention_head_dim": 8, "cross_attention_dim": CROSS,
+                  "encoder_hid_dim": T5["d_model"], "addition_embed_type_num_heads": 4}
+    c["text_encoder"] |= T5
+
+
 SHRINK = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux, "hunyuan": _hunyuan, "auraflow": _auraflow, "pixel": _pixel, "sana": _sana,
-          "qwen": _qwen, "flux2": _flux2}
+          "qwen": _qwen, "flux2": _flux2, "deepfloyd": _deepfloyd}
 
 
 def build(name: str, seed: int = 0) -> dict[str, Any]:

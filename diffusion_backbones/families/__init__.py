@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusion_backbones.families.auraflow import AuraFlow
 from diffusion_backbones.families.base import Config, Configs, Family, left_out
+from diffusion_backbones.families.deepfloyd import DeepFloyd
 from diffusion_backbones.families.dit import DiT
 from diffusion_backbones.families.flux import Flux
 from diffusion_backbones.families.flux2 import Flux2
@@ -18,7 +19,7 @@ from diffusion_backbones.families.unet import UNet
 FAMILIES: dict[str, Family] = {
     "unet": UNet(), "dit": DiT(), "pixart": PixArt(), "sd3": SD3(), "flux": Flux(), "hunyuan": Hunyuan(), "auraflow": AuraFlow(),
     "sana": Sana(), "qwen": Qwen(), "flux2": Flux2(),
-    "pixel": PixelUNet(),
+    "pixel": PixelUNet(), "deepfloyd": DeepFloyd(),
 }
 """Every family by the name that :class:`~diffusion_backbones.recipe.Checkpoint` uses."""
 

@@ -26,6 +26,10 @@ class UNet(Family):
     encoder = "vae"
     networks = ("UNet2DConditionModel",)
 
+    def recognises(self, config: Config) -> bool:
+        """Not those that add the text or an image in another way, as DeepFloyd IF and Kandinsky do."""
+        return super().recognises(config) and config.get("addition_embed_type") in (None, "text_time")
+
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
         return Catalogue(sites(configs["unet"], self.latent_stride(configs)), network)
 
@@ -103,8 +107,7 @@ def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> I
         stride, stage, prefix = latent_stride * 2**level, f"down-level{level}", f"down_blocks.{level}"
         for repeat, depth in enumerate(_per_level(depths[level], repeats[level])):
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", widths[level], stride)
-            if "Attn" in kind:
-                vit = _vit if "CrossAttn" in kind else plain_attention
+            if vit := _attends(kind):
                 yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", widths[level], stride, depth, heads[level])
         if level < n - 1:
             yield Site(f"{stage}-downsampler-out", f"{prefix}.downsamplers.0", "out", widths[level], 2 * stride, "map")
@@ -113,8 +116,7 @@ def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> I
     stride = latent_stride * 2 ** (n - 1)
     if mid is not None:
         yield from _residual("mid-repeat0", "mid_block.resnets.0", widths[-1], stride)
-    mid_vit = _vit if mid == "UNetMidBlock2DCrossAttn" else plain_mid
-    if mid_vit:
+    if mid_vit := _attends(mid or "") or plain_mid:
         depth = _per_level(depths[-1], 1)[0]
         yield from mid_vit("mid", "mid_block.attentions.0", widths[-1], stride, depth, heads[-1])
         yield from _residual("mid-repeat1", "mid_block.resnets.1", widths[-1], stride)
@@ -124,12 +126,17 @@ def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> I
         width = widths[n - 1 - level]
         for repeat, depth in enumerate(_per_level(up_depths[level], repeats[n - 1 - level] + 1)):
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", width, stride)
-            if "Attn" in kind:
-                vit = _vit if "CrossAttn" in kind else plain_attention
+            if vit := _attends(kind):
                 yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", width, stride, depth, heads[n - 1 - level])
         if level < n - 1:
             yield Site(f"{stage}-upsampler-out", f"{prefix}.upsamplers.0", "out", width, stride // 2, "map")
     yield Site("unet-out", "conv_out", "out", config.get("out_channels", 4), latent_stride, "map")
+
+
+def _attends(kind: str) -> Vit | None:
+    """What attends in a block of this class."""
+    known = {"SimpleCrossAttn": added_attention, "CrossAttn": _vit, "Attn": plain_attention}
+    return next((vit for name, vit in known.items() if name in kind), None)
 
 
 def _residual(id: str, path: str, width: int, stride: int) -> Iterator[Site]:
@@ -143,6 +150,16 @@ def plain_attention(id: str, path: str, width: int, stride: int, depth: int, hea
     for qkv in "qkv":
         yield Site(f"{name}-self-{qkv}", f"{path}.to_{qkv}", "out", width, stride, "tokens")
     yield Site(f"{name}-self-map", path, "map", heads, stride, "attention")
+    yield Site(f"{id}-vit-out", path, "out", width, stride, "map")
+
+
+def added_attention(id: str, path: str, width: int, stride: int, depth: int, heads: int) -> Iterator[Site]:
+    """A layer of attention to the text and the image at once: one query, and one softmax over the keys of both."""
+    name, taps = f"{id}-vit-block0", ("to_q", "add_k_proj", "to_k")
+    for qkv in "qkv":
+        yield Site(f"{name}-self-{qkv}", f"{path}.to_{qkv}", "out", width, stride, "tokens")
+    yield Site(f"{name}-self-map", path, "map", heads, stride, "attention", taps)
+    yield Site(f"{name}-cross-map", path, "map", heads, stride, "attention", taps)
     yield Site(f"{id}-vit-out", path, "out", width, stride, "map")
 
 

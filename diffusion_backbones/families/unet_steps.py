@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from diffusion_backbones.truncate import REMOVE, Bypass, StandIn, Step, Steps
+from diffusion_backbones.truncate import REMOVE, Bypass, FirstToken, StandIn, Step, Steps
 
 
 def _unet(unet: Any) -> list[Step]:
-    embedding = StandIn(unet.config.get("time_embedding_dim") or 4 * unet.config.block_out_channels[0], dim=1)
+    width = unet.config.get("time_embedding_dim") or 4 * unet.config.block_out_channels[0]
+    embedding = StandIn(width, dim=1)
     steps = [Step("conv_in", Bypass()), Step("time_embedding", embedding)]
     if getattr(unet, "add_embedding", None) is not None:
-        steps.append(Step("add_embedding", embedding))
+        steps.append(Step("add_embedding", FirstToken(width) if unet.config.addition_embed_type == "text" else embedding))
     steps += [Step(f"down_blocks.{i}", REMOVE) for i in range(len(unet.down_blocks))]
     if unet.mid_block is not None:
         steps.append(Step("mid_block", None))
@@ -22,7 +24,7 @@ def _unet(unet: Any) -> list[Step]:
 
 
 def _repeats(block: Any, cut_resnet: object) -> list[Step]:
-    transformers = "CrossAttn" in type(block).__name__              # a transformer returns a tuple, a layer of attention a tensor
+    transformers = re.search("(?<!Simple)CrossAttn", type(block).__name__) is not None                # a transformer returns a tuple, a layer of attention a tensor
     steps = []
     for i in range(len(block.resnets)):
         steps.append(Step(f"resnets.{i}", cut_resnet))
@@ -63,6 +65,15 @@ def _block(block: Any) -> list[Step]:
     return [*steps, Step("norm3", Bypass()), Step("ff", Bypass())]
 
 
+def _attention(layer: Any) -> list[Step]:
+    """Queries and keys before values, those of the text before the image's; the layer of a transformer has no text of its own."""
+    inner = StandIn(layer.inner_dim, dim=-1)
+    added = getattr(layer, "add_k_proj", None) is not None
+    text = [Step("norm_cross", None), Step("add_k_proj", inner)] if added else []
+    values = [Step("add_v_proj", inner)] if added else []
+    return [Step("group_norm", None), Step("to_q", inner), *text, Step("to_k", inner), *values, Step("to_v", inner), Step("to_out.0", Bypass())]
+
+
 def _feed_forward(ff: Any) -> list[Step]:
     return [Step("net.0", Bypass()), Step("net.2", StandIn(ff.net[2].out_features, dim=-1))]
 
@@ -74,12 +85,18 @@ STEPS: Steps = {
     "AttnUpBlock2D": _up,
     "CrossAttnDownBlock2D": _down,
     "DownBlock2D": _down,
+    "SimpleCrossAttnDownBlock2D": _down,
+    "ResnetDownsampleBlock2D": _down,
     "UNetMidBlock2DCrossAttn": _mid,
+    "UNetMidBlock2DSimpleCrossAttn": _mid,
     "UNetMidBlock2D": _mid,
     "CrossAttnUpBlock2D": _up,
     "UpBlock2D": _up,
+    "SimpleCrossAttnUpBlock2D": _up,
+    "ResnetUpsampleBlock2D": _up,
     "ResnetBlock2D": _resnet,
     "Transformer2DModel": _transformer,
     "BasicTransformerBlock": _block,
     "FeedForward": _feed_forward,
+    "Attention": _attention,
 }

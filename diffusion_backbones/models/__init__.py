@@ -4,6 +4,7 @@ from diffusion_backbones.models import (
     auraflow,
     cleandift,
     ddpm,
+    deepfloyd,
     dit,
     flux,
     flux2,
@@ -20,6 +21,6 @@ from diffusion_backbones.models import (
 )
 
 __all__ = [
-    "auraflow", "cleandift", "ddpm", "dit", "flux", "flux2", "hunyuan", "papers", "pixart", "qwen", "sana", "sd3", "sdxl", "ssd", "stable_diffusion",
-    "tinysd",
+    "auraflow", "cleandift", "ddpm", "deepfloyd", "dit", "flux", "flux2", "hunyuan", "papers", "pixart", "qwen", "sana", "sd3",
+    "sdxl", "ssd", "stable_diffusion", "tinysd",
 ]

@@ -139,6 +139,15 @@ QWEN_IMAGE = Paper(
     arxiv="2508.02324",
 )
 
+DEEPFLOYD_IF = Paper(
+    key="deepfloyd2023if",
+    title="DeepFloyd-IF",
+    authors="Shonenkov, Alex and Konstantinov, Misha and Bakshandaeva, Daria and Schuhmann, Christoph and Ivanova, Ksenia and Klokova, Nadiia",
+    venue="",
+    year=2023,
+    url="https://github.com/deep-floyd/IF",
+)
+
 SANA = Paper(
     key="xie2024sana",
     title="SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers",
