@@ -24,7 +24,7 @@ def _unet(unet: Any) -> list[Step]:
 
 
 def _repeats(block: Any, cut_resnet: object) -> list[Step]:
-    transformers = re.search("(?<!Simple)CrossAttn", type(block).__name__) is not None                # a transformer returns a tuple, a layer of attention a tensor
+    transformers = re.search("(?<!Simple)CrossAttn", type(block).__name__) is not None              # return a tuple, layers of attention a tensor
     steps = []
     for i in range(len(block.resnets)):
         steps.append(Step(f"resnets.{i}", cut_resnet))
