@@ -93,8 +93,8 @@ class Site:
         id: The activation id.
         path: Module path in the stock diffusers network.
         port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``out[:, T:]`` for the image tokens behind
-            T text tokens, ``out[:, T:, i]`` for the i-th part of their channels; ``in``, ``in[:, T:]`` and so on for its first input;
-            ``map`` for attention probabilities that are recomputed from its ``taps``.
+            T text tokens, ``out[:, T:, i]`` for the i-th part of their channels, ``out[:, :N]`` for image tokens that stand before the text;
+            ``in``, ``in[:, T:]`` and so on for its first input; ``map`` for attention probabilities that are recomputed from its ``taps``.
         channels: Channels of the activation; for ``map`` the number of heads.
         stride: Pixels of the input image per position.
         layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys),

@@ -68,12 +68,18 @@ NETWORKS |= {
               "joint_attention_dim": 12, "timestep_guidance_channels": 16, "mlp_ratio": 3.0, "axes_dims_rope": [4, 4, 4, 4], "guidance_embeds": True},
     "qwen": {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 64, "out_channels": 16, "patch_size": 2, "num_layers": 3,
              "joint_attention_dim": 12, "axes_dims_rope": [4, 6, 6]},
+    "lumina": {"hidden_size": 24, "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": [2, 2, 2], "axes_lens": [16, 13, 12], "multiple_of": 16,
+               "num_layers": 3, "num_refiner_layers": 2, "cap_feat_dim": 12, "in_channels": 4},
+    "z_image": {"dim": 24, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [4, 4, 4], "axes_lens": [128, 13, 12], "n_layers": 3, "n_refiner_layers": 2,
+                "cap_feat_dim": 12, "in_channels": 4, "all_patch_size": [2], "all_f_patch_size": [1]},
 }  # fmt: skip
 NETWORKS["flux2-klein"] = NETWORKS["flux2"] | {"num_layers": 1, "num_single_layers": 2, "guidance_embeds": False}
+NETWORKS["z_image-long"] = NETWORKS["z_image"]
 NETWORKS["sana-1.5"] = NETWORKS["sana"] | {"qk_norm": "rms_norm_across_heads"}
 NETWORKS["hunyuan-1.1"] = NETWORKS["hunyuan"] | {"use_style_cond_and_image_meta_size": True}
 COUNTS = {"sana": 8 * 4, "sana-1.5": 8 * 4, "hunyuan": 8 * 6, "hunyuan-1.1": 8 * 6, "auraflow": 9 * 2 + 9 * 3}
 COUNTS |= {"flux2": 9 * 2 + 8 * 3, "flux2-klein": 9 + 8 * 2, "qwen": 9 * 3}
+COUNTS |= {name: 8 * 2 + 9 * 3 for name in ("lumina", "z_image", "z_image-long")}
 COUNTS |= {"dit": 6 * 4, "pixart": 8 * 4, "pixart-1024": 8 * 2, "flux": 39, "flux-schnell": 9 + 14, "sd3": 27, "sd3.5": 27}
 """GDF's ids: activations.md counts 32 for four blocks of PixArt, and 39 for FLUX with two double and three single blocks."""
 
@@ -96,10 +102,11 @@ class Case:
         patch = self.family.patch(self.configs)
         self.grid = (latent[0] // patch, latent[1] // patch)
         shapes = self.family.conditioning_shapes(self.configs)
-        given = {"class_labels": torch.tensor([10, 3]), "guidance": torch.tensor([3.5, 1.0]), "prompt_attention_mask": torch.ones(2, TEXT)}
+        text = 40 if name.endswith("-long") else TEXT          # some prompts then are longer than the 32 tokens that Z-Image counts in
+        given = {"class_labels": torch.tensor([10, 3]), "guidance": torch.tensor([3.5, 1.0]), "prompt_attention_mask": torch.ones(2, text)}
         given["prompt_attention_mask"][0, 4:] = 0
         given["prompt_attention_mask_2"] = given["prompt_attention_mask"].flip(0)
-        self.conditioning = {k: given[k] if k in given else torch.randn(2, *((TEXT, s[1]) if len(s) == 2 else s)) for k, s in shapes.items()}
+        self.conditioning = {k: given[k] if k in given else torch.randn(2, *((text, s[1]) if len(s) == 2 else s)) for k, s in shapes.items()}
         self.catalogue = self.family.catalogue(self.configs, name)
 
     @torch.no_grad()
@@ -127,7 +134,7 @@ class Case:
         monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
         handles = []
         for path, module in self.network.named_modules():
-            if path.endswith(("attn", "attn1", "attn2")):
+            if path.endswith(("attn", "attn1", "attn2", "attention")):
                 handles.append(module.register_forward_pre_hook(lambda m, a, path=path: running.append(path)))
 
             def keep(m, args, output, path=path):
@@ -168,7 +175,12 @@ class Case:
             stock["txt_ids"] = torch.zeros(TEXT, 3)
             stock["guidance"] = c.get("guidance")
             timestep = timestep / 1000
-        self.network(timestep=timestep, **stock)                # of DiT's result, an unpatchify for squares, nothing is read
+        if "cap_feat_dim" in self.network.config:
+            timestep, stock["encoder_attention_mask"] = 1 - timestep / 1000, c["prompt_attention_mask"].long()
+        if "t_scale" in self.network.config:
+            rows = zip(c["prompt_embeds"], c["prompt_attention_mask"].sum(1).int(), strict=True)
+            timestep, stock = None, {"x": [z[:, None] for z in self.z], "t": timestep, "cap_feats": [row[:length] for row, length in rows]}
+        self.network(**stock, **({} if timestep is None else {"timestep": timestep}))         # of DiT's result, an unpatchify for squares, nothing is read
         for handle in handles:
             handle.remove()
         return kept
@@ -178,6 +190,8 @@ class Case:
         block, kind = re.fullmatch(r"vit-block(\d+)-(.+)", id).groups()
         at = blocks(self.network)[int(block)]
         single = at.startswith("single")
+        if hasattr(self.network, "context_refiner"):
+            return self.ragged(kept, at, kind)
         joint = hasattr(self.network.get_submodule(at), "attn")
         if joint and kind.endswith("-map"):
             p = kept[f"{at}.attn|map"]
@@ -215,9 +229,29 @@ class Case:
         return value[:, -n:] if single else value
 
 
+    def ragged(self, kept: dict[str, torch.Tensor], at: str, kind: str) -> torch.Tensor:
+        """What a network does whose sequences are text and image (Lumina) or image and text, both filled up to multiples of 32 (Z-Image)."""
+        n, mask = self.grid[0] * self.grid[1], self.conditioning["prompt_attention_mask"]
+        filled = "t_scale" in self.network.config
+        layer, inner = ("attention", "w2") if filled else ("attn", "linear_2")
+        path = {"out": at, "attn-out": f"{at}.{layer}", "norm-out": f"{at}.feed_forward<", "ffn-inner": f"{at}.feed_forward.{inner}<"}
+        rows = []
+        for i, length in enumerate(mask.sum(1).int().tolist()):
+            start = 0 if filled or at.startswith("noise_refiner") else length
+            image = slice(start, start + n)
+            words = slice(-(-n // 32) * 32, -(-n // 32) * 32 + min(-(-length // 32) * 32, mask.shape[1])) if filled else slice(length)
+            if kind.endswith("map"):
+                p = kept[f"{at}.{layer}|map"][i, :, image]
+                row = p[..., image] if kind == "self-map" else p[..., words]
+                rows.append(F.pad(row, (0, mask.shape[1] - row.shape[-1])) if kind == "cross-map" else row)
+            else:
+                rows.append(kept[path.get(kind, f"{at}.{layer}.to_{kind}")][i, image])
+        return torch.stack(rows)
+
+
 def blocks(network: nn.Module) -> list[str]:
     """Paths of the blocks of a network in the order in which they run."""
-    lists = ("transformer_blocks", "joint_transformer_blocks", "blocks", "single_transformer_blocks")
+    lists = ("transformer_blocks", "joint_transformer_blocks", "blocks", "single_transformer_blocks", "noise_refiner", "layers")
     return [f"{name}.{i}" for name in lists for i in range(len(getattr(network, name, ())))]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import FAMILIES, language
 from diffusion_backbones.recipe import Recipe
 from diffusion_backbones.registry import CONFIGS, get_checkpoint, get_declaration, package_configs
 
@@ -22,10 +22,10 @@ TOKENIZER = CONFIGS / "tinysd" / "tokenizer"
 WORDS = {key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 CROSS, POOLED, TIME = 32, 16, 8
 T5 = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3, "vocab_size": 60}
-LANGUAGE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "vocab_size": WORDS["vocab_size"]}
-CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content if m.content is string else m.content[0].text }} {% endfor %}"
-"""A chat template as simple as can be."""
+DECODER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+           "vocab_size": WORDS["vocab_size"]}  # fmt: skip
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is string else m.content[0].text }}<|im_end|>\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CLIP = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **WORDS}
 
 
@@ -106,20 +106,31 @@ def _sana(c: dict[str, dict[str, Any]]) -> None:
 
 def _qwen(c: dict[str, dict[str, Any]]) -> None:
     c["vae"] |= {"base_dim": 8, "z_dim": 16}
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 16}
-    c["text_encoder"]["text_config"] |= LANGUAGE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}}
-    c["text_encoder"]["vision_config"] |= {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    c["text_encoder"]["text_config"] |= DECODER | {"num_attention_heads": 3, "rope_parameters": rope}
+    c["text_encoder"]["vision_config"] |= {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24}
 
 
 def _flux2(c: dict[str, dict[str, Any]]) -> None:
     c["vae"] |= {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 8}
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4], "joint_attention_dim": 48}
-    deep = LANGUAGE | {"num_hidden_layers": 31, "head_dim": 8}
+    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4], "joint_attention_dim": 72}
+    deep = DECODER | {"num_hidden_layers": 31}
     if "text_config" in c["text_encoder"]:
         c["text_encoder"]["text_config"] |= deep
         c["text_encoder"]["vision_config"] |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     else:
         c["text_encoder"] |= deep
+
+
+def _lumina(c: dict[str, dict[str, Any]]) -> None:
+    c["transformer"] |= {"hidden_size": 24, "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": [2, 2, 2], "multiple_of": 16, "cap_feat_dim": 24}
+    c["text_encoder"] |= DECODER
+
+
+def _z_image(c: dict[str, dict[str, Any]]) -> None:
+    c["transformer"] |= {"dim": 24, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [4, 4, 4], "cap_feat_dim": 24}
+    c["text_encoder"] |= DECODER
 
 
 def _pixel(c: dict[str, dict[str, Any]]) -> None:
@@ -134,6 +145,7 @@ def _deepfloyd(c: dict[str, dict[str, Any]]) -> None:
 
 SHRINK = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux, "hunyuan": _hunyuan, "auraflow": _auraflow, "pixel": _pixel, "sana": _sana,
           "qwen": _qwen, "flux2": _flux2, "deepfloyd": _deepfloyd}
+SHRINK |= {"lumina": _lumina, "z_image": _z_image}
 
 
 def build(name: str, seed: int = 0) -> dict[str, Any]:
@@ -169,7 +181,7 @@ def folder(name: str, path: Path, seed: int = 0, **save: Any) -> Path:
             sentencepiece(tokenizer)
         else:
             shutil.copytree(TOKENIZER, tokenizer, dirs_exist_ok=True)
-            if "For" in c[text]["architectures"][0]:
+            if c[text]["architectures"][0] in language.GENERATIVE:
                 (tokenizer / "chat_template.jinja").write_text(CHAT)
     (path / "model_index.json").write_text(json.dumps(c.get("model_index", {"_class_name": "StableDiffusionPipeline"})))
     return path

@@ -13,7 +13,7 @@ from diffusion_backbones import tensors
 from diffusion_backbones.families.base import Config
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "Gemma2Model")
-GENERATIVE = ("Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")
+GENERATIVE = ("Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")
 """Whole language models of billions of parameters, which are run in the dtype that their files hold."""
 _UNUSED = "embeddings.position_ids"         # some files of BERT hold it, and the model makes it itself
 
@@ -37,10 +37,29 @@ def encode(tokenizer: Any, model: Any, prompts: list[str], tokens: int, masked: 
     return states.float(), batch.attention_mask.float()
 
 
-def check_length(tokenizer: Any, prompts: list[str], tokens: int) -> None:
-    """Raise ``ValueError`` if a prompt has more than ``tokens`` tokens."""
-    for prompt in prompts:
-        length = len(tokenizer(prompt, verbose=False).input_ids)
+@torch.no_grad()
+def penultimate(tokenizer: Any, model: Any, prompts: list[str], said: list[str], tokens: int) -> tuple[Tensor, Tensor]:
+    """What a language model makes of prompts before its last layer, padded to ``tokens`` on the right.
+
+    Args:
+        said: What is encoded of each prompt: itself and what stands around it.
+
+    Returns:
+        Embeddings (P, tokens, channels) and mask (P, tokens), as :func:`encode`.
+
+    Raises:
+        ValueError: A prompt is too long.
+    """
+    check_length(tokenizer, prompts, tokens, said)
+    batch = tokenizer(said, padding="max_length", padding_side="right", max_length=tokens, return_tensors="pt")
+    states: Tensor = model.base_model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states[-2]
+    return states.float(), batch.attention_mask.float()
+
+
+def check_length(tokenizer: Any, prompts: list[str], tokens: int, said: list[str] | None = None) -> None:
+    """Raise ``ValueError`` if a prompt, or what is ``said`` of it to the encoder, has more than ``tokens`` tokens."""
+    for prompt, text in zip(prompts, said or prompts, strict=True):
+        length = len(tokenizer(text, verbose=False).input_ids)
         if length > tokens:
             raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the network takes {tokens}; shorten it")
 

@@ -46,11 +46,12 @@ class Transformer(Family):
 
     def depth(self, path: str) -> int:
         """Position of a parameter from input to output: embeddings 0, then the blocks, then what is behind them."""
-        lists = ("transformer_blocks", "joint_transformer_blocks", "blocks", "single_transformer_blocks")
+        first = ("transformer_blocks", "joint_transformer_blocks", "blocks", "noise_refiner", "context_refiner")
+        second = ("single_transformer_blocks", "layers")
         stage, _, rest = path.partition(".")
-        if stage in lists:
-            return 1 + int(rest.split(".")[0]) + (1000 if stage == "single_transformer_blocks" else 0)
-        return 2000 if stage in ("norm_out", "proj_out", "proj_out_1", "proj_out_2", "scale_shift_table") else 0
+        if stage in (*first, *second):
+            return 1 + int(rest.split(".")[0]) + (1000 if stage in second else 0)
+        return 2000 if stage in ("norm_out", "proj_out", "proj_out_1", "proj_out_2", "scale_shift_table", "all_final_layer") else 0
 
 
 def check_positions(z: Tensor, limit: int, size: tuple[int, int]) -> None:

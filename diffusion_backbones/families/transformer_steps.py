@@ -71,8 +71,33 @@ def _hunyuan(block: Any) -> list[Step]:
     return [Step("attn1", None), Step("norm2", Bypass()), Step("attn2", Bypass()), Step("norm3", Bypass()), Step("ff", Bypass())]
 
 
+def _refined(network: Any, text: str, width: int, final: str, out: int) -> list[Step]:
+    """Text is refined beside the image, so what reads the image's refiner does without it."""
+    return [
+        *_blocks(network, "noise_refiner"), Step(text, StandIn(width, dim=-1)), *_blocks(network, "context_refiner"), *_blocks(network, "layers"),
+        Step(final, StandIn(out, dim=-1)),
+    ]
+
+
+def _lumina(network: Any) -> list[Step]:
+    config = network.config
+    return _refined(network, "time_caption_embed.caption_embedder", config.hidden_size, "norm_out", config.patch_size**2 * network.out_channels)
+
+
+def _z_image(network: Any) -> list[Step]:
+    [size] = network.all_patch_size
+    return _refined(network, "cap_embedder", network.dim, f"all_final_layer.{size}-1", size**2 * network.out_channels)
+
+
+def _after_attention(*names: str) -> Any:
+    """Attention, and the layers behind it in order, each of which may be passed by."""
+    attention, *rest = names
+    return lambda block: [Step(attention, None), *(Step(name, Bypass()) for name in rest)]
+
+
 STEPS: Steps = {
-    **{name: UNET_STEPS[name] for name in ("BasicTransformerBlock", "FeedForward")},
+    "BasicTransformerBlock": UNET_STEPS["BasicTransformerBlock"],
+    "FeedForward": lambda layer: UNET_STEPS["FeedForward"](layer) if hasattr(layer, "net") else [],        # Z-Image's has the same name
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _projected("transformer_blocks"),
     "FluxTransformer2DModel": _projected("transformer_blocks", "single_transformer_blocks"),
@@ -94,4 +119,8 @@ STEPS: Steps = {
     "Flux2FeedForward": _flux2_feed_forward,
     "QwenImageTransformer2DModel": _projected("transformer_blocks"),
     "QwenImageTransformerBlock": _qwen,
+    "Lumina2Transformer2DModel": _lumina,
+    "Lumina2TransformerBlock": _after_attention("attn", "norm2", "ffn_norm1", "feed_forward", "ffn_norm2"),
+    "ZImageTransformer2DModel": _z_image,
+    "ZImageTransformerBlock": _after_attention("attention", "attention_norm2", "ffn_norm1", "feed_forward", "ffn_norm2"),
 }

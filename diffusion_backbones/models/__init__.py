@@ -9,6 +9,7 @@ from diffusion_backbones.models import (
     flux,
     flux2,
     hunyuan,
+    lumina,
     papers,
     pixart,
     qwen,
@@ -18,9 +19,10 @@ from diffusion_backbones.models import (
     ssd,
     stable_diffusion,
     tinysd,
+    z_image,
 )
 
 __all__ = [
-    "auraflow", "cleandift", "ddpm", "deepfloyd", "dit", "flux", "flux2", "hunyuan", "papers", "pixart", "qwen", "sana", "sd3",
-    "sdxl", "ssd", "stable_diffusion", "tinysd",
+    "auraflow", "cleandift", "ddpm", "deepfloyd", "dit", "flux", "flux2", "hunyuan", "lumina", "papers", "pixart", "qwen", "sana",
+    "sd3", "sdxl", "ssd", "stable_diffusion", "tinysd", "z_image",
 ]

@@ -158,6 +158,26 @@ SANA = Paper(
     arxiv="2410.10629",
 )
 
+LUMINA_IMAGE_2 = Paper(
+    key="qin2025lumina",
+    title="Lumina-Image 2.0: A Unified and Efficient Image Generative Framework",
+    authors="Qin, Qi and Zhuo, Le and Xin, Yi and Du, Ruoyi and Li, Zhen and Fu, Bin and Lu, Yiting and Li, Xinyue and Liu, Dongyang and Zhu, Xiangyang "
+    "and Beddow, Will and Millon, Erwann and Perez, Victor and Wang, Wenhai and Qiao, Yu and Zhang, Bo and Liu, Xiaohong and Li, Hongsheng and Xu, Chang "
+    "and Gao, Peng",
+    venue="",
+    year=2025,
+    arxiv="2503.21758",
+)
+
+Z_IMAGE = Paper(
+    key="zimage2025",
+    title="Z-Image: An Efficient Image Generation Foundation Model with Single-Stream Diffusion Transformer",
+    authors="{Z-Image Team}",
+    venue="",
+    year=2025,
+    arxiv="2511.22699",
+)
+
 DDAE = Paper(
     key="xiang2023ddae",
     title="Denoising Diffusion Autoencoders are Unified Self-supervised Learners",

@@ -1,0 +1,17 @@
+"""Z-Image-Turbo of Tongyi-MAI. No recipe was published for it: read it with ``recipe=``."""
+
+from diffusion_backbones.models import papers
+from diffusion_backbones.recipe import Checkpoint, License
+from diffusion_backbones.registry import register_checkpoint
+
+Z_IMAGE_TURBO = register_checkpoint(Checkpoint(
+    name="z_image_turbo",
+    title="Z-Image-Turbo",
+    hub_id="Tongyi-MAI/Z-Image-Turbo",
+    license=License("apache-2.0"),
+    paper=papers.Z_IMAGE,
+    input_size=1024,
+    family="z_image",
+    encoder_float16=False,
+    unverified=("Its licence is that of its GitHub repository; the page of the weights was not read.",),
+))
