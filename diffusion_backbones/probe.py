@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ def site(family: str, configs: Configs, path: str) -> Site:
     size = (2 * d, 3 * d)                               # not square, so that height and width cannot be confused
     with torch.no_grad():
         run(family, configs, denoiser, size)
-    text = FAMILIES[family].text_tokens(configs) + FAMILIES[family].registers
-    found = _site(path, outputs[0], size, d, text) if outputs else None
+    found = _site(path, outputs[0], size, d, functools.partial(FAMILIES[family].image_rows, configs)) if outputs else None
     if found is None:
         raise ValueError(f"{path!r} gives no feature map (B, C, h, w) and no image tokens (B, h·w, C), so it cannot be an activation")
     return found
@@ -72,7 +71,7 @@ def _keep(outputs: list[Any], module: nn.Module, args: Any, output: Any) -> None
     outputs.append(output)
 
 
-def _site(path: str, output: Any, size: tuple[int, int], coarsest: int, text: int) -> Site | None:
+def _site(path: str, output: Any, size: tuple[int, int], coarsest: int, image_rows: Callable[[int, int, int], str | None]) -> Site | None:
     several = isinstance(output, (tuple, list))
     for i, x in enumerate(output if several else [output]):
         port = f"out[{i}]" if several else "out"
@@ -80,10 +79,9 @@ def _site(path: str, output: Any, size: tuple[int, int], coarsest: int, text: in
             grid = (size[0] // stride, size[1] // stride)
             if x.ndim == 4 and tuple(x.shape[-2:]) == grid:
                 return Site(path, path, port, x.shape[1], stride, "map")
-            if x.ndim == 3 and x.shape[1] == grid[0] * grid[1]:
-                return Site(path, path, port, x.shape[2], stride, "tokens")
-            if x.ndim == 3 and x.shape[1] == text + grid[0] * grid[1]:
-                return Site(path, path, "out[:, T:]", x.shape[2], stride, "tokens")
+            rows = image_rows(x.shape[1], grid[0] * grid[1], stride) if x.ndim == 3 else None
+            if rows is not None:
+                return Site(path, path, f"out{rows}" if rows else port, x.shape[2], stride, "tokens")
     return None
 
 

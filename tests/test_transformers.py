@@ -557,11 +557,83 @@ def test_prompts_are_encoded_as_the_pipeline_does(name, prompt, tiny_folder):
         family.encode_prompts(configs, folder.text, [prompt], "longest")
 
 
+@pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
+def test_prompts_are_what_the_pipeline_says_to_a_language_model(name, tiny_folder):
+    """Behind an instruction for Lumina, as a turn in a chat for Z-Image; padding is cut off by the network, so it may be anything."""
+    folder, cls = Folder(tiny_folder(name)), {"lumina_image_2": Lumina2Pipeline, "z_image_turbo": ZImagePipeline}[name]
+    family = FAMILIES[db.get_checkpoint(name).family]
+    tokenizer, model = folder.text("text_encoder")
+    pipeline = cls(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
+    for prompt in ("A photo of a cat", ""):
+        with torch.no_grad():
+            stock = pipeline.encode_prompt(prompt, device=torch.device("cpu"))
+            tokenizer.padding_side = "left"                     # as Gemma's is
+            ours = family.encode_prompts({}, lambda component: (tokenizer, model), [prompt], "max_length")
+        tokenizer.padding_side = "right"
+        embeds, mask = ours["prompt_embeds"], ours["prompt_attention_mask"].bool()
+        assert embeds.shape == (1, family.tokens, 24)
+        if name == "z_image_turbo":
+            expected = stock[0][0]
+        else:                                                   # nothing was asked for: what guidance leads away from
+            states, kept = stock[:2] if prompt else stock[2:]
+            expected = states[kept.bool()]
+        torch.testing.assert_close(embeds[mask], expected, rtol=1e-5, atol=1e-5)
+        assert mask.sum() == len(expected)
+        assert mask[0, : len(expected)].all()
+    with pytest.raises(ValueError, match=f"the prompt 'cat cat .* has .* tokens and the network takes {family.tokens}; shorten it"):
+        family.encode_prompts({}, lambda component: (tokenizer, model), ["cat " * family.tokens], "max_length")
+    with pytest.raises(ValueError, match="prompts of this network are always padded to its length"):
+        family.encode_prompts({}, folder.text, ["a cat"], "longest")
+
+
+@pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
+def test_what_stands_beside_a_row_changes_nothing(name, tiny_folder):
+    """Prompts of different lengths in one call: features, and maps with one column per token, are those of each image alone."""
+    ids = ["vit-block1-out", "vit-block3-cross-map", "vit-block3-self-map", "vit-block3-out"]
+    backbone = db.create_model(name, recipe=[ids[-1]], checkpoint_path=tiny_folder(name))
+    torch.manual_seed(5)
+    x = torch.rand(2, 3, 90, 120) * 2 - 1
+    prompts = ["a cat", "a photo of a horse " * 6]
+    both = backbone.forward_activations(x, ids, prompt=prompts, timestep=[100, 700])
+    lengths = backbone.prompter(prompts)["prompt_attention_mask"].sum(1).int().tolist()
+    for i, prompt in enumerate(prompts):
+        alone = backbone.forward_activations(x[i : i + 1], ids, prompt=prompt, timestep=[(100, 700)[i]])
+        for id in ids:
+            torch.testing.assert_close(both[id][i : i + 1], alone[id], rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}")
+        seen = alone["vit-block3-cross-map"][0, 0, 0] > 0
+        end = lengths[i] if name == "lumina_image_2" else -(-lengths[i] // 32) * 32
+        assert seen[:end].all()
+        assert not seen[end:].any()
+    given = backbone.prompter(prompts[:1])
+    with pytest.raises(ValueError, match=r"prompt_embeds has 9 tokens and prompt_attention_mask \d+; pad the embeddings to it, and give the mask"):
+        backbone(x, prompt_embeds=given["prompt_embeds"][:, :9])
+    torch.testing.assert_close(backbone(x, **given)[0], backbone(x, prompt=prompts[0])[0])
+    path = "layers.1.attention_norm2" if name == "z_image_turbo" else "layers.1.norm2"
+    at = {path: "vit-block3", "noise_refiner.1.ffn_norm1": "vit-block1"}
+    norms = db.create_model(name, recipe=[*at], checkpoint_path=tiny_folder(name)).forward_activations(x, [*at], prompt=prompts, timestep=[100, 700])
+    for module, act in norms.items():
+        assert act.shape == both[f"{at[module]}-out"].shape
+    weight = backbone.denoiser.get_parameter(f"{path}.weight")
+    attended = backbone.forward_activations(x, ["vit-block3-attn-out"], prompt=prompts, timestep=[100, 700])["vit-block3-attn-out"]
+    torch.testing.assert_close(norms[path], F.rms_norm(attended, attended.shape[-1:], weight, eps=1e-5), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
+def test_random_weights_and_meta_know_no_prompt(name):
+    """Nothing can be read on meta, so a prompt is as long as it may be there; the shapes are those of a network that runs."""
+    backbone = db.create_model(name, recipe=Recipe("mine", (("vit-block3-cross-map", "vit-block3-norm-out"),)), device="meta")
+    channels = backbone.feature_info.channels()
+    assert [tuple(m.shape) for m in backbone(torch.empty(2, 3, 75, 110, device="meta"))] == [(2, channels[0], 5, 7)]
+
+
+@pytest.mark.parametrize(
+    "name", ["pixart_sigma_1024", "sd35_medium", "flux_schnell", "hunyuan_dit_12", "auraflow_03", "sana_1600m_1024", "lumina_image_2", "z_image_turbo"]
+)
 @pytest.mark.parametrize("name", ["pixart_sigma_1024", "sd35_medium", "flux_schnell", "hunyuan_dit_12", "auraflow_03", "sana_1600m_1024", "qwen_image",
-                                  "flux2_dev", "flux2_klein_4b"])  # fmt: skip
+                                  "flux2_dev", "flux2_klein_4b", "lumina_image_2", "z_image_turbo"])  # fmt: skip
 def test_a_transformer_without_a_recipe_keeps_the_contract(name, tiny_folder, tmp_path):
     """Any size, strides by choice, a prompt, bfloat16, a cross-map level as wide as it says, and a saved folder that gives the same."""
-    recipe = Recipe("mine", (("vit-block1-cross-map", "vit-block2-out"),))
+    recipe = Recipe("mine", (("vit-block2-cross-map", "vit-block2-out"),))
     backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name), out_strides=(4, 8, 16, 32))
     x = torch.rand(2, 3, 75, 110) * 2 - 1
     maps = backbone(x)

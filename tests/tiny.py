@@ -22,8 +22,7 @@ TOKENIZER = CONFIGS / "tinysd" / "tokenizer"
 WORDS = {key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 CROSS, POOLED, TIME = 32, 16, 8
 T5 = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3, "vocab_size": 60}
-DECODER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-           "vocab_size": WORDS["vocab_size"]}  # fmt: skip
+DECODER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, **WORDS}
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is string else m.content[0].text }}<|im_end|>\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CLIP = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **WORDS}

@@ -153,6 +153,15 @@ class Family(ABC):
         """Keys of a ``cross-map``: the tokens of the text, 0 without one."""
         return self.conditioning_shapes(configs).get("prompt_embeds", (0,))[0]
 
+    def image_rows(self, configs: Configs, length: int, tokens: int, stride: int) -> str | None:
+        """Where an image is in a sequence, as the end of a :class:`Site`'s port: ``""`` if it is all of it, None if it is not there.
+
+        Args:
+            length: Of the sequence, with the longest text that there can be.
+            tokens: Of the image, one for ``stride`` x ``stride`` pixels.
+        """
+        return {self.text_tokens(configs) + self.registers + tokens: "[:, T:]", tokens: ""}.get(length)
+
     def recognises(self, config: Config) -> bool:
         """Whether a denoiser's config is one of this family's."""
         return config.get("_class_name") in self.networks

@@ -54,6 +54,7 @@ class Lumina(NextDiT):
     def attention(
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
+        """A ``cross-map`` is zero where there is no text."""
         import torch
         import torch.nn.functional as F
 

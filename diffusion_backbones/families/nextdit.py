@@ -110,7 +110,8 @@ def text_mask(conditioning: Mapping[str, Tensor]) -> Tensor:
     """
     embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_attention_mask"]
     if mask.shape != embeds.shape[:2]:
-        raise ValueError(f"prompt_embeds has {embeds.shape[1]} tokens and prompt_attention_mask {mask.shape[1]}; give both, and of one length")
+        length = mask.shape[1]
+        raise ValueError(f"prompt_embeds has {embeds.shape[1]} tokens and prompt_attention_mask {length}; pad the embeddings to it, and give the mask too")
     return mask.bool()
 
 

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PATCH = 2
+FILLED = 32
+"""What the lengths of image and text are filled up to a multiple of, with learned tokens that are attended to."""
 
 
 class ZImage(NextDiT):
-    """The family of ``ZImageTransformer2DModel``. Image and text are each filled up to a multiple of 32 with learned tokens, which are attended to."""
+    """The family of ``ZImageTransformer2DModel``. Image tokens come first, and no other token is among them."""
 
     networks = ("ZImageTransformer2DModel",)
     tokens = 512
@@ -30,6 +32,10 @@ class ZImage(NextDiT):
     def layout(self, config: Config) -> Layout:
         channels, heads = config["dim"], config["n_heads"]
         return Layout(config["n_refiner_layers"], config["n_layers"], "attention", "w2", channels, heads, heads, int(channels / 3 * 8))
+
+    def image_rows(self, configs: Configs, length: int, tokens: int, stride: int) -> str | None:
+        filled = -(-tokens // FILLED) * FILLED
+        return IMAGE_FIRST if stride == self.size_divisibility(configs) and length in (filled, filled + self.tokens) else None
 
     def build_denoiser(self, config: Config) -> nn.Module:
         from diffusers import ZImageTransformer2DModel
@@ -47,6 +53,7 @@ class ZImage(NextDiT):
     def attention(
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
+        """A ``cross-map`` also has the learned tokens that a text is filled up with, behind its own; behind those it is zero."""
         import torch
         import torch.nn.functional as F
         from torch.nn.utils.rnn import pad_sequence
@@ -58,7 +65,7 @@ class ZImage(NextDiT):
         _, filled, _, rows, text, _, _ = denoiser.patchify_and_embed([blank] * len(prompts), prompts, PATCH, 1)
         begin = len(rows[0])
         if not site.path.startswith("noise_refiner"):           # of a text there are more places than tokens
-            rows = [torch.cat((row, places[: len(tokens)])) for row, places, tokens in zip(rows, text, filled, strict=True)]
+            rows = [torch.cat((row, places[: len(words)])) for row, places, words in zip(rows, text, filled, strict=True)]
         rotary = pad_sequence([denoiser.rope_embedder(row) for row in rows], batch_first=True)
         bias = pad_sequence([q.new_zeros(len(row)) for row in rows], batch_first=True, padding_value=float("-inf"))
         attention = denoiser.get_submodule(site.path)
