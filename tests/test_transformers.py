@@ -21,10 +21,12 @@ from diffusers import (
     Flux2Pipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
+    Lumina2Pipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
@@ -626,9 +628,6 @@ def test_random_weights_and_meta_know_no_prompt(name):
     assert [tuple(m.shape) for m in backbone(torch.empty(2, 3, 75, 110, device="meta"))] == [(2, channels[0], 5, 7)]
 
 
-@pytest.mark.parametrize(
-    "name", ["pixart_sigma_1024", "sd35_medium", "flux_schnell", "hunyuan_dit_12", "auraflow_03", "sana_1600m_1024", "lumina_image_2", "z_image_turbo"]
-)
 @pytest.mark.parametrize("name", ["pixart_sigma_1024", "sd35_medium", "flux_schnell", "hunyuan_dit_12", "auraflow_03", "sana_1600m_1024", "qwen_image",
                                   "flux2_dev", "flux2_klein_4b", "lumina_image_2", "z_image_turbo"])  # fmt: skip
 def test_a_transformer_without_a_recipe_keeps_the_contract(name, tiny_folder, tmp_path):
