@@ -81,6 +81,14 @@ def test_exactly_the_needed_files_are_downloaded(hub, sd15, tiny_folder):
     assert equal(backbone, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
 
 
+def test_the_template_of_a_chat_belongs_to_a_tokenizer(hub, tiny_folder):
+    checkpoint = db.get_checkpoint("z_image_turbo")
+    hub.commit(checkpoint.hub_id, contents(tiny_folder("z_image_turbo")))
+    backbone = db.create_model("z_image_turbo", recipe=["vit-block2-out"], pretrained=True)
+    assert "tokenizer/chat_template.jinja" in hub.downloaded(checkpoint.hub_id)
+    assert backbone.conditioning.prompt_attention_mask.sum() > 2, "the words of the chat"
+
+
 @pytest.mark.parametrize(("dtype", "published", "expected"), [
     (torch.float32, ("", ".fp16"), ""),
     (torch.float16, ("", ".fp16"), ".fp16"),

@@ -22,11 +22,13 @@ from diffusers import (
     FluxPipeline,
     HunyuanDiTPipeline,
     Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
@@ -621,8 +623,33 @@ def test_what_stands_beside_a_row_changes_nothing(name, tiny_folder):
 
 
 @pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
-def test_random_weights_and_meta_know_no_prompt(name):
-    """Nothing can be read on meta, so a prompt is as long as it may be there; the shapes are those of a network that runs."""
+def test_what_a_pipeline_gives_its_network_gives_the_same_features(name, tiny_folder):
+    """The network that diffusers loads, on the arguments of its pipeline: embeddings, and the share of the image in place of that of noise."""
+    folder = tiny_folder(name)
+    stock = {"lumina_image_2": Lumina2Transformer2DModel, "z_image_turbo": ZImageTransformer2DModel}[name].from_pretrained(folder / "transformer")
+    kept = []
+    stock.layers[1].register_forward_hook(lambda m, a, o: kept.append(o))
+    backbone = db.create_model(name, recipe=["vit-block3-out"], checkpoint_path=folder, timestep=300)
+    torch.manual_seed(2)
+    z, prompts = torch.randn(2, 16, 10, 14), ["a cat", "a photo of a horse " * 6]
+    noisy, t = 0.7 * z + 0.3 * backbone.canvas[:, :, :10, :14], torch.full((2,), 1 - 300 / 1000)
+    ours = backbone.forward_activations(None, ["vit-block3-out"], latents=z, prompt=prompts)["vit-block3-out"]
+    conditioning = backbone.prompter(prompts)
+    embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_attention_mask"].long()
+    starts, lengths = [0, 0], mask.sum(1).tolist()
+    with torch.no_grad():
+        if name == "z_image_turbo":
+            stock(list(noisy.unsqueeze(2).unbind(0)), t, [row[:n] for row, n in zip(embeds, lengths, strict=True)])
+        else:
+            stock(noisy, t, embeds, mask)
+            starts = lengths
+    expected = torch.stack([row[start : start + 5 * 7] for row, start in zip(kept[0], starts, strict=True)])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
+def test_on_meta_a_prompt_is_as_long_as_may_be(name):
+    """There is nothing to read, and the shapes are those of a network that runs."""
     backbone = db.create_model(name, recipe=Recipe("mine", (("vit-block3-cross-map", "vit-block3-norm-out"),)), device="meta")
     channels = backbone.feature_info.channels()
     assert [tuple(m.shape) for m in backbone(torch.empty(2, 3, 75, 110, device="meta"))] == [(2, channels[0], 5, 7)]
