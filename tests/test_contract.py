@@ -34,13 +34,18 @@ def test_full_size_shapes_are_what_feature_info_says(name):
     assert info.reduction() == sorted(info.reduction())
 
 
-@every
-def test_every_catalogued_module_exists_in_the_full_network(name):
-    checkpoint = db.get_declaration(name).checkpoint
-    configs = package_configs(checkpoint)
-    network = probe.build(checkpoint.family, configs)
-    for site in FAMILIES[checkpoint.family].catalogue(configs, checkpoint.name).all():
-        assert capture.available(network, site), site
+@pytest.mark.parametrize("name", db.list_checkpoints())
+def test_every_activation_of_the_full_network_has_the_shape_that_is_listed(name):
+    """But for attention maps, which are computed from two that are."""
+    checkpoint = db.get_checkpoint(name)
+    sites = FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), name).all()
+    listed = {site.id: site for site in sites if site.layout != "attention"}
+    backbone = db.create_model(name, recipe=[list(listed)[-1]], device="meta")
+    assert all(capture.available(backbone.denoiser, site) for site in sites)
+    h, w = 2 * backbone.size_divisibility - 5, 3 * backbone.size_divisibility - 3
+    acts = backbone.forward_activations(torch.empty(2, 3, h, w, device="meta"), list(listed), as_maps=True)
+    for id, act in acts.items():
+        assert tuple(act.shape) == (2, listed[id].channels, -(-h // listed[id].stride), -(-w // listed[id].stride)), id
 
 
 @every
