@@ -25,6 +25,7 @@ from diffusion_backbones import calls, capture, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
+from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.interface import TimmInterface
 from diffusion_backbones.noise import canvas, crop
 from diffusion_backbones.pyramid import LevelInfo
@@ -60,6 +61,7 @@ class DiffusionBackbone(TimmInterface):
         encoder, denoiser: The stock networks, without what the recipe does not reach.
         conditioning: The recipe's prompt, embedded.
         declaration: Name, checkpoint and recipe.
+        input_format: How the images that it takes were normalised.
         levels: Channels, stride and source of every native level, fine to coarse.
         provenance: Where the weights came from; ``commit`` for the hub, empty for random weights.
         num_features: Channels of the coarsest map.
@@ -82,6 +84,7 @@ class DiffusionBackbone(TimmInterface):
         prompter: Prompter | None = None,
         provenance: Mapping[str, str] | None = None,
         trainable: bool = False,
+        input_format: InputFormat = SYMMETRIC,
     ):
         super().__init__()
         recipe = declaration.recipe
@@ -95,11 +98,11 @@ class DiffusionBackbone(TimmInterface):
         self.forward_process = self.family.forward_process(configs)
         fixed = recipe.noise == "fixed"
         self.register_buffer("canvas", canvas(recipe.seed, recipe.ensemble, self.latent_channels) if fixed else None)
-        self.trainable = trainable
+        self.trainable, self.input_format = trainable, input_format
         self._unfreeze()
         self.encoder.requires_grad_(False)
         self.recorder = capture.Recorder(denoiser, self._needed(self._sites(self.levels)))
-        self.pretrained_cfg = pretrained_cfg(declaration)
+        self.pretrained_cfg = pretrained_cfg(declaration, input_format)
         self.num_features = self._channels_and_strides()[-1][0]
         self.eval()
 
@@ -146,8 +149,8 @@ class DiffusionBackbone(TimmInterface):
         """An image batch -> its feature pyramid.
 
         Args:
-            x: (B, 3, H, W) floating point, normalised with mean = std = 0.5, that is in [-1, 1]. Any H and W from 1 up. None
-                only with ``latents=``.
+            x: (B, 3, H, W) floating point, normalised with mean = std = 0.5, that is in [-1, 1], or as ``input_format`` says. Any H and
+                W from 1 up. None only with ``latents=``.
             indices: Which maps, by position; an integer n means the last n. All by default.
             **call: See the class.
 
@@ -184,8 +187,8 @@ class DiffusionBackbone(TimmInterface):
         Returns:
             (B, C, h, w), padded to ``size_divisibility``, scaled as the recipe says, in the encoder's dtype.
         """
-        calls.check_image(x)
-        d = self.size_divisibility
+        calls.check_image(x, self.input_format)
+        x, d = self.input_format.to_symmetric(x), self.size_divisibility
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
         z = self.family.image_encoder.encode(self.encoder, x.to(_dtype(self.encoder)))
         if self.declaration.recipe.scaled:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_backbones import inputs
+from diffusion_backbones.inputs import InputFormat
 from diffusion_backbones.noise import ForwardProcess
 from diffusion_backbones.recipe import closest
 
@@ -34,20 +36,27 @@ def check_keywords(call: dict[str, Any], name: str) -> None:
         raise ValueError(f"ensemble must be an integer from 1 up, got {ensemble!r}")
 
 
-def check_image(x: Any) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty."""
-    expected = "expected (B, 3, H, W) floating point in [-1, 1]"
+def check_image(x: Any, format: InputFormat) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty; warn if it is out of range.
+
+    Integers are taken where pixels are 0 to 255.
+    """
+    low, high = format.range()
+    expected = f"expected (B, 3, H, W) floating point in [{low:.4g}, {high:.4g}]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{expected}, got {type(x).__name__}; turn a PIL image into a tensor with timm's create_transform or torchvision")
     if x.ndim != 4 or x.shape[1] != 3:
         hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
         raise ValueError(f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}")
-    if not x.is_floating_point():
-        raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1")
+    if not x.is_floating_point() and not (x.dtype == torch.uint8 and (low, high) == (0, 255)):
+        raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')")
     if 0 in x.shape:
         raise ValueError(f"{expected}, got an empty batch {shape(x)}")
-    if not torch.compiler.is_compiling() and not x.is_meta and not bool(torch.isfinite(x).all()):
+    if torch.compiler.is_compiling() or x.is_meta:
+        return
+    if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{expected}, got NaN or infinite values")
+    inputs.check_range(x, format)
 
 
 def check_latents(z: Any, size: tuple[int, int] | None, channels: int, stride: int, divisibility: int) -> tuple[int, int]:

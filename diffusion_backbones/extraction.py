@@ -157,7 +157,7 @@ class _Input:
 
 
 def _inputs(backbone: DiffusionBackbone, files: Iterable[ImageFile], size: int | None) -> Iterator[_Input]:
-    preprocess = images.transform(backbone.pretrained_cfg, size)
+    preprocess = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)
     advised = size is not None
     for file in files:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import memory, postops, probe, pyramid, tensors
+from diffusion_backbones import inputs, memory, postops, probe, pyramid, tensors
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import take
@@ -50,6 +50,7 @@ def create_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trainable: bool = False,
+    input_format: str = "symmetric",
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -70,6 +71,8 @@ def create_model(
         dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in float32.
         device: Where; ``"meta"`` builds without memory.
         trainable: Unfreeze the denoiser.
+        input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
+            ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default. For frameworks that normalise by themselves.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -83,7 +86,7 @@ def create_model(
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
         FileNotFoundError: Nothing at a path, or not what is needed there.
     """
-    settings = _overrides(overrides, features_only=features_only)
+    settings, format = _overrides(overrides, features_only=features_only), inputs.find(input_format)
     place = _resolve(name, recipe is not None, cache_dir)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     if checkpoint_path:
@@ -97,7 +100,7 @@ def create_model(
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not place.source:
         Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
-    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable)
+    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable, format)
 
 
 def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN:
-            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "trainable"]
+            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "trainable", "input_format"]
             raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
         elif reason := FOREIGN[key](value):
             raise ValueError(reason)
@@ -254,6 +257,7 @@ def _build(
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     trainable: bool,
+    input_format: inputs.InputFormat,
 ) -> DiffusionBackbone:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
     family = FAMILIES[checkpoint.family]
@@ -311,6 +315,7 @@ def _build(
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},
             trainable=trainable,
+            input_format=input_format,
         )
     return backbone
 

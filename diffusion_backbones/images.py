@@ -77,23 +77,24 @@ def load(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def transform(config: dict[str, Any], size: int | None) -> Callable[[Image.Image], Tensor]:
+def transform(config: dict[str, Any], size: int | None, bgr: bool = False) -> Callable[[Image.Image], Tensor]:
     """The preprocessing of a backbone: PIL image -> (3, H, W) float32, in [-1, 1] for mean = std = 0.5.
 
     Args:
         config: The backbone's ``pretrained_cfg``.
         size: The shorter side is resized to this many pixels and the central square is cut out, exactly as
             ``timm.data.create_transform`` does. None keeps the image's own size.
+        bgr: Blue comes first.
     """
     from timm.data import create_transform
-    from torchvision.transforms import Compose, Normalize, ToTensor  # type: ignore[import-untyped]
+    from torchvision.transforms import Compose, Lambda, Normalize, ToTensor  # type: ignore[import-untyped]
 
     preprocess: Callable[[Image.Image], Tensor]
     if size is None:
         preprocess = Compose([ToTensor(), Normalize(config["mean"], config["std"])])
     else:
         preprocess = create_transform((3, size, size), **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")})
-    return preprocess
+    return Compose([preprocess, Lambda(lambda x: x.flip(0))]) if bgr else preprocess
 
 
 def too_large(path: Path, image: Image.Image, declaration: Declaration) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.recipe import Checkpoint, Recipe, closest
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -176,10 +177,10 @@ def get_pretrained_cfg(name: str) -> dict[str, Any]:
     return pretrained_cfg(get_declaration(name))
 
 
-def pretrained_cfg(declaration: Declaration) -> dict[str, Any]:
+def pretrained_cfg(declaration: Declaration, format: InputFormat = SYMMETRIC) -> dict[str, Any]:
     """The keys that ``timm.data.resolve_model_data_config`` and timm's hub code read.
 
-    Images are normalised with mean = std = 0.5, that is to [-1, 1]; the size is the recipe's.
+    Images are normalised with mean = std = 0.5, that is to [-1, 1], unless the format is another; the size is the recipe's.
     """
     checkpoint, size = declaration.checkpoint, declaration.input_size
     return {
@@ -192,8 +193,8 @@ def pretrained_cfg(declaration: Declaration) -> dict[str, Any]:
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
+        "mean": format.mean,
+        "std": format.std,
         "num_classes": 0,
         "pool_size": None,
         "first_conv": None,

@@ -90,13 +90,11 @@ def panels(backbone: DiffusionBackbone, photo: Image.Image, size: int | None = N
     Returns:
         A panel for each level, fine to coarse, and the photograph as the network saw it.
     """
-    config = backbone.pretrained_cfg
-    x = images.transform(config, size)(photo)
+    x = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)(photo)
     device = next(backbone.parameters()).device
     with torch.inference_mode():
         pyramid = [level[0].float().cpu() for level in backbone(x[None].to(device))]
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    seen = (x * std + mean).mul(255).round().byte().permute(1, 2, 0)
+    seen = backbone.input_format.to_symmetric(x[None])[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
     strides = backbone.feature_info.reduction()
     out = [Panel(f"level {i}", level, stride) for i, level, stride in zip(positions or range(len(pyramid)), pyramid, strides, strict=True)]
     return out, Image.fromarray(seen.numpy())
