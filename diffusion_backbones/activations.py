@@ -4,8 +4,9 @@ The vocabulary is GDF's (https://arxiv.org/abs/2410.03558), because the publishe
 into a typed :class:`ActivationId`; a family lists the :class:`Site` of every id that its network has, from the architecture
 config alone; a :class:`Catalogue` looks ids up and explains the ones that are not there.
 
-Two kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
-(https://arxiv.org/abs/2406.02842), and any stock module path such as ``up_blocks.1.resnets.2``.
+Three kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
+(https://arxiv.org/abs/2406.02842); ``encoder-level...``, fine maps of the image encoder as ODISE reads them (https://arxiv.org/abs/2303.04803);
+and any stock module path such as ``up_blocks.1.resnets.2``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _NUMBER = r"(?:0|[1-9][0-9]*)"
 _BLOCK = rf"vit-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|ffn-inner|out)"
 _STAGE = rf"(?P<stage>down|up)-level(?P<level>{_NUMBER})-"
 _GRAMMAR = [
+    rf"(?P<stage>encoder)-level(?P<level>{_NUMBER})-repeat(?P<repeat>{_NUMBER})-(?P<kind>res-out)",
+    rf"(?P<stage>encoder)-level(?P<level>{_NUMBER})-(?P<kind>downsampler-out)",
     r"(?P<stage>unet)-(?P<kind>in|after-conv-in|out)",
     rf"{_STAGE}(?P<kind>downsampler-out|upsampler-out)",
     rf"{_STAGE}repeat(?P<repeat>{_NUMBER})-(?P<kind>res-increment|res-out|vit-out)",
@@ -42,7 +45,7 @@ class ActivationId:
 
     Args:
         text: The id as written.
-        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), or ``module`` for a stock module path.
+        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, or ``module`` for a stock module path.
         level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
         repeat: Residual block within the level.
         block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
@@ -59,7 +62,7 @@ class ActivationId:
     @property
     def in_gdf(self) -> bool:
         """Whether GDF's grammar has this id."""
-        return self.stage != "module" and not self.kind.endswith(("self-out", "cross-out"))
+        return self.stage not in ("module", "encoder") and not self.kind.endswith(("self-out", "cross-out"))
 
 
 def parse(text: str) -> ActivationId:
@@ -102,6 +105,7 @@ class Site:
         taps: For ``map``, the children of the module whose outputs it is computed from.
         modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale that the
             next block's adaptive LayerNorm gives it; empty where there is none.
+        encoder: Whether it is in the image encoder, and not in the denoiser.
     """
 
     id: str
@@ -112,6 +116,7 @@ class Site:
     layout: Layout
     taps: tuple[str, ...] = ("to_q", "to_k")
     modulation: str = ""
+    encoder: bool = False
 
     def over_text(self, tokens: int) -> Site:
         """As part of a level: attention to a text becomes, averaged over heads, one channel per token; anything else stays as it is."""

@@ -101,7 +101,9 @@ class DiffusionBackbone(TimmInterface):
         self.trainable, self.input_format = trainable, input_format
         self._unfreeze()
         self.encoder.requires_grad_(False)
-        self.recorder = capture.Recorder(denoiser, self._needed(self._sites(self.levels)))
+        sites = self._sites(self.levels)
+        self.recorder = capture.Recorder(denoiser, self._needed(sites))
+        self.encoder_recorder = capture.Recorder(encoder, [site for site in sites if site.encoder])
         self.pretrained_cfg = pretrained_cfg(declaration, input_format)
         self.num_features = self._channels_and_strides()[-1][0]
         self.eval()
@@ -161,8 +163,9 @@ class DiffusionBackbone(TimmInterface):
             TypeError: ``x`` is no floating-point tensor, or an unknown keyword.
             ValueError: ``x`` has another shape, is empty, or has NaN; a keyword has a value that cannot be.
         """
-        z, size = self._input(x, call)
-        return self._pyramid(z, size, self._take(indices), call)
+        chosen = self._take(indices)
+        z, size, fine = self._input(x, call, self._read_for(chosen))
+        return self._pyramid(z, size, chosen, call, fine)
 
     def forward_latents(self, z: Tensor, size: tuple[int, int] | None = None, indices: int | Sequence[int] | None = None, **call: Any) -> list[Tensor]:
         """Clean latents, as :meth:`encode` gives them -> the feature pyramid.
@@ -176,7 +179,9 @@ class DiffusionBackbone(TimmInterface):
             As :meth:`forward` of an image of that size.
         """
         calls.check_keywords(call, self.declaration.name)
-        return self._pyramid(z, self._check_latents(z, size), self._take(indices), call)
+        chosen = self._take(indices)
+        self._no_image_for(self._read_for(chosen))
+        return self._pyramid(z, self._check_latents(z, size), chosen, call, {})
 
     def encode(self, x: Tensor) -> Tensor:
         """Images -> the clean latents that the recipe's denoiser is given noise on.
@@ -215,20 +220,22 @@ class DiffusionBackbone(TimmInterface):
             KeyError: The network has no such activation, or it lies behind the point where this one is cut.
         """
         sites = [self._find(id) for id in ([ids] if isinstance(ids, str) else ids)]
-        z, size = self._input(x, call)
-        self.recorder.watch(self.denoiser, sites)
-        acts = self._run(z, size, sites, call, average_heads)
+        inner = [site for site in sites if not site.encoder]
+        z, size, acts = self._input(x, call, sites)
+        self.recorder.watch(self.denoiser, inner)
+        acts |= self._run(z, size, inner, call, average_heads)
         if not as_maps:
             return acts
         height, width = (s * self.latent_stride for s in z.shape[-2:])
         maps = {s.id: pyramid.to_map(acts[s.id], s, height, width) for s in sites if s.layout != "attention"}
         return {s.id: pyramid.assemble(LevelInfo((s,)), maps, size) if s.id in maps else acts[s.id] for s in sites}
 
-    def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any]) -> list[Tensor]:
+    def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any], fine: Mapping[str, Tensor]) -> list[Tensor]:
         maps_out = self._channels_and_strides()
         needed = sorted({maps_out[i][2] for i in indices})
-        sites = self._sites([self.levels[i] for i in needed])
-        acts = postops.apply(self.declaration.recipe, sites, self._run(z, size, self._needed(sites), call))
+        sites = self._read_for(indices)
+        inner = [site for site in sites if not site.encoder]
+        acts = {**fine, **postops.apply(self.declaration.recipe, inner, self._run(z, size, self._needed(inner), call))}
         height, width = (s * self.latent_stride for s in z.shape[-2:])
         maps = {site.id: pyramid.to_map(acts[site.id], site, height, width) for site in sites}
         native = {i: pyramid.assemble(self.levels[i], maps, size) for i in needed}
@@ -236,6 +243,8 @@ class DiffusionBackbone(TimmInterface):
 
     def _run(self, z: Tensor, size: tuple[int, int], sites: Sequence[Site], call: Mapping[str, Any], average_heads: bool = False) -> dict[str, Tensor]:
         """Noise the latents, run the denoiser once, and read what it computed, averaged over the ensemble."""
+        if not sites:
+            return {}
         recipe, b = self.declaration.recipe, len(z)
         rule, timestep = call.get("noise", recipe.noise), call.get("timestep", recipe.timestep)
         ensemble = call.get("ensemble", recipe.ensemble if isinstance(rule, str) and rule != "none" else 1)
@@ -256,16 +265,25 @@ class DiffusionBackbone(TimmInterface):
 
     # The parts of a call.
 
-    def _input(self, x: Tensor | None, call: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
-        """The clean latents of a call and the size in pixels of its image before padding."""
+    def _input(self, x: Tensor | None, call: dict[str, Any], sites: Sequence[Site]) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
+        """The clean latents of a call, the size in pixels of its image before padding, and what of ``sites`` is in the image encoder."""
         calls.check_keywords(call, self.declaration.name)
         z = call.pop("latents", None)
         if (x is None) == (z is None):
             raise TypeError("give either images x or latents=")
+        fine = [site for site in sites if site.encoder]
         if z is not None:
-            return z, self._check_latents(z, None)
+            self._no_image_for(fine)
+            return z, self._check_latents(z, None), {}
         assert x is not None
-        return self.encode(x), (x.shape[-2], x.shape[-1])
+        self.encoder_recorder.watch(self.encoder, fine)
+        with self.encoder_recorder.recording(fine) as recorded:
+            z = self.encode(x)
+        return z, (x.shape[-2], x.shape[-1]), {site.id: capture.read(recorded, site)[0].to(_dtype(self.denoiser)) for site in fine}
+
+    def _no_image_for(self, sites: Iterable[Site]) -> None:
+        if fine := [site.id for site in sites if site.encoder]:
+            raise ValueError(f"{', '.join(fine)} is read in the image encoder, so it needs the image, and latents were given; take other levels with indices=")
 
     def _check_latents(self, z: Any, size: tuple[int, int] | None) -> tuple[int, int]:
         return calls.check_latents(z, size, self.latent_channels, self.latent_stride, self.size_divisibility)
@@ -292,12 +310,17 @@ class DiffusionBackbone(TimmInterface):
     def _sites(self, levels: Iterable[LevelInfo]) -> list[Site]:
         return list(dict.fromkeys(site for level in levels for site in level.sites))
 
+    def _read_for(self, indices: Sequence[int]) -> list[Site]:
+        """What must be read for some of the maps that :meth:`forward` returns."""
+        maps_out = self._channels_and_strides()
+        return self._sites(self.levels[i] for i in sorted({maps_out[i][2] for i in indices}))
+
     def _needed(self, sites: Sequence[Site]) -> list[Site]:
         return postops.needed(self.declaration.recipe, sites)
 
     def _find(self, id: str) -> Site:
         site = self.catalogue[id]
-        if not capture.available(self.denoiser, site):
+        if not capture.available(self.encoder if site.encoder else self.denoiser, site):
             raise KeyError(
                 f"{self.declaration.checkpoint.name} has {id!r}, but {self.declaration.name} is cut behind the last activation of its recipe and no longer "
                 f"computes it. Build a network that does: create_model({self.declaration.checkpoint.name!r}, recipe=[{id!r}])."

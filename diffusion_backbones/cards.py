@@ -74,7 +74,7 @@ def levels(declaration: Declaration, configs: Configs | None = None) -> list[tup
     """The sites of every level, fine to coarse; those of one level share a stride and are concatenated along channels."""
     checkpoint = declaration.checkpoint
     configs = configs or package_configs(checkpoint)
-    catalogue = FAMILIES[checkpoint.family].catalogue(configs, checkpoint.name)
+    catalogue = FAMILIES[checkpoint.family].activations(configs, checkpoint.name)
     catalogue = catalogue.with_probe(functools.partial(_probe, checkpoint.family, configs))
     return FAMILIES[checkpoint.family].levels(left_out(configs, declaration.recipe.without), declaration.recipe, catalogue)
 

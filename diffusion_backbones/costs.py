@@ -86,7 +86,7 @@ def measure(declaration: Declaration, configs: Configs | None = None) -> Costs:
 
     checkpoint = declaration.checkpoint
     family, configs = FAMILIES[checkpoint.family], left_out(configs or package_configs(checkpoint), declaration.recipe.without)
-    catalogue = family.catalogue(configs, checkpoint.name).with_probe(functools.partial(probe.site, checkpoint.family, configs))
+    catalogue = family.activations(configs, checkpoint.name).with_probe(functools.partial(probe.site, checkpoint.family, configs))
     sites = [site for level in family.levels(configs, declaration.recipe, catalogue) for site in level]
     paths = [path for site in postops.needed(declaration.recipe, sites) for path in site.modules]
     size = _padded(declaration.input_size, family.size_divisibility(configs))

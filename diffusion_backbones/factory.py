@@ -51,6 +51,7 @@ def create_model(
     device: torch.device | str | None = None,
     trainable: bool = False,
     input_format: str = "symmetric",
+    encoder_levels: bool = False,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -73,6 +74,8 @@ def create_model(
         trainable: Unfreeze the denoiser.
         input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
             ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default. For frameworks that normalise by themselves.
+        encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
+            anyway, and not by upsampling.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -100,7 +103,7 @@ def create_model(
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not place.source:
         Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
-    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable, format)
+    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable, format, encoder_levels)
 
 
 def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN:
-            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "trainable", "input_format"]
+            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "trainable", "input_format", "encoder_levels"]
             raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
         elif reason := FOREIGN[key](value):
             raise ValueError(reason)
@@ -206,7 +209,7 @@ def _custom(checkpoint: Checkpoint, configs: Configs, recipe: Any) -> Declaratio
 
 
 def _catalogue(checkpoint: Checkpoint, configs: Configs) -> Catalogue:
-    return FAMILIES[checkpoint.family].catalogue(configs, checkpoint.name).with_probe(partial(probe.site, checkpoint.family, configs))
+    return FAMILIES[checkpoint.family].activations(configs, checkpoint.name).with_probe(partial(probe.site, checkpoint.family, configs))
 
 
 # From a checkpoint to its weights.
@@ -258,6 +261,7 @@ def _build(
     device: torch.device | str | None,
     trainable: bool,
     input_format: inputs.InputFormat,
+    encoder_levels: bool,
 ) -> DiffusionBackbone:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
     family = FAMILIES[checkpoint.family]
@@ -269,8 +273,10 @@ def _build(
     catalogue = _catalogue(checkpoint, configs)
     levels = pyramid.make_levels(family.levels(configs, recipe, catalogue))
     levels = tuple(levels[i] for i in sorted(take(out_indices, len(levels))))
+    if encoder_levels:
+        levels = (*pyramid.fine(catalogue.all(), out_strides or (), levels), *levels)
     sites = [site for level in levels for site in level.sites]
-    postops.check(recipe, sites)
+    postops.check(recipe, [site for site in sites if not site.encoder])
     paths = [path for site in postops.needed(recipe, sites) for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
 

@@ -61,7 +61,7 @@ def activations(checkpoint: Checkpoint, pattern: str, extensions: bool, size: in
         size: Side in pixels of a square image, whose shapes, padded and without batch, are told.
     """
     configs, family = package_configs(checkpoint), FAMILIES[checkpoint.family]
-    catalogue = family.catalogue(configs, checkpoint.name)
+    catalogue = family.activations(configs, checkpoint.name)
     rows = [asdict(site) for site in catalogue.find(pattern, extensions)]
     if size is not None:
         side = size + -size % family.size_divisibility(configs)

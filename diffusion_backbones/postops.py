@@ -29,8 +29,9 @@ def check(recipe: Recipe, sites: Sequence[Site]) -> None:
 
 
 def needed(recipe: Recipe, sites: Sequence[Site]) -> list[Site]:
-    """The sites, and what else must be recorded for the post-operation."""
-    return [*sites, *map(_modulation, sites)] if recipe.normalise == "adaptive" else list(sites)
+    """Of the sites those in the denoiser, and what else must be recorded there for the post-operation."""
+    sites = [site for site in sites if not site.encoder]
+    return [*sites, *map(_modulation, sites)] if recipe.normalise == "adaptive" else sites
 
 
 def apply(recipe: Recipe, sites: Sequence[Site], acts: Mapping[str, Tensor]) -> dict[str, Tensor]:

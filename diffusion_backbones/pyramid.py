@@ -37,7 +37,7 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
     """Check that the sites of each level share a stride, and that levels run fine to coarse.
 
     Raises:
-        ValueError: They do not, or a site is an attention map, which has no channels to concatenate.
+        ValueError: They do not; a site is an attention map, which has no channels to concatenate; or none is in the denoiser.
     """
     infos = tuple(LevelInfo(tuple(sites)) for sites in levels)
     for info in infos:
@@ -47,10 +47,31 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
             if site.stride != info.stride:
                 first = info.sites[0]
                 raise ValueError(f"one level has one stride, but {first.id} has {first.stride} and {site.id} has {site.stride}; put them into two levels")
+    if all(site.encoder for info in infos for site in info.sites):
+        raise ValueError(f"{infos[0].sites[0].id} is read in the image encoder, and no level in the diffusion network; add one that is")
     strides = [info.stride for info in infos]
     if strides != sorted(strides):
         raise ValueError(f"levels must run fine to coarse, got strides {strides}; reorder them")
     return infos
+
+
+def fine(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelInfo]) -> tuple[LevelInfo, ...]:
+    """Levels of the image encoder for those of ``strides`` that are finer than all ``levels``: its last residual block there.
+
+    Args:
+        sites: All of the network.
+
+    Raises:
+        ValueError: The image encoder has none at such a stride.
+    """
+    found = []
+    for stride in (s for s in strides if s < levels[0].stride):
+        there = [site for site in sites if site.encoder and site.stride == stride and site.id.endswith("res-out")]
+        if not there:
+            known = sorted({site.stride for site in sites if site.encoder})
+            raise ValueError(f"encoder_levels=True: no map of the image encoder has stride {stride}; it has {known or 'none that can be read'}")
+        found.append(LevelInfo((there[-1],)))
+    return tuple(found)
 
 
 def group_by_stride(sites: Sequence[Site]) -> list[list[Site]]:

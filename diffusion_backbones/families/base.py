@@ -105,6 +105,10 @@ class Family(ABC):
 
     # What almost every family shares.
 
+    def activations(self, configs: Configs, network: str) -> Catalogue:
+        """Those of the image encoder and those of :meth:`catalogue`."""
+        return Catalogue([*self.image_encoder.sites(self.encoder_config(configs)), *self.catalogue(configs, network).all()], network)
+
     def levels(self, configs: Configs, recipe: Recipe, catalogue: Catalogue) -> list[tuple[Site, ...]]:
         """The sites of every level of a recipe, fine to coarse.
 

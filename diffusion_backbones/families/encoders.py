@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from diffusion_backbones.activations import Site
 from diffusion_backbones.families.base import Config
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class ImageEncoder(Protocol):
     def scaling(self, config: Config) -> tuple[float, float]:
         """(shift, factor): the denoiser was trained on (z - shift) * factor."""
 
+    def sites(self, config: Config) -> list[Site]:
+        """The maps that it computes on the way and that have an id, fine to coarse."""
+
 
 class Pixels:
     """No encoder: the denoiser works on the image."""
@@ -47,6 +51,9 @@ class Pixels:
 
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, 1.0
+
+    def sites(self, config: Config) -> list[Site]:
+        return []
 
 
 class DCEncoder:
@@ -71,6 +78,9 @@ class DCEncoder:
 
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, config["scaling_factor"]
+
+    def sites(self, config: Config) -> list[Site]:
+        return []
 
 
 class KLEncoder:
@@ -97,6 +107,17 @@ class KLEncoder:
     def scaling(self, config: Config) -> tuple[float, float]:
         # diffusers' default for configs written before the key existed, as SD 1.x's is
         return config.get("shift_factor") or 0.0, config.get("scaling_factor") or 0.18215
+
+    def sites(self, config: Config) -> list[Site]:
+        """Residual blocks at stride 1, 2, 4 ... and what takes one to the next."""
+        sites, widths = [], config["block_out_channels"]
+        for level, width in enumerate(widths):
+            name, path, stride = f"encoder-level{level}", f"encoder.down_blocks.{level}", 2**level
+            for repeat in range(config.get("layers_per_block", 1)):
+                sites.append(Site(f"{name}-repeat{repeat}-res-out", f"{path}.resnets.{repeat}", "out", width, stride, "map", encoder=True))
+            if level < len(widths) - 1:
+                sites.append(Site(f"{name}-downsampler-out", f"{path}.downsamplers.0", "out", width, 2 * stride, "map", encoder=True))
+        return sites
 
 
 class PatchKLEncoder(KLEncoder):
@@ -151,3 +172,7 @@ class FrameKLEncoder(KLEncoder):
 
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, 1.0
+
+    def sites(self, config: Config) -> list[Site]:
+        """None: its maps have an axis of frames."""
+        return []
