@@ -138,7 +138,7 @@ class DiffusionBackbone(TimmInterface):
         """(channels, stride, native level) of every map that :meth:`forward` returns."""
         if self.out_strides is None:
             return [(level.channels, level.stride, i) for i, level in enumerate(self.levels)]
-        chosen = [pyramid.nearest_level(stride, self.levels) for stride in self.out_strides]
+        chosen = [pyramid.nearest(stride, [level.stride for level in self.levels]) for stride in self.out_strides]
         return [(self.levels[i].channels, stride, i) for stride, i in zip(self.out_strides, chosen, strict=True)]
 
     def extra_repr(self) -> str:

@@ -112,9 +112,9 @@ def assemble(level: LevelInfo, maps: dict[str, Tensor], size: tuple[int, int]) -
     return x[..., :h, :w].contiguous()
 
 
-def nearest_level(stride: int, levels: Sequence[LevelInfo]) -> int:
-    """The level whose stride is nearest by ratio; of equals the first, that is the finer or the earlier."""
-    return min(range(len(levels)), key=lambda i: abs(math.log2(levels[i].stride / stride)))
+def nearest(stride: int, strides: Sequence[int]) -> int:
+    """The position of the stride that is nearest by ratio; of equals the first, that is the finer or the earlier."""
+    return min(range(len(strides)), key=lambda i: abs(math.log2(strides[i] / stride)))
 
 
 def resample(x: Tensor, stride: int, to: int, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,91 @@
+"""A backbone as an encoder of segmentation_models_pytorch (smp), under every decoder but DPT.
+
+::
+
+    model = smp.FPN(register(backbone), encoder_weights=None, classes=21)
+
+smp counts levels by strides 2, 4, 8, 16 and 32; what the pyramid lacks of these is resampled without parameters. DPT takes no
+registered encoder and needs none: ``smp.DPT("tu-sd15_gdf", out_strides=(4, 8, 16, 32), decoder_readout="ignore")`` goes through timm.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from diffusion_backbones import pyramid
+from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.integrations import missing
+
+try:
+    from segmentation_models_pytorch.encoders import encoders  # type: ignore[import-untyped]
+except ImportError as error:
+    raise missing("segmentation_models_pytorch", "smp", error) from error
+
+STRIDES = (2, 4, 8, 16, 32)
+
+
+def register(backbone: DiffusionBackbone, name: str | None = None) -> str:
+    """Make a backbone known to smp under a name.
+
+    Args:
+        backbone: With its weights. It is not copied: all models that are built on the name share it.
+        name: By default that of the backbone with ``diffusion-`` before it. It stands for what was registered under it last.
+
+    Returns:
+        The name, for the ``encoder_name`` of any smp model but DPT. Give ``encoder_weights=None`` with it: the weights are there.
+
+    Raises:
+        TypeError: ``backbone`` is none.
+        ValueError: smp would look for such a name in timm.
+    """
+    if not isinstance(backbone, DiffusionBackbone):
+        raise TypeError(f"register takes a backbone, as create_model makes it, got {backbone!r}")
+    name = name or f"diffusion-{backbone.declaration.name}"
+    if name.startswith(("tu-", "timm-")):
+        raise ValueError(f"smp looks for names with {name.partition('-')[0]}- before them in timm, got {name!r}; choose another")
+    encoders[name] = {"encoder": partial(Encoder, backbone), "params": {}, "pretrained_settings": {}}
+    return name
+
+
+class Encoder(nn.Module):
+    """What smp asks of an encoder.
+
+    Attributes:
+        out_channels: Of every map that :meth:`forward` returns: 3 for the image, 0 at stride 2 unless the pyramid has that stride,
+            as in smp's own transformer encoders, and those of the level with the nearest stride elsewhere.
+        output_stride: Of the last map.
+    """
+
+    _is_torch_scriptable, _is_torch_exportable, _is_torch_compilable = False, True, True
+
+    def __init__(self, backbone: DiffusionBackbone, depth: int = 5, output_stride: int = 32):
+        super().__init__()
+        if not 2 <= depth <= len(STRIDES):
+            raise ValueError(f"encoder_depth counts the strides {STRIDES} and must be from 2 to {len(STRIDES)}, got {depth}")
+        self.backbone, self.depth = backbone, depth
+        self.native, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
+        self.sources = [pyramid.nearest(stride, self.native) if stride > 2 or stride in self.native else None for stride in STRIDES[:depth]]
+        self.out_channels = [3, *(0 if source is None else channels[source] for source in self.sources)]
+        self.make_dilated(output_stride)
+
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
+        """Raise ``ValueError`` for anything but 3."""
+        if in_channels != 3:
+            raise ValueError(f"the image encoder takes RGB, so in_channels must be 3, got {in_channels}; bring the image to three channels first")
+
+    def make_dilated(self, output_stride: int) -> None:
+        """Bring what is coarser to ``output_stride``, by resampling: there is nothing to dilate."""
+        self.strides = [min(stride, output_stride) for stride in STRIDES[: self.depth]]
+        self.output_stride = self.strides[-1]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> ``x`` and the maps (B, C, ceil(H / s), ceil(W / s)) at strides 2, 4, ..., in the dtype of ``x``."""
+        size, maps, out = (x.shape[-2], x.shape[-1]), self.backbone(x), [x]
+        for source, stride in zip(self.sources, self.strides, strict=True):
+            if source is None:
+                out.append(x.new_empty(len(x), 0, *(-(-s // stride) for s in size)))
+            else:
+                out.append(pyramid.resample(maps[source], self.native[source], stride, size).to(x.dtype))
+        return out
