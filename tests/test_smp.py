@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def build(tiny_folder):
     return get
 
 
+@pytest.fixture(scope="module")
+def frozen(build):
+    """``frozen(kind)`` -> the same backbone at every call: it has no state that a test could change."""
+    return functools.cache(build)
+
+
 def images(height=64, width=96, b=2):
     return torch.rand(b, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -53,8 +60,8 @@ def trains(model, backbone, x):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_every_decoder_trains_and_predicts(build, decoder, kind):
-    backbone = build(kind)
+def test_every_decoder_trains_and_predicts(frozen, decoder, kind):
+    backbone = frozen(kind)
     model = smp.create_model(decoder, register(backbone), encoder_weights=None, classes=4)
     assert model.encoder.backbone is backbone
     x = images(128, 160) if decoder == "pan" else images()          # PAN pools the coarsest map three times
@@ -63,25 +70,25 @@ def test_every_decoder_trains_and_predicts(build, decoder, kind):
 
 
 @pytest.mark.parametrize("kind", ["three levels", "two levels", "one level"])
-def test_dpt_trains_through_timm(tiny_folder, build, kind):
+def test_dpt_trains_through_timm(tiny_folder, frozen, kind):
     name, options = KINDS[kind]
     overlay = {"file": str(tiny_folder(name.split("_")[0])), "custom_load": True}
     options = options | {"out_strides": (4, 8, 16, 32), "pretrained_cfg_overlay": overlay}
     model = smp.DPT(f"tu-{name}", encoder_weights=True, decoder_readout="ignore", classes=4, **options)
     x = images()
     trains(model, model.encoder.model, x)
-    expected = build(kind, out_strides=(4, 8, 16, 32))(x)
+    expected = frozen(kind, out_strides=(4, 8, 16, 32))(x)
     assert all(torch.equal(a, b) for a, b in zip(model.encoder(x)[0], expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_those_of_the_backbone(build, kind):
+def test_features_are_those_of_the_backbone(frozen, kind):
     """At an odd size: the native levels where it has them, and what out_strides gives elsewhere."""
-    x, native = images(70, 101), build(kind)
+    x, native = images(70, 101), frozen(kind)
     features = Encoder(native)(x)
     assert features[0] is x
     assert features[1].shape == (2, 0, 35, 51)
-    expected = build(kind, out_strides=(4, 8, 16, 32))(x)
+    expected = frozen(kind, out_strides=(4, 8, 16, 32))(x)
     assert all(torch.equal(a, b) for a, b in zip(features[2:], expected, strict=True))
     for stride, level in zip(native.feature_info.reduction(), native(x), strict=True):
         if stride <= 32:
@@ -95,9 +102,9 @@ def test_a_level_at_stride_two_is_offered(build):
 
 
 @pytest.mark.parametrize("stride", [8, 16])
-def test_an_output_stride_resamples_deeper_levels(build, stride):
+def test_an_output_stride_resamples_deeper_levels(frozen, stride):
     """smp passes it to the constructor and to make_dilated; channels stay those of the deep levels."""
-    backbone, x = build("three levels"), images(64, 128)
+    backbone, x = frozen("three levels"), images(64, 128)
     model = smp.DeepLabV3(register(backbone), encoder_weights=None, encoder_output_stride=stride)
     features = model.encoder(x)
     assert (model.encoder.output_stride, model.encoder.out_channels) == (stride, [3, 0, 16, 16, 32, 128])
@@ -107,14 +114,14 @@ def test_an_output_stride_resamples_deeper_levels(build, stride):
 
 
 @pytest.mark.parametrize(("depth", "channels"), [(2, [3, 0, 16]), (3, [3, 0, 16, 16]), (4, [3, 0, 16, 16, 32])])
-def test_encoder_depth(build, depth, channels):
-    model = smp.Unet(register(build("three levels")), encoder_weights=None, encoder_depth=depth, decoder_channels=(16, 8, 8, 4)[:depth])
+def test_encoder_depth(frozen, depth, channels):
+    model = smp.Unet(register(frozen("three levels")), encoder_weights=None, encoder_depth=depth, decoder_channels=(16, 8, 8, 4)[:depth])
     assert (model.encoder.out_channels, model.encoder.output_stride) == (channels, 2**depth)
     assert model(images()).shape == (2, 1, 64, 96)
 
 
-def test_a_unet_predicts_at_odd_sizes(build):
-    model = smp.Unet(register(build("three levels")), encoder_weights=None, classes=4)
+def test_a_unet_predicts_at_odd_sizes(frozen):
+    model = smp.Unet(register(frozen("three levels")), encoder_weights=None, classes=4)
     for size in ((70, 101), (33, 128)):
         assert model.predict(images(*size)).shape == (2, 4, *size)
 
@@ -156,23 +163,21 @@ def test_a_half_precision_backbone_serves_a_decoder_of_full_precision(build):
     assert model(images()).dtype == torch.float32
 
 
-def test_a_saved_model_comes_back(build, tmp_path):
-    model = smp.UPerNet(register(build("two levels")), encoder_weights=None, classes=3).eval()
+def test_a_saved_model_comes_back(build, frozen, tmp_path):
+    model = smp.UPerNet(register(frozen("two levels")), encoder_weights=None, classes=3).eval()
     model.save_pretrained(tmp_path)
     expected = model(images())
     register(build("two levels"))
     assert torch.equal(smp.from_pretrained(tmp_path).eval()(images()), expected)
 
 
-def test_a_model_is_exported_and_compiled_whole(build):
-    model, x = smp.Unet(register(build("three levels")), encoder_weights=None).eval(), images()
-    expected = model(x)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+def test_a_model_is_exported_whole(frozen):
+    model, x = smp.PSPNet(register(frozen("one level")), encoder_weights=None).eval(), images()
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-def test_names(build):
-    one, two = build("three levels"), build("two levels")
+def test_names(frozen):
+    one, two = frozen("three levels"), frozen("two levels")
     assert register(one) == "diffusion-sd15_gdf"
     assert register(two, "mine") == "mine"
     assert smp.Linknet("diffusion-sd15_gdf", encoder_weights=None).encoder.backbone is one
@@ -189,22 +194,22 @@ def test_names(build):
         ({"encoder_depth": 1}, "from 2 to 5, got 1"),
     ],
 )
-def test_what_no_backbone_can_be_is_refused(build, keywords, message):
+def test_what_no_backbone_can_be_is_refused(frozen, keywords, message):
     with pytest.raises(ValueError, match=message):
-        smp.PSPNet(register(build("three levels")), encoder_weights=None, **keywords)
+        smp.PSPNet(register(frozen("three levels")), encoder_weights=None, **keywords)
 
 
-def test_what_cannot_be_registered_is_refused(build):
+def test_what_cannot_be_registered_is_refused(frozen):
     with pytest.raises(TypeError, match="as create_model makes it, got 'sd15_gdf'"):
         register("sd15_gdf")
     for name in ("tu-mine", "timm-mine"):
         with pytest.raises(ValueError, match=rf"in timm, got '{name}'; choose another"):
-            register(build("three levels"), name)
+            register(frozen("three levels"), name)
 
 
-def test_what_smp_itself_refuses(build):
+def test_what_smp_itself_refuses(frozen):
     """Facts of the page: these fail in smp, by its own words, and not later."""
-    name = register(build("three levels"))
+    name = register(frozen("three levels"))
     with pytest.raises(KeyError, match="Wrong pretrained weights `imagenet`"):
         smp.Unet(name)
     with pytest.raises(RuntimeError, match=r"divisible by 32"):

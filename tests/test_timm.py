@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import segmentation_models_pytorch as smp
 import timm
 import torch
 from torchvision.models.detection.backbone_utils import FeaturePyramidNetwork
@@ -79,6 +78,35 @@ def test_an_overlay_with_a_folder_loads_it(tiny_folder):
     assert model.feature_info.channels() == [16, 32, 128]
 
 
+def test_an_overlay_with_a_saved_backbone_loads_it(tmp_path, photo):
+    saved = db.create_model("tinysd_gdf", pretrained=True, out_strides=(4, 8, 16, 32))
+    overlay = {"file": str(saved.save_pretrained(tmp_path)), "custom_load": True}
+    model = timm.create_model("tinysd_gdf", pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
+    x = photo[..., :70, :90]
+    assert all(torch.equal(a, b) for a, b in zip(model(x), saved(x), strict=True))
+
+
+@pytest.mark.parametrize(("indices", "channels"), [((1,), [96]), ((-3, -2), [48, 96]), (2, [96, 224])])
+def test_out_indices_mean_what_they_mean_in_timm(photo, indices, channels):
+    """An integer n is the last n levels; the maps are those of the whole pyramid."""
+    x = photo[..., :70, :90]
+    whole = db.create_model("tinysd_gdf", pretrained=True)
+    model = timm.create_model("tinysd_gdf", pretrained=True, features_only=True, out_indices=indices)
+    assert model.feature_info.channels() == channels
+    assert all(torch.equal(a, b) for a, b in zip(model(x), whole(x, indices), strict=True))
+
+
+def test_a_tag_names_other_weights_of_the_same_architecture():
+    code = """
+import diffusion_backbones as db, timm
+db.register_model("tinysd", db.get_declaration("tinysd_gdf").recipe, tag="again")
+model = timm.create_model("tinysd_gdf.again", pretrained=True, features_only=True)
+print(model.declaration.name, model.feature_info.channels())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "tinysd_gdf.again [48, 96, 224]", run.stderr[-2000:]
+
+
 def test_an_unknown_tag_is_refused():
     with pytest.raises(KeyError, match="sd15_gdf.*no weights tagged 'nothing'"):
         timm.create_model("sd15_gdf.nothing")
@@ -112,17 +140,6 @@ def test_layer_decay_groups_go_from_input_to_output():
     scales = [scale[id(p)] for p in order]
     assert scales == sorted(scales)
     assert len(set(scales)) == 4
-
-
-def test_an_smp_decoder_trains():
-    """DPT reads any strides; smp's other decoders want an encoder whose own strides are 4, 8, 16, 32."""
-    model = smp.create_model("dpt", "tu-tinysd_vpd", encoder_weights=None, encoder_depth=4, classes=4, decoder_readout="ignore")
-    x = torch.rand(2, 3, 64, 128) * 2 - 1
-    out = model(x)
-    assert out.shape == (2, 4, 64, 128)
-    out.mean().backward()
-    assert not any(p.requires_grad for p in model.encoder.parameters())
-    assert all(p.grad is not None for p in model.segmentation_head.parameters())
 
 
 def test_transformers_upernet_trains():

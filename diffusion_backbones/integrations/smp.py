@@ -58,8 +58,6 @@ class Encoder(nn.Module):
         output_stride: Of the last map.
     """
 
-    _is_torch_scriptable, _is_torch_exportable, _is_torch_compilable = False, True, True
-
     def __init__(self, backbone: DiffusionBackbone, depth: int = 5, output_stride: int = 32):
         super().__init__()
         if not 2 <= depth <= len(STRIDES):
