@@ -50,7 +50,7 @@ def create_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trainable: bool = False,
-    input_format: str = "symmetric",
+    input_format: str | inputs.InputFormat = "symmetric",
     encoder_levels: bool = False,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -73,7 +73,8 @@ def create_model(
         device: Where; ``"meta"`` builds without memory.
         trainable: Unfreeze the denoiser.
         input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
-            ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default. For frameworks that normalise by themselves.
+            ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default, or an ``InputFormat`` of your own. For frameworks that
+            normalise by themselves.
         encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
             anyway, and not by upsampling.
         features_only: Accepted for timm; True is the only mode.

@@ -53,12 +53,14 @@ TOLERANCE = 0.1
 """How far beyond its range resizing may take a value, as a share of the range; bicubic interpolation overshoots."""
 
 
-def find(name: str) -> InputFormat:
-    """A format by its name.
+def find(name: str | InputFormat) -> InputFormat:
+    """A format by its name; one that is none of :data:`FORMATS` is given as it is.
 
     Raises:
         ValueError: There is none of that name.
     """
+    if isinstance(name, InputFormat):
+        return name
     if name not in FORMATS:
         raise ValueError(f"input_format={name!r} is none of {', '.join(map(repr, FORMATS))}")
     return FORMATS[name]
@@ -66,9 +68,9 @@ def find(name: str) -> InputFormat:
 
 def check_range(x: Tensor, expected: InputFormat) -> None:
     """Warn of (B, 3, H, W) values that cannot be in the expected format; Python shows the same warning once."""
-    if _within(x, expected):
+    if within(x, expected):
         return
-    likely = [name for name, other in FORMATS.items() if _within(x, other)]
+    likely = [name for name, other in FORMATS.items() if within(x, other)]
     best = min(likely, key=lambda name: _width(FORMATS[name]), default=None)
     advice = f"they look like create_model(..., input_format={best!r})" if best else "no input_format goes so far"
     low, high = expected.range()
@@ -80,7 +82,8 @@ def _width(format: InputFormat) -> float:
     return high - low
 
 
-def _within(x: Tensor, format: InputFormat) -> bool:
+def within(x: Tensor, format: InputFormat) -> bool:
+    """Whether (B, 3, H, W) values can be in a format."""
     low, high = format.range()
     slack = TOLERANCE * (high - low)
     smallest, largest = (float(end) for end in x.aminmax())
