@@ -22,7 +22,7 @@ from diffusion_backbones.hub import HubRepo, open_checkpoint
 from diffusion_backbones.ldm import SingleFile, is_single_file
 from diffusion_backbones.recipe import Checkpoint, License, Recipe, closest
 from diffusion_backbones.registry import CONFIGS, Declaration, get_checkpoint, get_declaration, is_model, package_configs
-from diffusion_backbones.saved import Saved, is_saved
+from diffusion_backbones.saved import Described, Saved, is_saved
 from diffusion_backbones.sources import Folder, Source, WithDenoiser
 
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
@@ -250,6 +250,13 @@ def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Pl
 
 
 # Building.
+
+
+def build(described: Described, trainable: bool = False) -> DiffusionBackbone:
+    """A described backbone on torch's default device, in its default dtype: with random weights, or on ``meta`` without any."""
+    place = Place(described.declaration.checkpoint, described.declaration)
+    strides = _strides(described.out_strides)
+    return _build(described.declaration, described.configs, place, None, strides, dtype=None, device=None, trainable=trainable)
 
 
 def _build(

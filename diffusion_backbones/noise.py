@@ -94,11 +94,11 @@ def canvas(seed: int, ensemble: int, channels: int) -> Tensor:
 
     Every image, batch and size reads a crop of it, so that an image's features do not depend on its neighbours.
     """
-    out = torch.empty(ensemble, channels, CANVAS, CANVAS)
+    out = torch.empty(ensemble, channels, CANVAS, CANVAS, dtype=torch.float32)
     if not out.is_meta:
         for i in range(ensemble):
             generator = torch.Generator(device="cpu").manual_seed(seed + i)
-            out[i] = torch.randn(channels, CANVAS, CANVAS, generator=generator, device="cpu")
+            out[i] = torch.randn(channels, CANVAS, CANVAS, generator=generator, device="cpu", dtype=torch.float32)
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,17 +35,20 @@ def is_saved(folder: Folder) -> bool:
     return CONFIG in folder.names() and folder.json(CONFIG).get("library_name") == LIBRARY
 
 
-class Saved:
-    """A folder that :func:`save` wrote, its weights unread.
+class Described:
+    """A backbone without its weights, in the words of :func:`describe`.
+
+    Args:
+        data: What ``config.json`` holds.
+        where: Names it in errors.
 
     Raises:
-        ValueError: It was written in a format that this version does not know, or its config is not whole.
+        ValueError: It was written in a format that this version does not know, or it is not whole.
     """
 
-    def __init__(self, folder: Folder):
-        data = folder.json(CONFIG)
+    def __init__(self, data: Mapping[str, Any], where: str):
         if data.get("format") != FORMAT:
-            raise ValueError(f"{folder}: {CONFIG} has format {data.get('format')!r} and this version reads {FORMAT}; update diffusion_backbones")
+            raise ValueError(f"{where} has format {data.get('format')!r} and this version reads {FORMAT}; update diffusion_backbones")
         try:
             recipe, checkpoint = Recipe.from_dict(data["recipe"]), Checkpoint.from_dict(data["checkpoint"])
             self.declaration = Declaration(data["name"], checkpoint, recipe)
@@ -53,7 +57,18 @@ class Saved:
             self.out_strides: list[int] | None = data["out_strides"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{folder}: {CONFIG} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again.") from error
+            raise ValueError(f"{where} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again.") from error
+
+
+class Saved(Described):
+    """A folder that :func:`save` wrote, its weights unread.
+
+    Raises:
+        ValueError: As :class:`Described`.
+    """
+
+    def __init__(self, folder: Folder):
+        super().__init__(folder.json(CONFIG), f"{folder}: {CONFIG}")
         self._files = tensors.TensorFiles([folder.file(WEIGHTS)])
 
     def _part(self, prefix: str) -> tensors.TensorFiles:
