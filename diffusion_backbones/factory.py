@@ -50,7 +50,7 @@ def create_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trainable: bool = False,
-    input_format: str | inputs.InputFormat = "symmetric",
+    input_format: str | inputs.InputFormat | None = None,
     encoder_levels: bool = False,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -72,7 +72,7 @@ def create_model(
         dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in float32.
         device: Where; ``"meta"`` builds without memory.
         trainable: Unfreeze the denoiser.
-        input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
+        input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], the default, ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
             ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default, or an ``InputFormat`` of your own. For frameworks that
             normalise by themselves.
         encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
@@ -90,7 +90,7 @@ def create_model(
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
         FileNotFoundError: Nothing at a path, or not what is needed there.
     """
-    settings, format = _overrides(overrides, features_only=features_only), inputs.find(input_format)
+    settings, format = _overrides(overrides, features_only=features_only), inputs.find(input_format) if input_format is not None else None
     place = _resolve(name, recipe is not None, cache_dir)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     if checkpoint_path:
@@ -256,7 +256,7 @@ def build(described: Described, trainable: bool = False) -> DiffusionBackbone:
     """A described backbone on torch's default device, in its default dtype: with random weights, or on ``meta`` without any."""
     place = Place(described.declaration.checkpoint, described.declaration)
     strides = _strides(described.out_strides)
-    return _build(described.declaration, described.configs, place, None, strides, dtype=None, device=None, trainable=trainable)
+    return _build(described.declaration, described.configs, place, None, strides, None, None, trainable, described.input_format, False)
 
 
 def _build(
@@ -268,7 +268,7 @@ def _build(
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     trainable: bool,
-    input_format: inputs.InputFormat,
+    input_format: inputs.InputFormat | None,
     encoder_levels: bool,
 ) -> DiffusionBackbone:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
@@ -329,7 +329,7 @@ def _build(
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},
             trainable=trainable,
-            input_format=input_format,
+            input_format=input_format or (restored.input_format if restored else inputs.SYMMETRIC),
         )
     return backbone
 

@@ -87,7 +87,7 @@ def transform(config: dict[str, Any], size: int | None, bgr: bool = False) -> Ca
         bgr: Blue comes first.
     """
     from timm.data import create_transform
-    from torchvision.transforms import Compose, Lambda, Normalize, ToTensor  # type: ignore[import-untyped]
+    from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 
     preprocess: Callable[[Image.Image], Tensor]
     if size is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,12 @@ class InputFormat(NamedTuple):
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
     bgr: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InputFormat:
+        """What ``_asdict`` gives, also after a way through JSON."""
+        mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
+        return cls(mean, std, bool(data["bgr"]))                # type: ignore[arg-type]
 
     def range(self) -> tuple[float, float]:
         """The lowest and the highest value that a pixel can have."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffusion_backbones import tensors
 from diffusion_backbones.families import Configs
+from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.recipe import Checkpoint, Level, Recipe
 from diffusion_backbones.registry import Declaration
 from diffusion_backbones.sources import Folder
@@ -55,6 +56,7 @@ class Described:
             self.configs: Configs = data["configs"]
             self.provenance: dict[str, str] = data["provenance"]
             self.out_strides: list[int] | None = data["out_strides"]
+            self.input_format = InputFormat.from_dict(data["input_format"]) if "input_format" in data else SYMMETRIC
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{where} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again.") from error
@@ -124,6 +126,7 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
         "checkpoint": asdict(declaration.checkpoint),
         "recipe": declaration.recipe.to_dict(),
         "out_strides": backbone.out_strides,
+        **({"input_format": backbone.input_format._asdict()} if backbone.input_format != SYMMETRIC else {}),
         "configs": {name: config and dict(config) for name, config in backbone.configs.items()},
         "provenance": backbone.provenance,
         "versions": {"diffusion_backbones": diffusion_backbones.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__},

@@ -82,3 +82,12 @@ def test_an_unknown_format_is_refused_and_integers_only_where_they_belong():
         db.create_model("tinysd_gdf", input_format="rgb")
     with pytest.raises(TypeError, match=r"expected .* in \[0, 1\], got torch.uint8.*input_format='uint8'"):
         db.create_model("tinysd_gdf", input_format="unit")(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_a_saved_backbone_takes_what_it_took(pixels, tmp_path):
+    backbone = db.create_model("tinysd_gdf", pretrained=True, input_format="detectron2-bgr")
+    again = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}")
+    x = handed_over(pixels, "detectron2-bgr")
+    assert again.input_format == backbone.input_format
+    assert all(torch.equal(a, b) for a, b in zip(again(x), backbone(x), strict=True))
+    assert db.create_model(f"local-dir:{tmp_path}", input_format="unit").input_format == FORMATS["unit"]

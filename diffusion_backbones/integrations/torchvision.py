@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones import inputs
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import take
 from diffusion_backbones.integrations import missing
@@ -61,14 +62,17 @@ class NamedLevels(nn.Module):
         self.strides = {name: info.reduction()[level] for name, level in self.levels.items()}
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> name -> (B, C, ceil(H / stride), ceil(W / stride)).
+        """(B, 3, H, W) in [-1, 1], or as the backbone's ``input_format`` says -> name -> (B, C, ceil(H / stride), ceil(W / stride)).
 
         Raises:
-            ValueError: Values beyond [-1, 1], which is what ImageNet's normalisation gives.
+            ValueError: Values beyond that, which is what ImageNet's normalisation gives.
         """
-        if not torch.compiler.is_compiling() and not x.is_meta and bool((x.abs() > 1.01).any()):
-            span = f"[{float(x.min()):.2f}, {float(x.max()):.2f}]"
-            raise ValueError(f"images must be in [-1, 1], got values in {span}; normalise with mean = std = 0.5, in a detector with **PyramidFPN.transform")
+        format = self.backbone.input_format
+        if not torch.compiler.is_compiling() and not x.is_meta and not inputs.within(x, format):
+            (low, high), span = format.range(), f"[{float(x.min()):.2f}, {float(x.max()):.2f}]"
+            raise ValueError(
+                f"this backbone takes images in [{low:.4g}, {high:.4g}], got values in {span}; normalise as it says, in a detector with **PyramidFPN.transform"
+            )
         needed = sorted(set(self.levels.values()))
         maps = dict(zip(needed, self.backbone(x, needed), strict=True))
         return OrderedDict((name, maps[level]) for name, level in self.levels.items())
