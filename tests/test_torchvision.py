@@ -153,7 +153,7 @@ def test_a_detector_learns(tiny_folder):
 def test_a_detector_without_our_normalisation_is_an_error(tiny_folder):
     fpn = PyramidFPN(db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_strides=(4, 8, 16, 32)), 8)
     model = FasterRCNN(fpn, **SMALL).eval()
-    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got values in \[-2.*PyramidFPN.transform"):
+    with pytest.raises(ValueError, match=r"takes images in \[-1, 1\], got values in \[-1.*PyramidFPN.transform"):
         model(sample()[0])
 
 
