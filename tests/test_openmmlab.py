@@ -226,13 +226,13 @@ def test_bad_keywords(given, error, says):
 def test_another_normalisation_is_noticed(backbone):
     imagenet = PIXELS | dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
     model = segmentor(backbone("sd15"), pixels=imagenet).eval()
-    with pytest.warns(UserWarning, match=r"images reach 3 .* expects RGB in \[-1, 1\]; set mean=\[127.5\] \* 3"):
+    with pytest.warns(UserWarning, match=r"takes images in \[-1, 1\], and values lie beyond: .*input_format='imagenet'"):
         model(**model.data_preprocessor(batch(40, 56), False), mode="predict")
     model = segmentor(backbone("sd15")).eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model(**model.data_preprocessor(batch(40, 56), False), mode="predict")
-    assert not [w for w in caught if "expects RGB" in str(w.message)]
+    assert not [w for w in caught if "values lie beyond" in str(w.message)]
 
 
 # The example configs.

@@ -10,11 +10,9 @@ In a config::
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -82,19 +80,12 @@ class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
         """Preprocessed images -> their pyramid.
 
         Args:
-            x: (B, 3, H, W) RGB in [-1, 1], any H and W. Values outside are let through, since some augmentations give them,
-                with a warning, since most often the data preprocessor is set for another backbone.
+            x: (B, 3, H, W) RGB in [-1, 1], or as ``input_format`` says, any H and W.
 
         Returns:
             Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), in the dtype of ``x`` whatever that of the network, so that heads in float32
             can stand on a network in float16.
         """
-        if not torch.compiler.is_compiling() and not x.is_meta and (peak := float(x.detach().abs().max())) > 1.01:
-            warnings.warn(
-                f"images reach {math.ceil(peak)} in absolute value, and a diffusion backbone expects RGB in [-1, 1]; "
-                "set mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True in the data_preprocessor",
-                stacklevel=2,
-            )
         if self.input_scale != 1:
             height, width = (max(1, round(s * self.input_scale)) for s in x.shape[-2:])
             x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
