@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, postops, probe, pyramid
+from diffusion_backbones import calls, capture, finetuning, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
@@ -33,15 +33,19 @@ from diffusion_backbones.registry import Declaration, pretrained_cfg
 
 
 class Conditioning(nn.Module):
-    """The tensors that condition the denoiser unless a call gives others, (1, ...) each, as persistent buffers."""
+    """The tensors that condition the denoiser unless a call gives others, (1, ...) each: persistent buffers, or parameters if they are ``learned``."""
 
-    def __init__(self, embeddings: Mapping[str, Tensor]):
+    def __init__(self, embeddings: Mapping[str, Tensor], learned: Collection[str] = ()):
         super().__init__()
+        self.names = tuple(embeddings)
         for name, tensor in embeddings.items():
-            self.register_buffer(name, tensor)
+            if name in learned:
+                self.register_parameter(name, nn.Parameter(tensor.clone()))
+            else:
+                self.register_buffer(name, tensor)
 
     def items(self) -> Iterable[tuple[str, Tensor]]:
-        return ((name, buffer) for name, buffer in self.named_buffers())
+        return ((name, getattr(self, name)) for name in self.names)
 
 
 class DiffusionBackbone(TimmInterface):
@@ -83,7 +87,8 @@ class DiffusionBackbone(TimmInterface):
         out_strides: Sequence[int] | None = None,
         prompter: Prompter | None = None,
         provenance: Mapping[str, str] | None = None,
-        trainable: bool = False,
+        trainable: bool | str = False,
+        lora_rank: int = finetuning.RANK,
         input_format: InputFormat = SYMMETRIC,
     ):
         super().__init__()
@@ -92,15 +97,17 @@ class DiffusionBackbone(TimmInterface):
         self.levels, self.out_strides = tuple(levels), tuple(out_strides) if out_strides else None
         self.provenance = dict(provenance or {})
         self.encoder, self.denoiser = encoder, denoiser
-        self.conditioning = Conditioning(embeddings)
         self.prompter = prompter or Prompter(declaration.checkpoint.family, configs, None, recipe.prompt_padding)
         self.latent_stride = self.family.latent_stride(configs)
         self.forward_process = self.family.forward_process(configs)
         fixed = recipe.noise == "fixed"
         self.register_buffer("canvas", canvas(recipe.seed, recipe.ensemble, self.latent_channels) if fixed else None)
         self.trainable, self.input_format = trainable, input_format
-        self._unfreeze()
-        self.encoder.requires_grad_(False)
+        unreached = self._unreached()
+        self.conditioning = Conditioning(embeddings, finetuning.learned(embeddings, unreached, declaration.name) if trainable == "prompt" else ())
+        if trainable == "lora":
+            finetuning.add_lora(denoiser, lora_rank, unreached, declaration.name)       # before the hooks, which then see what adapters add
+        self._unfreeze(unreached)
         sites = self._sites(self.levels)
         self.recorder = capture.Recorder(denoiser, self._needed(sites))
         self.encoder_recorder = capture.Recorder(encoder, [site for site in sites if site.encoder])
@@ -329,13 +336,15 @@ class DiffusionBackbone(TimmInterface):
 
     # Cutting further, and staying frozen.
 
-    def _unfreeze(self) -> None:
-        """Of a trainable denoiser, every parameter that a gradient can reach, as distributed training demands; of another none."""
-        self.denoiser.requires_grad_(self.trainable)
-        if self.trainable:
-            sites = self._needed(self._sites(self.levels))
-            for name in probe.unreached(self.declaration.checkpoint.family, self.configs, sites):
-                self.denoiser.get_parameter(name).requires_grad_(False)
+    def _unreached(self) -> set[str]:
+        """What no gradient reaches; nobody asks for it in a frozen backbone."""
+        sites = self._needed(self._sites(self.levels))
+        return probe.unreached(self.declaration.checkpoint.family, self.configs, sites) if self.trainable else set()
+
+    def _unfreeze(self, unreached: Collection[str]) -> None:
+        """Of what is trained, every parameter that a gradient can reach, as distributed training demands; of the rest none."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(finetuning.trains(self.trainable, name) and finetuning.stock_name(name) not in unreached)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Keep only some maps, and cut the denoiser behind the last activation that they need.
@@ -353,14 +362,14 @@ class DiffusionBackbone(TimmInterface):
         self.out_strides = tuple(stride for _, stride, _ in chosen) if self.out_strides else None
         self.family.truncate(self.denoiser, [path for site in self._needed(self._sites(self.levels)) for path in site.modules])
         self.num_features = self._channels_and_strides()[-1][0]
-        self._unfreeze()
+        self._unfreeze(self._unreached())
         return kept
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
-        """Only a trainable denoiser leaves eval; the encoder never does, whatever a framework calls."""
+        """Only a trainable denoiser leaves eval; the encoder never does, whatever a framework calls, nor do networks whose prompt alone is trained."""
         super().train(False)
-        self.training = mode and self.trainable
-        self.denoiser.train(self.training)
+        self.training = mode and bool(self.trainable)
+        self.denoiser.train(self.training and self.trainable != "prompt")
         return self
 
     # Saving.

@@ -16,6 +16,8 @@ from diffusion_backbones.recipe import closest
 EMBEDDINGS = (
     "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "prompt_embeds_2", "prompt_attention_mask_2", "class_labels", "guidance",
 )
+TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
+"""Those that a prompt is embedded in."""
 CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "latents")
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import inputs, memory, postops, probe, pyramid, tensors
+from diffusion_backbones import finetuning, inputs, memory, postops, probe, pyramid, tensors
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import take
@@ -49,7 +49,9 @@ def create_model(
     out_strides: Sequence[int] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    trainable: bool = False,
+    trainable: bool | str = False,
+    lora_rank: int | None = None,
+    prompt_tokens: int | None = None,
     input_format: str | inputs.InputFormat | None = None,
     encoder_levels: bool = False,
     features_only: bool = True,
@@ -71,7 +73,10 @@ def create_model(
         out_strides: Resample to these strides, without parameters, e.g. ``(4, 8, 16, 32)``; of the levels the nearest is taken.
         dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in float32.
         device: Where; ``"meta"`` builds without memory.
-        trainable: Unfreeze the denoiser.
+        trainable: What is trained: nothing by default; True for the denoiser; ``"lora"`` for adapters in its attention, which needs
+            peft; ``"prompt"`` for the embedded prompt.
+        lora_rank: Of the adapters, 8 by default.
+        prompt_tokens: How many tokens are learned, the first of the recipe's prompt; all by default.
         input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], the default, ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
             ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default, or an ``InputFormat`` of your own. For frameworks that
             normalise by themselves.
@@ -84,13 +89,17 @@ def create_model(
 
     Raises:
         KeyError: Unknown backbone, checkpoint or activation id; the closest are named.
-        TypeError: Unknown keyword.
+        TypeError: Unknown keyword, or one that goes with another ``trainable``.
+        ImportError: ``trainable="lora"`` without peft.
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
         FileNotFoundError: Nothing at a path, or not what is needed there.
     """
-    settings, format = _overrides(overrides, features_only=features_only), inputs.find(input_format) if input_format is not None else None
+    finetuning.check(trainable, lora_rank, prompt_tokens)
+    format = inputs.find(input_format) if input_format is not None else None
+    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels)
+    settings = _overrides(overrides, features_only=features_only)
     place = _resolve(name, recipe is not None, cache_dir)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     if checkpoint_path:
@@ -104,7 +113,7 @@ def create_model(
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not place.source:
         Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
-    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, trainable, format, encoder_levels)
+    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, options)
 
 
 def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN:
-            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "trainable", "input_format", "encoder_levels"]
+            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", *_Options._fields]
             raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
         elif reason := FOREIGN[key](value):
             raise ValueError(reason)
@@ -252,11 +261,21 @@ def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Pl
 # Building.
 
 
-def build(described: Described, trainable: bool = False) -> DiffusionBackbone:
+class _Options(NamedTuple):
+    """What of ``create_model`` is no part of a recipe."""
+
+    trainable: bool | str = False
+    lora_rank: int | None = None
+    prompt_tokens: int | None = None
+    input_format: inputs.InputFormat | None = None
+    encoder_levels: bool = False
+
+
+def build(described: Described, trainable: bool | str = False) -> DiffusionBackbone:
     """A described backbone on torch's default device, in its default dtype: with random weights, or on ``meta`` without any."""
     place = Place(described.declaration.checkpoint, described.declaration)
     strides = _strides(described.out_strides)
-    return _build(described.declaration, described.configs, place, None, strides, None, None, trainable, described.input_format, False)
+    return _build(described.declaration, described.configs, place, None, strides, None, None, _Options(trainable, input_format=described.input_format))
 
 
 def _build(
@@ -267,9 +286,7 @@ def _build(
     out_strides: tuple[int, ...] | None,
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
-    trainable: bool,
-    input_format: inputs.InputFormat | None,
-    encoder_levels: bool,
+    options: _Options,
 ) -> DiffusionBackbone:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
     family = FAMILIES[checkpoint.family]
@@ -281,10 +298,12 @@ def _build(
     catalogue = _catalogue(checkpoint, configs)
     levels = pyramid.make_levels(family.levels(configs, recipe, catalogue))
     levels = tuple(levels[i] for i in sorted(take(out_indices, len(levels))))
-    if encoder_levels:
+    if options.encoder_levels:
         levels = (*pyramid.fine(catalogue.all(), out_strides or (), levels), *levels)
     sites = [site for level in levels for site in level.sites]
     postops.check(recipe, [site for site in sites if not site.encoder])
+    if options.trainable == "prompt":
+        finetuning.check_prompt(family, configs, options.prompt_tokens, any(site.id.endswith("cross-map") for site in sites), declaration.name)
     paths = [path for site in postops.needed(recipe, sites) for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
 
@@ -314,6 +333,8 @@ def _build(
         for component, part, network, its_dtype in parts if family.encoder else parts[:1]:
             files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
             tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}")
+    if options.prompt_tokens:
+        embeddings = finetuning.first_tokens(embeddings, options.prompt_tokens)
     if empty:
         family.fill_buffers(denoiser, device)
     with torch.device(device):
@@ -328,8 +349,9 @@ def _build(
             out_strides=out_strides or (restored.out_strides if restored else None),
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},
-            trainable=trainable,
-            input_format=input_format or (restored.input_format if restored else inputs.SYMMETRIC),
+            trainable=options.trainable,
+            lora_rank=options.lora_rank or finetuning.RANK,
+            input_format=options.input_format or (restored.input_format if restored else inputs.SYMMETRIC),
         )
     return backbone
 

@@ -92,4 +92,5 @@ class TimmInterface(nn.Module):
         return self.family.depth(name.removeprefix("denoiser.")) if name.startswith("denoiser.") else 0
 
     def no_weight_decay(self) -> set[str]:
-        return set()
+        """For timm's optimisers: a learned prompt, as they treat other learned tokens."""
+        return {name for name, _ in self.named_parameters() if name.startswith("conditioning.")}

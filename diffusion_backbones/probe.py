@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_backbones import capture
 from diffusion_backbones.activations import Site
+from diffusion_backbones.calls import TEXT
 from diffusion_backbones.families import FAMILIES, Configs
 
 
@@ -20,25 +21,33 @@ def build(family: str, configs: Configs) -> nn.Module:
         return FAMILIES[family].build_denoiser(configs[FAMILIES[family].denoiser])
 
 
-def run(family: str, configs: Configs, denoiser: nn.Module, size: tuple[int, int]) -> Tensor:
+def run(family: str, configs: Configs, denoiser: nn.Module, size: tuple[int, int], conditioning: Mapping[str, Tensor] | None = None) -> Tensor:
     """One pass of a ``meta`` denoiser on one image of ``size`` pixels (height, width, multiples of ``size_divisibility``)."""
     kind = FAMILIES[family]
     stride = kind.latent_stride(configs)
     z = torch.empty(1, kind.latent_channels(configs), size[0] // stride, size[1] // stride, device="meta")
     with torch.device("meta"):
-        conditioning = kind.blank_conditioning(configs)
+        conditioning = conditioning or kind.blank_conditioning(configs)
         return kind.call(denoiser, z, torch.zeros(1, dtype=torch.int64, device="meta"), conditioning, size)
 
 
-def unreached(family: str, configs: Configs, sites: Sequence[Site]) -> list[str]:
-    """Names of the parameters of a cut network that no gradient of its activations reaches, such as the text's in the last block."""
+def unreached(family: str, configs: Configs, sites: Sequence[Site]) -> set[str]:
+    """What no gradient of a cut network's activations reaches, such as what its last block does to the text.
+
+    Returns:
+        Names as in the backbone: ``denoiser.`` and a parameter, ``conditioning.`` and an embedding of the prompt.
+    """
     kind = FAMILIES[family]
     denoiser = kind.truncate(build(family, configs), [path for site in sites for path in site.modules])
     recorder, d = capture.Recorder(denoiser, sites), kind.size_divisibility(configs)
+    with torch.device("meta"):
+        conditioning = kind.blank_conditioning(configs)
+    text = {f"conditioning.{name}": conditioning[name].requires_grad_() for name in TEXT if name in conditioning}
     with torch.enable_grad(), recorder.recording(sites) as acts:
-        output = run(family, configs, denoiser, (2 * d, 2 * d))
+        output = run(family, configs, denoiser, (2 * d, 2 * d), conditioning)
     torch.autograd.backward([x.float().sum() for x in (output, *acts.values()) if x.requires_grad])
-    return [name for name, parameter in denoiser.named_parameters() if parameter.grad is None]
+    reachable = {f"denoiser.{name}": parameter for name, parameter in denoiser.named_parameters()} | text
+    return {name for name, tensor in reachable.items() if tensor.grad is None}
 
 
 def site(family: str, configs: Configs, path: str) -> Site:

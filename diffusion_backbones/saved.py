@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import tensors
+from diffusion_backbones import finetuning, tensors
 from diffusion_backbones.families import Configs
 from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.recipe import Checkpoint, Level, Recipe
@@ -98,7 +98,7 @@ def save(backbone: DiffusionBackbone, folder: Path) -> Path:
     if any(p.is_meta for p in backbone.parameters()):
         raise ValueError(f"{backbone.declaration.name} is on the meta device and has no weights to save; build it on another")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor for name, tensor in backbone.state_dict().items() if name != "canvas"}       # its seed says it
+    state = {name: tensor for name, tensor in finetuning.merged_state(backbone).items() if name != "canvas"}       # its seed says it
     tensors.write(folder / WEIGHTS, state, {"format": "pt"})
     _write_text(folder / CARD, card(kept(backbone), backbone.configs))
     _write_text(folder / CONFIG, json.dumps(describe(backbone), indent=2) + "\n")

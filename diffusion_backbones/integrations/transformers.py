@@ -85,7 +85,12 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
         Args:
             backbone: From :func:`~diffusion_backbones.create_model`, with any of its keywords.
             **kwargs: As for the class: ``out_indices`` or ``out_features``.
+
+        Raises:
+            ValueError: Adapters or a prompt are trained.
         """
+        if isinstance(backbone.trainable, str):
+            raise ValueError(f"a config says trainable=True or False, and this backbone is trainable={backbone.trainable!r}; save it, and read it back as one of those")
         config = cls(json.loads(json.dumps(describe(backbone))), backbone.trainable, **kwargs)
         config.held = Held(backbone)
         return config
