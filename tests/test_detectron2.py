@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import FPN, build_model
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from snippets import blocks, printed, promised
@@ -194,21 +194,15 @@ def test_lazy_config(tiny_folder, tmp_path):
     assert list(own.output_shape()) == ["s16"]
 
 
-def vitdet(tiny_folder):
-    from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
-
-    net = Detectron2Backbone("sd15", checkpoint_path=tiny_folder("sd15"), recipe=["up-level1-upsampler-out"])
-    return SimpleFeaturePyramid(net, "s16", 8, [4.0, 2.0, 1.0, 0.5])
-
-
 if VITDET:
 
-    def test_simple_feature_pyramid_under_retinanet(tiny_folder, config):
-        model = build_model(config("RetinaNet", "four strides"))
-        model.backbone = vitdet(tiny_folder)
-        model.head_in_features = ["p2", "p3", "p4", "p5"]
-        model.anchor_generator = build_model(config("GeneralizedRCNN", "sd15_gdf")).proposal_generator.anchor_generator
-        model.anchor_generator.strides = [4, 8, 16, 32]
+    def test_simple_feature_pyramid_under_mask_rcnn(tiny_folder, config):
+        """ViTDet's pyramid makes p2 to p6 of the one map at stride 16, in the place of FPN on four strides."""
+        from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+
+        model = build_model(config("GeneralizedRCNN", "four strides"))
+        net = Detectron2Backbone("sd15", checkpoint_path=tiny_folder("sd15"), recipe=["up-level1-upsampler-out"])
+        model.backbone = SimpleFeaturePyramid(net, "s16", 8, [4.0, 2.0, 1.0, 0.5], top_block=LastLevelMaxPool())
         check_step_and_inference(model)
 
 
