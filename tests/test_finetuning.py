@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -26,7 +27,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 @pytest.fixture(scope="module")
 def x():
     torch.manual_seed(0)
-    return torch.rand(2, 3, 70, 100) * 2 - 1
+    return torch.rand(2, 3, 40, 60) * 2 - 1
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,15 @@ def frozen(x):
     return db.create_model("tinysd_gdf", pretrained=True)(x)
 
 
-def build(way, **kwargs):
+@functools.cache
+def built(way, **kwargs):
     torch.manual_seed(1)
     return db.create_model("tinysd_gdf", pretrained=True, trainable=way, **kwargs)
+
+
+def build(way, **kwargs):
+    """A fresh one, without finding out again what a gradient reaches."""
+    return copy.deepcopy(built(way, **kwargs))
 
 
 def trained(backbone):
@@ -67,7 +74,7 @@ def test_training_starts_from_the_frozen_features_and_moves_only_its_own_paramet
     optimizer = torch.optim.Adam(trained(backbone).values(), 1e-3)
     backbone.train()
     assert (backbone.training, backbone.denoiser.training, backbone.encoder.training) == (True, way != "prompt", False)
-    losses = [step(backbone, optimizer, x) for _ in range(20)]
+    losses = [step(backbone, optimizer, x) for _ in range(10)]
     assert losses[-1] < losses[0]
     assert {n for n, p in trained(backbone).items() if p.grad is None} == set(), "DDP would stop on these"
     moved = {n for n, t in backbone.state_dict().items() if not torch.equal(t, before[n])}
@@ -84,6 +91,7 @@ def test_copies_saved_folders_and_shorter_networks_are_what_was_trained(way, x, 
         step(backbone, optimizer, x)
     maps = backbone(x)
     again = build(way)
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in trained(again).values())), trained(again).values())
     again.load_state_dict({n: p.detach() for n, p in trained(backbone).items()}, strict=False)
     for other in (again, copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
         assert same(other(x), maps)
@@ -195,7 +203,8 @@ def test_timm_groups_by_depth_and_spares_the_prompt(way):
     assert ({decay[id(p)] for p in trained(backbone).values()} == {0.0}) == (way == "prompt")
     if way == "lora":
         scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-        scales = [scale[id(next(p for n, p in trained(backbone).items() if stage in n))] for stage in ("down_blocks.1", "mid_block", "up_blocks.1", "up_blocks.3")]
+        stages = ("down_blocks.1", "mid_block", "up_blocks.1", "up_blocks.3")
+        scales = [scale[id(next(p for n, p in trained(backbone).items() if stage in n))] for stage in stages]
         assert scales == sorted(scales)
         assert len(set(scales)) == 4
 
@@ -229,7 +238,7 @@ def test_what_an_adapter_adds_is_in_the_activation(x, frozen):
     maps = backbone(x)
     handle.remove()
     assert same(maps[1:], frozen[1:])
-    added = attention.to_k.lora_A["default"](inputs[0]).sum(-1).unflatten(1, (16, 16))[:, None, :9, :13]
+    added = attention.to_k.lora_A["default"](inputs[0]).sum(-1).unflatten(1, (8, 8))[:, None, :5]
     assert not torch.equal(maps[0], frozen[0])
     torch.testing.assert_close(maps[0], frozen[0] + added, rtol=1e-4, atol=1e-4)
     [keys] = backbone.forward_activations(x, [f"{path}.to_k"], as_maps=True).values()
@@ -302,8 +311,8 @@ def test_a_head_on_kept_latents_learns_what_it_learns_on_images(x):
             backbone.encoder.to("meta")
         losses.append([])
         for _ in range(3):
-            maps = backbone.forward_latents(z, (70, 100)) if kept else backbone(x)
-            loss = torch.nn.functional.cross_entropy(head(maps[-1]), torch.zeros(2, 3, 4, dtype=torch.long))
+            maps = backbone.forward_latents(z, (40, 60)) if kept else backbone(x)
+            loss = torch.nn.functional.cross_entropy(head(maps[-1]), torch.zeros(2, 2, 2, dtype=torch.long))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
