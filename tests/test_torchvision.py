@@ -41,7 +41,7 @@ def sample(height=77, width=101, n=2):
     return [torch.rand(3, height, width, generator=generator) for _ in range(n)], targets
 
 
-def detector(kind, backbone, out_channels=32):
+def detector(kind, backbone, out_channels=64):
     fpn = PyramidFPN(backbone, out_channels, extra="pool" if kind in (FasterRCNN, MaskRCNN) else "p6p7")
     if kind is RetinaNet:
         return kind(fpn, anchor_generator=fpn.anchors(4, octaves=3), **SMALL, **fpn.transform)
@@ -116,7 +116,7 @@ def test_anchors_lie_where_the_maps_do(tiny_folder):
 def test_the_default_anchors_fit_the_strides_that_the_page_names(tiny_folder):
     images, targets = sample(n=1)
     for kind, strides, extra in ((FasterRCNN, (4, 8, 16, 32), "pool"), (RetinaNet, (8, 16, 32), "p6p7"), (FCOS, (8, 16, 32), "p6p7")):
-        fpn = PyramidFPN(db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_strides=strides), 32, extra=extra)
+        fpn = PyramidFPN(db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_strides=strides), 64, extra=extra)
         default = kind(fpn, **SMALL, **fpn.transform)
         torch.manual_seed(0)
         assert sum(default.train()(images, targets).values()).isfinite()
@@ -137,9 +137,9 @@ def test_levels_can_be_chosen(tiny_folder):
 
 def test_a_detector_learns(tiny_folder):
     torch.manual_seed(0)
-    model = detector(RetinaNet, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")), out_channels=32).train()
+    model = detector(RetinaNet, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))).train()
     images, targets = sample(n=1)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4)
     losses = []
     for _ in range(20):
         loss = sum(model(images, targets).values())
@@ -153,7 +153,7 @@ def test_a_detector_learns(tiny_folder):
 def test_a_detector_without_our_normalisation_is_an_error(tiny_folder):
     fpn = PyramidFPN(db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_strides=(4, 8, 16, 32)), 8)
     model = FasterRCNN(fpn, **SMALL).eval()
-    with pytest.raises(ValueError, match=r"takes images in \[-1, 1\], got values in \[-1.*PyramidFPN.transform"):
+    with pytest.raises(ValueError, match=r"takes images in \[-1, 1\], got values in \[-.*PyramidFPN.transform"):
         model(sample()[0])
 
 

@@ -17,18 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator  # type: ignore[import-untyped]
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign  # type: ignore[import-untyped]
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7  # type: ignore[import-untyped]
 
 from diffusion_backbones import inputs
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import take
-from diffusion_backbones.integrations import missing
-
-try:
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-except (ImportError, RuntimeError) as error:            # a torchvision that was built for another torch raises RuntimeError
-    raise missing("torchvision", "torchvision", ImportError(str(error))) from error
 
 EXTRA = {"pool": ("pool",), "p6p7": ("p6", "p7"), None: ()}
 """What may follow the last level of a :class:`PyramidFPN`, each map of twice the stride of the one before."""

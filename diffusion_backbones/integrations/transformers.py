@@ -28,7 +28,7 @@ try:
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
     from transformers.modeling_outputs import BackboneOutput
 except ImportError as error:
-    raise missing("transformers 5", "transformers", error) from error
+    raise missing("transformers 5.2 or newer", "transformers", error) from error
 
 PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 """Keywords of any transformers image processor, after which an image is in [-1, 1]. Most have ImageNet's by default."""
@@ -150,17 +150,19 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         """Nothing is drawn again."""
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Called with the model itself after it was loaded: the loader unfreezes every parameter, and leaves buffers that are in no file uninitialised."""
+        """Called with the model itself once it is loaded, to repair what the loader does: it unfreezes every parameter, leaves buffers
+        that are in no file uninitialised, and gives views into a file, at addresses where the CPU's kernels may round differently."""
         if module is not self:
             return
+        for tensor in [*self.parameters(), *self.buffers()]:
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self._trained)
-        denoiser, device = self.diffusion_backbone.denoiser, self.device
         for name in self._uncomputed:
             owner, _, leaf = name.rpartition(".")
             self.get_submodule(owner).register_buffer(leaf, self.get_buffer(name).to("meta"), persistent=False)
-        if self._uncomputed:
-            self.diffusion_backbone.family.fill_buffers(denoiser, device)
+        self.diffusion_backbone.family.fill_buffers(self.diffusion_backbone.denoiser, self.device)
 
 
 AutoConfig.register(DiffusionBackboneConfig.model_type, DiffusionBackboneConfig)
