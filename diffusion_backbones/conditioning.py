@@ -72,7 +72,7 @@ class Prompter:
         with _encoding:                         # two threads load one text encoder, not two
             row = _read(path)
             if row is None:
-                with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+                with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
                     row = FAMILIES[self.family].encode_prompts(self.configs, source.text, [prompt], self.padding)
                 _write(path, row)
         return row

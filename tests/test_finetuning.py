@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from snippets import blocks, printed, promised
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
@@ -96,12 +97,11 @@ def test_copies_saved_folders_and_shorter_networks_are_what_was_trained(way, x, 
     for other in (again, copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
         assert same(other(x), maps)
 
-    saved = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}")
-    assert not trained(saved)
-    assert not any("lora" in name for name in saved.state_dict()), "adapters are merged"
+    saved = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}", trainable=way)
     for a, b in zip(saved(x), maps, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert list(trained(db.create_model(f"local-dir:{tmp_path}", trainable=way))) == list(trained(backbone))
+    assert list(trained(saved)) == list(trained(backbone))
+    assert load_file(tmp_path / "model.safetensors").keys() == build(False).state_dict().keys() - {"canvas"}, "adapters are merged"
 
     backbone.prune_intermediate_layers([1, 2])
     backbone.zero_grad()
@@ -149,11 +149,16 @@ def test_bfloat16_trains(way, x):
     """Under autocast with weights in float32, and with weights in bfloat16."""
     backbone = build(way)
     optimizer = torch.optim.Adam(trained(backbone).values(), 1e-3)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = [step(backbone, optimizer, x) for _ in range(8)]
+    losses = []
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(loss_of(backbone(x)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
     assert losses[-1] < losses[0]
     assert {p.dtype for p in trained(backbone).values()} == {torch.float32}
-    half = build(way, dtype=torch.bfloat16)
+    half = build(way).to(torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     loss_of(half(x)).backward()
     assert all(p.grad.isfinite().all() for p in trained(half).values())
@@ -170,7 +175,7 @@ for way in (True, "lora", "prompt"):
     backbone = db.create_model("tinysd_gdf", pretrained=True, trainable=way)
     model = torch.nn.parallel.DistributedDataParallel(backbone)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
-    for step in range(3):
+    for step in range(2):
         sum(m.pow(2).mean() for m in model(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -199,7 +204,7 @@ def test_timm_groups_by_depth_and_spares_the_prompt(way):
     backbone = build(way)
     groups = param_groups_layer_decay(backbone, layer_decay=0.5, no_weight_decay_list=backbone.no_weight_decay())
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in trained(backbone).values()}
-    decay = {id(p): g["weight_decay"] for g in param_groups_weight_decay(backbone, 0.1, backbone.no_weight_decay()) for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in param_groups_weight_decay(backbone, 0.1, no_weight_decay_list=backbone.no_weight_decay()) for p in g["params"]}
     assert ({decay[id(p)] for p in trained(backbone).values()} == {0.0}) == (way == "prompt")
     if way == "lora":
         scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -212,7 +217,7 @@ def test_timm_groups_by_depth_and_spares_the_prompt(way):
 # Adapters.
 
 
-@pytest.mark.parametrize(("checkpoint", "recipe"), [("sd15", "sd15_gdf"), ("sdxl", "sdxl_gdf"), ("dit_xl_256", ["vit-block3-out"])])
+@pytest.mark.parametrize(("checkpoint", "recipe"), [("sd15", "sd15_gdf"), ("dit_xl_256", ["vit-block3-out"])])
 def test_adapters_are_on_the_projections_that_are_left(checkpoint, recipe, tiny_folder, x):
     name, recipe = (recipe, None) if isinstance(recipe, str) else (checkpoint, recipe)
     backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(checkpoint), trainable="lora", lora_rank=2)

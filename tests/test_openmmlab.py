@@ -239,14 +239,14 @@ def test_another_normalisation_is_noticed(backbone):
 
 
 def ade20k(root):
-    for part in ("training", "validation"):
-        for i in range(2):
+    for part, count in (("training", 2), ("validation", 1)):
+        for i in range(count):
             yield root / "images" / part / f"ADE_{i:08}.jpg", root / "annotations" / part / f"ADE_{i:08}.png", (96, 128), 151
 
 
 def cityscapes(root):
-    for part in ("train", "val"):
-        for i in range(2):
+    for part, count in (("train", 2), ("val", 1)):
+        for i in range(count):
             name = f"aachen_{i:06}_000019"
             yield root / f"leftImg8bit/{part}/aachen/{name}_leftImg8bit.png", root / f"gtFine/{part}/aachen/{name}_gtFine_labelTrainIds.png", (64, 128), 19
 
@@ -287,13 +287,14 @@ def test_a_config_fits_its_backbone(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_config_trains(path, tiny_folder, tmp_path):
+    """In float32, since float16 is slow on a CPU."""
     cfg = Config.fromfile(path)
     folder = tiny_folder(cfg.model.backbone.name.partition("_")[0])
     channels = db.create_model(cfg.model.backbone.name, checkpoint_path=folder).feature_info.channels()
     auxiliary = channels[cfg.model.auxiliary_head.in_index]
     shrink(cfg.model, 16)
     cfg.merge_from_dict(dict(
-        model=dict(backbone=dict(checkpoint_path=str(folder), dtype="bfloat16"), decode_head=dict(in_channels=channels, channels=16),
+        model=dict(backbone=dict(checkpoint_path=str(folder), dtype="float32"), decode_head=dict(in_channels=channels, channels=16),
                    auxiliary_head=dict(in_channels=auxiliary, channels=16)),
         train_cfg=dict(max_iters=1, val_interval=1), default_hooks=dict(logger=dict(interval=1)),
         work_dir=str(tmp_path / "work"), experiment_name=f"{path.stem}_{tmp_path.name}",
@@ -305,7 +306,7 @@ def test_a_config_trains(path, tiny_folder, tmp_path):
         loader.dataset.data_root = str(tmp_path / "data")
     try:
         runner = Runner.from_cfg(cfg)
-        assert len(runner.train_dataloader.dataset) == len(runner.val_dataloader.dataset) == 2
+        assert (len(runner.train_dataloader.dataset), len(runner.val_dataloader.dataset)) == (2, 1)
         head = runner.model.decode_head
         before = head.fpn_bottleneck.conv.weight.clone()
         runner.train()
@@ -316,7 +317,6 @@ def test_a_config_trains(path, tiny_folder, tmp_path):
     assert all(np.isfinite(scalars[f"train/{name}"].current()) for name in ("decode.loss_ce", "decode.loss_lovasz", "aux.loss_ce"))
     assert 0 <= scalars["val/mIoU"].current() <= 100
     assert not torch.equal(head.fpn_bottleneck.conv.weight, before)
-    assert runner.model.backbone.net.denoiser.conv_in.weight.dtype == torch.bfloat16
     assert (tmp_path / "work" / "iter_1.pth").is_file()
 
 

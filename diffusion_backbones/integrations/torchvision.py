@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator  # type: ignore[import-untyped]
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign  # type: ignore[import-untyped]
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7  # type: ignore[import-untyped]
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from diffusion_backbones import inputs
 from diffusion_backbones.backbone import DiffusionBackbone
