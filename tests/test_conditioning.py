@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import diffusion_backbones as db
 from diffusion_backbones import conditioning
 from diffusion_backbones.conditioning import Prompter
-from diffusion_backbones.families import clip
+from diffusion_backbones.families import FAMILIES, clip
 from diffusion_backbones.sources import Folder
 
 X = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64).cos()
@@ -202,6 +202,14 @@ def test_what_changes_the_embedding_is_part_of_its_key(what, tiny_folder, built,
     else:
         prompter(tiny_folder("sd15"))(["a cat"])
     assert len(built) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "flux2_klein_4b", "sd15"])
+def test_a_prompt_holds_no_graph_of_its_encoder(name, tiny_folder, cache):
+    folder = Folder(tiny_folder(name))
+    family = db.get_checkpoint(name).family
+    rows = Prompter(family, folder.configs(FAMILIES[family]), folder, "max_length")(["a cat"])
+    assert not any(tensor.requires_grad for tensor in rows.values())
 
 
 def test_a_broken_cached_prompt_is_made_again(tiny_folder, built, cache, caplog):

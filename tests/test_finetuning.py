@@ -75,7 +75,7 @@ def test_training_starts_from_the_frozen_features_and_moves_only_its_own_paramet
     optimizer = torch.optim.Adam(trained(backbone).values(), 1e-3)
     backbone.train()
     assert (backbone.training, backbone.denoiser.training, backbone.encoder.training) == (True, way != "prompt", False)
-    losses = [step(backbone, optimizer, x) for _ in range(10)]
+    losses = [step(backbone, optimizer, x) for _ in range(6)]
     assert losses[-1] < losses[0]
     assert {n for n, p in trained(backbone).items() if p.grad is None} == set(), "DDP would stop on these"
     moved = {n for n, t in backbone.state_dict().items() if not torch.equal(t, before[n])}
@@ -84,7 +84,7 @@ def test_training_starts_from_the_frozen_features_and_moves_only_its_own_paramet
     assert all(finetuning.trains(way, n) for n in moved)
 
 
-@every_way
+@pytest.mark.parametrize("way", ["lora", "prompt"])
 def test_copies_saved_folders_and_shorter_networks_are_what_was_trained(way, x, tmp_path):
     backbone = build(way)
     optimizer = torch.optim.Adam(trained(backbone).values(), 1e-3)

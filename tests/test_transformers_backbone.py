@@ -57,6 +57,10 @@ def equal(maps, others):
     return all(torch.equal(a, b) for a, b in zip(maps, others, strict=True))
 
 
+def tensors_of(module):
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
 def upernet(config):
     return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, use_auxiliary_head=False))
 
@@ -97,11 +101,15 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_
     assert equal(model(x).feature_maps, maps)
     model.save_pretrained(tmp_path)
     assert {"config.json", "model.safetensors"} == {path.name for path in tmp_path.iterdir()}
-    for network in ("denoiser", "encoder"):
-        for p in getattr(backbone, network).parameters():
-            p.data.zero_()                                          # nothing is shared with what is loaded
+    expected = {name: tensor.clone() for name, tensor in tensors_of(backbone)}
+    for _, tensor in tensors_of(backbone):
+        tensor.data.zero_()                                         # nothing is shared with what is loaded
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     again = DiffusionBackboneModel.from_pretrained(tmp_path)
+    loaded = dict(tensors_of(again.diffusion_backbone))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected), "weights, buffers in the file, and positions in no file"
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values()), "kernels round differently where a mapped file happens to put weights"
     assert equal(again(x).feature_maps, maps)
     assert again.channels == backbone.feature_info.channels()
     assert again.diffusion_backbone.feature_info.reduction() == backbone.feature_info.reduction()
@@ -241,7 +249,12 @@ def test_a_config_is_json_and_its_copies_share_the_backbone(make, tmp_path):
     check_frozen(random)
 
 
-def test_bad_configs_are_refused(make, tmp_path):
+def test_adapters_are_no_part_of_a_config(make):
+    with pytest.raises(ValueError, match=r"trainable=True or False, and this backbone is trainable='lora'; save it"):
+        DiffusionBackboneConfig.from_backbone(make(trainable="lora"))
+
+
+def test_bad_configs_are_refused(make):
     with pytest.raises(TypeError, match=r"from_backbone\(create_model\(...\)\), got backbone='sd15_gdf'"):
         DiffusionBackboneConfig("sd15_gdf")
     backbone = make()

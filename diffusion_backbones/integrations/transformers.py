@@ -90,8 +90,8 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
             ValueError: Adapters or a prompt are trained.
         """
         if isinstance(backbone.trainable, str):
-            way = f"trainable={backbone.trainable!r}"
-            raise ValueError(f"a config says trainable=True or False, and this backbone has {way}; save it, and read it back as one of those")
+            said = f"a config says trainable=True or False, and this backbone is trainable={backbone.trainable!r}"
+            raise ValueError(f"{said}; save it, and read it back as one of those")
         config = cls(json.loads(json.dumps(describe(backbone))), backbone.trainable, **kwargs)
         config.held = Held(backbone)
         return config
