@@ -228,8 +228,9 @@ class DiffusionBackbone(TimmInterface):
         """
         sites = [self._find(id) for id in ([ids] if isinstance(ids, str) else ids)]
         inner = [site for site in sites if not site.encoder]
-        z, size, acts = self._input(x, call, sites)
+        self.encoder_recorder.watch(self.encoder, [site for site in sites if site.encoder])
         self.recorder.watch(self.denoiser, inner)
+        z, size, acts = self._input(x, call, sites)
         acts |= self._run(z, size, inner, call, average_heads)
         if not as_maps:
             return acts
@@ -283,7 +284,6 @@ class DiffusionBackbone(TimmInterface):
             self._no_image_for(fine)
             return z, self._check_latents(z, None), {}
         assert x is not None
-        self.encoder_recorder.watch(self.encoder, fine)
         with self.encoder_recorder.recording(fine) as recorded:
             z = self.encode(x)
         return z, (x.shape[-2], x.shape[-1]), {site.id: capture.read(recorded, site)[0].to(_dtype(self.denoiser)) for site in fine}

@@ -33,7 +33,7 @@ def test_every_activation_is_that_of_the_stock_network(name, timestep, latent, t
     backbone = db.create_model(name, recipe=["unet-out"], checkpoint_path=tiny_folder(name), noise="none")
     ids = list(backbone.catalogue)
     assert (len(ids), sum(not id.endswith("-map") for id in ids)) == COUNTS[name]
-    everything = [site.id for site in backbone.catalogue.all()]
+    everything = [site.id for site in backbone.catalogue.all() if not site.encoder]
     torch.manual_seed(1)
     z = torch.randn(2, 4, *latent)
     size = (latent[0] * 8, latent[1] * 8)
