@@ -299,7 +299,9 @@ def _build(
     levels = pyramid.make_levels(family.levels(configs, recipe, catalogue))
     levels = tuple(levels[i] for i in sorted(take(out_indices, len(levels))))
     if options.encoder_levels:
-        levels = (*pyramid.fine(catalogue.all(), out_strides or (), levels), *levels)
+        if not out_strides:
+            raise ValueError("encoder_levels=True fills strides that the recipe lacks, so it needs out_strides=, such as (4, 8, 16, 32)")
+        levels = (*pyramid.fine(catalogue.all(), out_strides, levels), *levels)
     sites = [site for level in levels for site in level.sites]
     postops.check(recipe, [site for site in sites if not site.encoder])
     if options.trainable == "prompt":

@@ -98,5 +98,7 @@ def test_what_cannot_be_is_refused(folder, x):
         db.create_model("sd15_gdf", device="meta", out_strides=(3, 8), encoder_levels=True)
     with pytest.raises(ValueError, match="no map of the image encoder has stride 4; it has none that can be read"):
         db.create_model("sana_1600m_1024", recipe=["vit-block3-out"], device="meta", out_strides=(4, 8), encoder_levels=True)
+    with pytest.raises(ValueError, match=r"encoder_levels=True fills strides .* needs out_strides=, such as \(4, 8, 16, 32\)"):
+        db.create_model("sd15_gdf", device="meta", encoder_levels=True)
     with pytest.raises(KeyError, match="encoder-level9-repeat0-res-out"):
         db.create_model("sd15", recipe=["encoder-level9-repeat0-res-out"], device="meta")
