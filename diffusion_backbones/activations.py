@@ -4,9 +4,9 @@ The vocabulary is GDF's (https://arxiv.org/abs/2410.03558), because the publishe
 into a typed :class:`ActivationId`; a family lists the :class:`Site` of every id that its network has, from the architecture
 config alone; a :class:`Catalogue` looks ids up and explains the ones that are not there.
 
-Three kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
-(https://arxiv.org/abs/2406.02842); ``encoder-level...``, fine maps of the image encoder as ODISE reads them (https://arxiv.org/abs/2303.04803);
-and any stock module path such as ``up_blocks.1.resnets.2``.
+Four kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
+(https://arxiv.org/abs/2406.02842); ``encoder-level...``, fine maps of the image encoder, and ``up-level...-res-in``, what enters a residual block
+with its skip, both as ODISE reads them (https://arxiv.org/abs/2303.04803); and any stock module path such as ``up_blocks.1.resnets.2``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _GRAMMAR = [
     r"(?P<stage>unet)-(?P<kind>in|after-conv-in|out)",
     rf"{_STAGE}(?P<kind>downsampler-out|upsampler-out)",
     rf"{_STAGE}repeat(?P<repeat>{_NUMBER})-(?P<kind>res-increment|res-out|vit-out)",
+    rf"(?P<stage>up)-level(?P<level>{_NUMBER})-repeat(?P<repeat>{_NUMBER})-(?P<kind>res-in)",
     rf"{_STAGE}repeat(?P<repeat>{_NUMBER})-{_BLOCK}",
     rf"(?P<stage>mid)-repeat(?P<repeat>{_NUMBER})-(?P<kind>res-increment|res-out)",
     r"(?P<stage>mid)-(?P<kind>vit-out)",
@@ -62,7 +63,7 @@ class ActivationId:
     @property
     def in_gdf(self) -> bool:
         """Whether GDF's grammar has this id."""
-        return self.stage not in ("module", "encoder") and not self.kind.endswith(("self-out", "cross-out"))
+        return self.stage not in ("module", "encoder") and not self.kind.endswith(("self-out", "cross-out", "res-in"))
 
 
 def parse(text: str) -> ActivationId:

@@ -14,8 +14,9 @@ import torch
 RULES = [
     (r"^unet-in$", "conv_in<"), (r"^unet-after-conv-in$", "conv_in"), (r"^unet-out$", "conv_out"),
     (r"^(down|up)-level(\d+)-(down|up)sampler-out$", r"\1_blocks.\2.\3samplers.0"),
+    (r"^encoder-level(\d+)-repeat(\d+)-", r"encoder.down_blocks.\1.@\2-"),
     (r"^(down|up)-level(\d+)-repeat(\d+)-", r"\1_blocks.\2.@\3-"), (r"^mid-repeat(\d+)-", r"mid_block.@\1-"), (r"^mid-", "mid_block.@0-"),
-    (r"@(\d+)-res-increment$", r"resnets.\1.conv2"), (r"@(\d+)-res-out$", r"resnets.\1"),
+    (r"@(\d+)-res-increment$", r"resnets.\1.conv2"), (r"@(\d+)-res-out$", r"resnets.\1"), (r"@(\d+)-res-in$", r"resnets.\1<"),
     (r"@(\d+)-vit-out$", r"attentions.\1"), (r"@(\d+)-vit-block(\d+)-out$", r"attentions.\1.transformer_blocks.\2"),
     (r"@(\d+)-vit-block(\d+)-", r"attentions.\1.transformer_blocks.\2."),
     (r"\.ffn-inner$", ".ff.net.0"), (r"\.self-([qkv])$", r".attn1.to_\1"), (r"\.cross-q$", ".attn2.to_q"),
@@ -31,7 +32,7 @@ def path(id: str) -> str:
 
 
 class Oracle:
-    """Runs a whole U-Net with hooks on every module and answers for ids.
+    """Runs a whole U-Net (or watches an image encoder) with hooks on every module and answers for ids.
 
     ``plain`` is for networks whose attention has no transformer around it.
     """

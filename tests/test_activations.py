@@ -23,6 +23,7 @@ def catalogue(name):
         ("mid-repeat1-res-out", "mid", None, 1, None, "res-out"),
         ("mid-vit-block12-ffn-inner", "mid", None, None, 12, "ffn-inner"),
         ("mid-vit-out", "mid", None, None, None, "vit-out"),
+        ("up-level3-repeat2-res-in", "up", 3, 2, None, "res-in"),
         ("up-level2-upsampler-out", "up", 2, None, None, "upsampler-out"),
         ("unet-after-conv-in", "unet", None, None, None, "after-conv-in"),
         ("vit-block30-norm-out", "vit", None, None, 30, "norm-out"),
@@ -34,7 +35,7 @@ def catalogue(name):
 def test_ids_are_taken_apart(text, stage, level, repeat, block, kind):
     id = parse(text)
     assert (id.text, id.stage, id.level, id.repeat, id.block, id.kind) == (text, stage, level, repeat, block, kind)
-    assert id.in_gdf == (stage != "module" and kind != "self-out")
+    assert id.in_gdf == (stage != "module" and kind not in ("self-out", "res-in"))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,9 @@ def test_counts(name, count, without_maps):
     ("name", "id", "path", "channels", "stride"),
     [
         ("sd15", "up-level1-repeat1-vit-block0-cross-q", "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q", 1280, 32),
+        ("sd15", "up-level0-repeat2-res-in", "up_blocks.0.resnets.2.norm1", 2560, 64),
+        ("sd15", "up-level1-repeat2-res-in", "up_blocks.1.resnets.2.norm1", 1920, 32),
+        ("sd15", "up-level3-repeat2-res-in", "up_blocks.3.resnets.2.norm1", 640, 8),
         ("sd15", "up-level2-upsampler-out", "up_blocks.2.upsamplers.0", 640, 8),
         ("sd15", "up-level3-repeat0-vit-block0-self-k", "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k", 320, 8),
         ("sd15", "mid-vit-block0-self-map", "mid_block.attentions.0.transformer_blocks.0.attn1", 8, 64),

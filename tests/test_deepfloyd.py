@@ -71,7 +71,10 @@ def noisy(backbone, x, timestep):
 def test_every_activation_is_that_of_the_stock_network(timestep, size, folder):
     backbone = db.create_model(NAME, recipe=["unet-out"], checkpoint_path=folder, timestep=timestep)
     sites = backbone.catalogue.all()
-    assert len(sites) == len(list(backbone.catalogue)) == 3 + RESIDUAL + SAMPLERS + 6 * ATTENDED
+    extensions = [site.id for site in sites if site.id not in list(backbone.catalogue)]
+    assert len(sites) - len(extensions) == 3 + RESIDUAL + SAMPLERS + 6 * ATTENDED
+    assert all(id.endswith("res-in") for id in extensions)
+    assert len(extensions) == sum(id.startswith("up") and id.endswith("res-out") for id in backbone.catalogue)
     torch.manual_seed(1)
     x, text = torch.rand(2, 3, *size) * 2 - 1, torch.randn(2, 77, tiny.T5["d_model"])
     oracle = Stock(stock(folder))

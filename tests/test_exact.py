@@ -67,6 +67,7 @@ def test_a_pyramid_is_the_whole_published_path(name, tiny_folder, photo):
     padded = torch.zeros(1, 3, height, width)
     padded[..., :90, :130] = x
     backbone = db.create_model(name, checkpoint_path=tiny_folder(checkpoint.name))
+    vae = Oracle(networks["vae"])
     with torch.no_grad():
         z = networks["vae"].encode(padded).latent_dist.mode()
     z = z * (networks["vae"].config.scaling_factor if recipe.scaled else 1)
@@ -82,7 +83,7 @@ def test_a_pyramid_is_the_whole_published_path(name, tiny_folder, photo):
             cond["added_cond_kwargs"] = {"text_embeds": backbone.conditioning.pooled_prompt_embeds, "time_ids": time_ids}
         oracle(z_t, recipe.timestep, **cond)
         for id in recipe.ids:
-            act = oracle[id]
+            act = (vae if id.startswith("encoder") else oracle)[id]
             stride = backbone.catalogue[id].stride
             if act.ndim == 3:
                 act = act.reshape(1, height // stride, width // stride, -1).permute(0, 3, 1, 2)
@@ -107,6 +108,7 @@ PUBLISHED = {
     "sd15_cleandift": (261, "none", {}, 0.18215),
     "sd21_cleandift": (261, "none", {}, 0.18215),
     "sd15_hyperfeatures": (-1, "none", {}, 0.18215),
+    "sd13_odise": (0, "fixed", {}, 0.18215),
     "sd15_sd_dino": (100, "fixed", {}, 0.18215),
     "sd15_vpd": (1, "none", {}, 1.0),
     "sd15_tadp": (1, "none", {}, 0.18215),

@@ -121,10 +121,16 @@ def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> I
         yield from mid_vit("mid", "mid_block.attentions.0", widths[-1], stride, depth, heads[-1])
         yield from _residual("mid-repeat1", "mid_block.resnets.1", widths[-1], stride)
 
+    skips = [widths[0]]
+    for level, width in enumerate(widths):
+        skips += [width] * (repeats[level] + (level < n - 1))
+    entering = widths[-1]
     for level, kind in enumerate(config["up_block_types"]):
         stride, stage, prefix = latent_stride * 2 ** (n - 1 - level), f"up-level{level}", f"up_blocks.{level}"
         width = widths[n - 1 - level]
         for repeat, depth in enumerate(_per_level(up_depths[level], repeats[n - 1 - level] + 1)):
+            yield Site(f"{stage}-repeat{repeat}-res-in", f"{prefix}.resnets.{repeat}.norm1", "in", entering + skips.pop(), stride, "map")
+            entering = width
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", width, stride)
             if vit := _attends(kind):
                 yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", width, stride, depth, heads[n - 1 - level])

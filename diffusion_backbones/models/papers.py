@@ -251,6 +251,15 @@ SD_DINO = Paper(
     arxiv="2305.15347",
 )
 
+ODISE = Paper(
+    key="xu2023odise",
+    title="Open-Vocabulary Panoptic Segmentation with Text-to-Image Diffusion Models",
+    authors="Xu, Jiarui and Liu, Sifei and Vahdat, Arash and Byeon, Wonmin and Wang, Xiaolong and De Mello, Shalini",
+    venue=_CVPR,
+    year=2023,
+    arxiv="2303.04803",
+)
+
 VPD = Paper(
     key="zhao2023unleashing",
     title="Unleashing Text-to-Image Diffusion Models for Visual Perception",

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.4 to 2.1 and SD-Turbo, and the recipes published for them."""
+"""Stable Diffusion 1.3 to 2.1 and SD-Turbo, and the recipes published for them."""
 
 from diffusion_backbones.models import papers
 from diffusion_backbones.recipe import Checkpoint, License, Paper, Recipe
@@ -8,6 +8,17 @@ _OPENRAIL_M = License("creativeml-openrail-m", link="https://huggingface.co/spac
 _OPENRAIL_PP = License("openrail++", link="https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL")
 _REMOVED = "Stability AI removed this repository about 13 November 2025; the mirrors are unofficial."
 _MIRRORS_UNVERIFIED = "The mirrors were not compared with the removed original."
+
+SD13 = register_checkpoint(Checkpoint(
+    name="sd13",
+    title="Stable Diffusion 1.3",
+    hub_id="CompVis/stable-diffusion-v1-3",
+    configs="sd15",
+    license=_OPENRAIL_M,
+    paper=papers.LDM,
+    input_size=512,
+    unverified=("Its repository was not listed: whether it holds .safetensors, which alone are read, is open.",),
+))
 
 SD14 = register_checkpoint(Checkpoint(
     name="sd14",
@@ -179,6 +190,30 @@ register_model(SD15, Recipe(
         "The source also reads up-level3-repeat1-vit-out and drops it.",
     ),
     unverified=("The paper's own tables were not read; its figures are quotations by CleanDIFT.",),
+))
+
+register_model(SD13, Recipe(
+    name="odise",
+    levels=(
+        "encoder-level2-repeat1-res-out",
+        ("encoder-level3-repeat1-res-out", "up-level3-repeat2-res-in"),
+        "up-level2-repeat2-res-in",
+        "up-level1-repeat2-res-in",
+        "up-level0-repeat2-res-in",
+    ),
+    timestep=0,
+    seed=42,
+    input_size=512,
+    paper=papers.ODISE,
+    source="NVlabs/ODISE, odise/modeling/meta_arch/ldm.py",
+    notes=(
+        "ODISE also reads blocks 2 and 5 of the VAE's decoder, which turns the latent back into an image; they are left out.",
+        "ODISE projects every map to 512 channels and sums those of one stride, with trained weights that are not part of this pyramid.",
+        "ODISE conditions on its trained implicit captioner; here the prompt is empty, and prompt_embeds= in a call replaces it.",
+        "ODISE cuts images into windows of 512 x 512; here the image is read whole.",
+        "Here noise is cropped from a canvas of seed 42, so its values differ from the source's.",
+        "Maps of the image encoder need the image: cached latents cannot be read with this recipe.",
+    ),
 ))
 
 _VPD_LEVELS = ("up-level3-repeat2-vit-out", "up-level2-repeat1-vit-out", "up-level1-repeat1-vit-out", "up-level0-repeat1-res-out")

@@ -14,5 +14,7 @@ TINYSD = register_checkpoint(Checkpoint(
     status="Trained from scratch for this package on drawn scenes: data, training, figures and limits are in docs/tinysd.md",
 ))
 
-for _name in ("sd15_gdf", "sd15_legacy", "sd15_hyperfeatures", "sd15_sd_dino", "sd15_vpd", "sd15_tadp", "sd21_dift", "sd21_dift_geo", "sd21_genpercept"):
+for _name in (
+    "sd15_gdf", "sd15_legacy", "sd15_hyperfeatures", "sd15_sd_dino", "sd15_vpd", "sd15_tadp", "sd13_odise", "sd21_dift", "sd21_dift_geo", "sd21_genpercept",
+):
     register_model(TINYSD, get_declaration(_name).recipe.override(input_size=256))
