@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,31 @@ class DiffusionBackbone(TimmInterface):
         maps = {s.id: pyramid.to_map(acts[s.id], s, height, width) for s in sites if s.layout != "attention"}
         return {s.id: pyramid.assemble(LevelInfo((s,)), maps, size) if s.id in maps else acts[s.id] for s in sites}
 
+    def visit_activations(self, x: Tensor | None, ids: Sequence[str], visit: Callable[[Site, Tensor], None], **call: Any) -> None:
+        """Single activations of the denoiser as maps, handed on one by one while it runs: however many they are, one is in memory.
+
+        Args:
+            x: As in :meth:`forward`.
+            ids: As in :meth:`forward_activations`; none of an image encoder, and no attention map, which is no map of an image.
+            visit: Called with the site and its map (B, C, h, w), ensemble draws one after another along the batch, once for every id, in forward order.
+            **call: See the class.
+
+        Raises:
+            KeyError: As in :meth:`forward_activations`.
+            ValueError: An id that cannot be visited, or the network did not compute one.
+        """
+        sites = [self._find(id) for id in ids]
+        if unfit := [site.id for site in sites if site.encoder or site.layout not in ("map", "tokens")]:
+            raise ValueError(f"{', '.join(unfit)} cannot be visited; read such activations with forward_activations")
+        self.recorder.watch(self.denoiser, sites)
+        z, size, _ = self._input(x, call, sites)
+        height, width = (s * self.latent_stride for s in z.shape[-2:])
+
+        def give(site: Site, act: Tensor) -> None:
+            visit(site, pyramid.assemble(LevelInfo((site,)), {site.id: pyramid.to_map(act, site, height, width)}, size))
+
+        self._run(z, size, sites, call, visit=give)
+
     def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any], fine: Mapping[str, Tensor]) -> list[Tensor]:
         maps_out = self._channels_and_strides()
         needed = sorted({maps_out[i][2] for i in indices})
@@ -249,8 +274,16 @@ class DiffusionBackbone(TimmInterface):
         native = {i: pyramid.assemble(self.levels[i], maps, size) for i in needed}
         return [pyramid.resample(native[level], self.levels[level].stride, stride, size) for _, stride, level in (maps_out[i] for i in indices)]
 
-    def _run(self, z: Tensor, size: tuple[int, int], sites: Sequence[Site], call: Mapping[str, Any], average_heads: bool = False) -> dict[str, Tensor]:
-        """Noise the latents, run the denoiser once, and read what it computed, averaged over the ensemble."""
+    def _run(
+        self,
+        z: Tensor,
+        size: tuple[int, int],
+        sites: Sequence[Site],
+        call: Mapping[str, Any],
+        average_heads: bool = False,
+        visit: Callable[[Site, Tensor], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Noise the latents, run the denoiser once, and read what it computed: averaged over the ensemble, or as it comes if somebody is to ``visit``."""
         if not sites:
             return {}
         recipe, b = self.declaration.recipe, len(z)
@@ -261,12 +294,20 @@ class DiffusionBackbone(TimmInterface):
         z_t = calls.mix(z, noise, timestep, self.forward_process).to(_dtype(self.denoiser))
         t = calls.timesteps(timestep, b, z.device).repeat(ensemble)
         conditioning = {name: rows.repeat(ensemble, *[1] * (rows.ndim - 1)) for name, rows in self._conditioning(b, call).items()}
-        with self.recorder.recording(sites) as recorded:
-            output = self.family.call(self.denoiser, z_t, t, conditioning, size)
-        acts = {}
-        for site in sites:
+
+        def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
             grid = (z.shape[-2] * self.latent_stride // site.stride, z.shape[-1] * self.latent_stride // site.stride)
-            act = self.family.activation(self.denoiser, site, capture.read(recorded, site), conditioning, grid, average_heads or site.layout == "tokens")
+            return self.family.activation(self.denoiser, site, recorded, conditioning, grid, average_heads or site.layout == "tokens")
+
+        stream = capture.Stream(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
+        with self.recorder.recording(sites, stream) as recorded:
+            output = self.family.call(self.denoiser, z_t, t, conditioning, size)
+        acts: dict[str, Tensor] = {}
+        if stream is not None:
+            stream.close()
+            return acts
+        for site in sites:
+            act = activation(site, capture.read(recorded, site))
             act = capture.tie(act, output) if self.trainable else act
             acts[site.id] = act.view(ensemble, b, *act.shape[1:]).mean(0) if ensemble > 1 else act
         return acts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,14 +60,39 @@ class Recorder:
             store.acts[key] = args[0] if port.startswith("in") else output if isinstance(output, Tensor) else output[_index(port)]
 
     @contextmanager
-    def recording(self, sites: Iterable[Site]) -> Iterator[dict[str, Tensor]]:
-        """Within the ``with`` block, record what this thread's calls of the network produce at ``sites``."""
-        acts: dict[str, Tensor] = {}
+    def recording(self, sites: Iterable[Site], acts: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Within the ``with`` block, record what this thread's calls of the network produce at ``sites``, in a new dictionary or in ``acts``."""
+        acts = {} if acts is None else acts
         self._store.acts, self._store.wanted = acts, frozenset(key for site in sites for key, _, _ in _taps(site))
         try:
             yield acts
         finally:
             self._store.acts = None
+
+
+class Stream(dict[str, Tensor]):
+    """Gives every activation away as soon as it was recorded, and keeps none.
+
+    Args:
+        sites: What is recorded.
+        visit: Called with a site and what was recorded for it, while the network runs.
+    """
+
+    def __init__(self, sites: Iterable[Site], visit: Callable[[Site, tuple[Tensor, ...]], None]):
+        super().__init__()
+        self._visit, self._waiting = visit, {site: [key for key, _, _ in _taps(site)] for site in sites}
+
+    def __setitem__(self, key: str, act: Tensor) -> None:
+        super().__setitem__(key, act)
+        for site in [site for site, keys in self._waiting.items() if key in keys and all(k in self for k in keys)]:
+            self._visit(site, tuple(self[k] for k in self._waiting.pop(site)))
+        for k in [k for k in self if not any(k in keys for keys in self._waiting.values())]:
+            del self[k]
+
+    def close(self) -> None:
+        """Raise ``RuntimeError``, see :func:`read`, if the network ran and something was not recorded."""
+        for site in self._waiting:
+            read(self, site)
 
 
 def read(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from diffusion_backbones import cards, listing, registry
+from diffusion_backbones.selection.cli import select
 from diffusion_backbones.version import __version__
 
 if TYPE_CHECKING:
@@ -89,10 +90,12 @@ def main(traceback: bool) -> None:
       diffusion-backbones activations sd15 cross-q --size 512
       diffusion-backbones extract sd15_gdf photos/ -o features/ --size 512
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
+      diffusion-backbones select tinysd -o selection/
       diffusion-backbones card sd15_gdf
     """
 
 
+main.add_command(select)
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
 
 
@@ -352,7 +355,7 @@ def _build(
     from diffusion_backbones.factory import create_model
     from diffusion_backbones.viz import UNTRAINED
 
-    where = _device(device)
+    where = find_device(device)
     if random_weights:
         torch.manual_seed(0)
     backbone = create_model(
@@ -369,7 +372,7 @@ def _build(
     return Built(backbone, {"random": f"seed 0 on {where.type}"} if random_weights else None)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":

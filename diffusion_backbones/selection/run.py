@@ -1,0 +1,222 @@
+"""The whole selection in one folder: measured, filtered, compared, chosen.
+
+::
+
+    selection/
+      activations.csv       every activation: what it is, costs, is like, why it was dropped, what it scored
+      redundancy.csv        similarity (linear CKA) of those that were measured
+      recipe.yaml           the choice: create_model(checkpoint, recipe="selection/recipe.yaml")
+      measured.json         the properties, so that a second run need not measure again
+      evidence/             what the comparison keeps; may be removed
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffusion_backbones import registry
+from diffusion_backbones.activations import Site
+from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.factory import create_model
+from diffusion_backbones.recipe import Level, Recipe
+from diffusion_backbones.selection import rules as filtering
+from diffusion_backbones.selection.choose import Step, choose
+from diffusion_backbones.selection.compare import Evidence, scores
+from diffusion_backbones.selection.data import Data
+from diffusion_backbones.selection.measure import Measured, candidates, measure
+from diffusion_backbones.selection.properties import Properties
+from diffusion_backbones.selection.reach import Reach, reach
+from diffusion_backbones.selection.rules import Rule
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What came of it.
+
+    Attributes:
+        sites: Every activation that was measured, in forward order.
+        reach: What it takes to reach each.
+        measured: What each is like.
+        dropped: Id -> why it was not compared, "" if it was.
+        scores: Id -> score alone for each split, of those that were compared.
+        metric: Of the scores.
+        steps: The choice, in the order in which it was made.
+        recipe: The choice as a recipe.
+    """
+
+    sites: tuple[Site, ...]
+    reach: dict[str, Reach]
+    measured: Measured
+    dropped: dict[str, str]
+    scores: dict[str, NDArray[np.float64]]
+    metric: str
+    steps: tuple[Step, ...]
+    recipe: Recipe
+
+
+def select(
+    checkpoint: str,
+    data: Data,
+    out: Path,
+    *,
+    pretrained: bool = True,
+    checkpoint_path: Path | None = None,
+    device: torch.device | str | None = None,
+    timestep: float = 50,
+    rules: Sequence[Rule] | None = None,
+    everything: bool = False,
+    draws: int = 2,
+    properties_from: int = 24,
+    channels: int | None = None,
+    gflops: float | None = None,
+    members: int = 6,
+    seed: int = 0,
+    progress: Progress = lambda items, what: items,
+    say: Callable[[str], None] = lambda text: None,
+) -> Selection:
+    """Choose a recipe for a checkpoint. A run that was stopped goes on where it was.
+
+    Args:
+        checkpoint: Of :func:`~diffusion_backbones.list_checkpoints`.
+        data: Images and task; see :mod:`~diffusion_backbones.selection.data`.
+        out: Folder for the results.
+        pretrained, checkpoint_path, device: As for :func:`~diffusion_backbones.create_model`.
+        timestep: At which the network is read.
+        rules: The filter; the paper's by default.
+        everything: Compare also what the rules drop; the choice is still made of the rest.
+        draws: Noise draws for each image that properties are measured on.
+        properties_from: How many of the images those are, at most.
+        channels: Of the whole pyramid, at most.
+        gflops: Of the denoiser up to the last activation, at most.
+        members: Activations in the recipe, at most.
+        seed: Of noise.
+        progress: Wraps what takes long, and is told what it is.
+        say: Is told what is done.
+
+    Raises:
+        KeyError: No such checkpoint.
+        ValueError: Too few images, another size than the network takes, rules that drop everything, or a budget that nothing fits.
+    """
+    filter_rules = list(filtering.load() if rules is None else rules)
+    size = int(data.images[0].shape[-1])
+    blank = create_model(checkpoint, recipe=_last(checkpoint), device="meta")
+    sites = candidates(blank.catalogue[id] for id in blank.catalogue)
+    ids = [site.id for site in sites]
+    costs = reach(blank, ids, size)
+    looked_at = data.images[:properties_from]
+    work = max(cost.gflops for cost in costs.values()) * (draws * len(looked_at) + sum(len(look) for look in data.task.looks)) / 1000
+    passes = f"{len(looked_at)} images x {draws} noise draws and {len(data.task.looks)} looks"
+    say(f"{len(ids)} activations of {checkpoint}; {passes}: {work:,.1f} TFLOPs in the denoiser")
+
+    backbone = create_model(
+        checkpoint, pretrained=pretrained and not checkpoint_path, checkpoint_path=checkpoint_path, recipe=_last(checkpoint), timestep=timestep, device=device
+    )
+    key = {
+        "checkpoint": checkpoint, "weights": dict(backbone.provenance), "timestep": timestep, "size": size, "seed": seed,
+        "data": data.source, "images": _digest(data),
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    measured = _measured(out / "measured.json", backbone, data, ids, {**key, "draws": draws, "measured_on": len(looked_at)}, progress)
+    dropped = filtering.apply(filter_rules, measured.properties)
+    survivors = [site for site in sites if not dropped[site.id]]
+    compared = ids if everything else [site.id for site in survivors]
+    say(f"{len(survivors)} of {len(ids)} pass the filter; comparing {len(compared)} on {data.source}")
+
+    evidence = Evidence(out / "evidence", {**key, "ids": compared})
+    evidence.gather(backbone, data.task, compared, lambda items: progress(items, "looking"))
+    alone = scores(data.task, evidence, compared, lambda items: progress(items, "scoring"))
+    if everything:
+        best = sorted(ids, key=lambda id: -float(alone[id].mean()))[:10]
+        say(f"of the best 10 of all {len(ids)} the filter keeps {sum(not dropped[id] for id in best)}; the best of all is {best[0]}")
+
+    def cost(choice: Sequence[Site]) -> float:
+        return max(costs[site.id].gflops for site in choice)
+
+    steps = choose(
+        survivors, alone, lambda together: data.task.score([evidence[id] for id in together]),
+        channels=channels, cost=cost, budget=gflops, members=members,
+    )  # fmt: skip
+    recipe = _recipe(steps, sites, timestep, data, size)
+    selection = Selection(tuple(sites), costs, measured, dropped, alone, data.task.metric, tuple(steps), recipe)
+    write(selection, out)
+    return selection
+
+
+def write(selection: Selection, out: Path) -> None:
+    """The tables and the recipe."""
+    selection.recipe.to_yaml(out / "recipe.yaml")
+    chosen = {step.id: i + 1 for i, step in enumerate(selection.steps)}
+    with (out / "activations.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "module", "channels", "stride", "gflops", "parameters", *filtering.MEASURED, "dropped", selection.metric, "spread", "chosen"])
+        for site in selection.sites:
+            cost, score = selection.reach[site.id], selection.scores.get(site.id)
+            properties = [f"{getattr(selection.measured.properties[site.id], name):.4g}" for name in filtering.MEASURED]
+            scored = ["", ""] if score is None else [f"{score.mean():.2f}", f"{score.std(ddof=1):.2f}"]
+            row = [site.id, site.path, site.channels, site.stride, f"{cost.gflops:.2f}", cost.parameters, *properties]
+            writer.writerow([*row, selection.dropped[site.id], *scored, chosen.get(site.id, "")])
+    with (out / "redundancy.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        ids = [site.id for site in selection.sites]
+        writer.writerow(["", *ids])
+        for id, row in zip(ids, selection.measured.redundancy.tolist(), strict=True):
+            writer.writerow([id, *(f"{value:.3f}" for value in row)])
+
+
+def _last(checkpoint: str) -> list[str]:
+    """A recipe that keeps the whole network: its last activation that can be a level."""
+    from diffusion_backbones.families import FAMILIES
+
+    known = registry.get_checkpoint(checkpoint)
+    catalogue = FAMILIES[known.family].activations(registry.package_configs(known), checkpoint)
+    return [candidates(catalogue[id] for id in catalogue)[-1].id]
+
+
+def _digest(data: Data) -> str:
+    found = hashlib.sha256()
+    for look in (*data.images, *data.task.looks):
+        found.update(look.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _measured(path: Path, backbone: DiffusionBackbone, data: Data, ids: Sequence[str], key: dict[str, Any], progress: Progress) -> Measured:
+    """The properties, from the file if it was made with the same settings."""
+    if path.is_file():
+        known = json.loads(path.read_text())
+        if known["key"] == key:
+            properties = {id: Properties(**{**values, "similarity": tuple(map(tuple, values["similarity"]))}) for id, values in known["properties"].items()}
+            return Measured(properties, torch.tensor(known["redundancy"]), key["measured_on"], key["draws"])
+    images = data.images[: key["measured_on"]]
+    found = measure(backbone, images, ids, draws=key["draws"], seed=key["seed"], progress=lambda items: progress(items, "measuring"))
+    values = {id: asdict(properties) for id, properties in found.properties.items()}
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"key": key, "properties": values, "redundancy": [[round(v, 4) for v in row] for row in found.redundancy.tolist()]}))
+    new.replace(path)
+    return found
+
+
+def _recipe(steps: Sequence[Step], sites: Sequence[Site], timestep: float, data: Data, size: int) -> Recipe:
+    chosen = {step.id for step in steps}
+    taken = [site for site in sites if site.id in chosen]                        # forward order
+    levels = tuple(Level(tuple(site.id for site in taken if site.stride == stride)) for stride in sorted({site.stride for site in taken}))
+    trail = ", then ".join(f"{step.id} ({data.task.metric} {step.score:.2f})" for step in steps)
+    return Recipe(
+        name="selected",
+        levels=levels,
+        timestep=timestep,
+        input_size=size,
+        source=f"diffusion-backbones select, on {data.source}",
+        notes=(f"Chosen greedily: {trail}.",),
+    )
