@@ -103,13 +103,11 @@ def check_step_and_inference(model):
 
 
 @pytest.mark.parametrize("which", BACKBONES)
-@pytest.mark.parametrize("meta", ["RetinaNet", "GeneralizedRCNN", "SemanticSegmentor"])
+@pytest.mark.parametrize("meta", ["RetinaNet", "SemanticSegmentor"])                   # test_decoders.py has R-CNN
 def test_fpn(meta, which, config):
     model = build_model(config(meta, which))
     assert model.backbone.size_divisibility == BACKBONES[which][2][-1]
-    out = check_step_and_inference(model)
-    if meta == "GeneralizedRCNN":
-        assert out["instances"].pred_masks.shape == (3, 101, 133)
+    check_step_and_inference(model)
 
 
 @pytest.mark.parametrize("meta", ["GeneralizedRCNN", "SemanticSegmentor"])
@@ -124,20 +122,6 @@ def test_without_fpn(meta, config):
 def test_panoptic_fpn(config):
     out = check_step_and_inference(build_model(config("PanopticFPN", "four strides")))
     assert out["panoptic_seg"][0].shape == (101, 133)
-
-
-def test_the_loss_falls(config):
-    torch.manual_seed(0)
-    model = build_model(config("SemanticSegmentor")).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
-    losses = []
-    for _ in range(20):
-        loss = sum(model([sample(64, 96)]).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
 
 
 def test_names_channels_and_strides(config):

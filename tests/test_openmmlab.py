@@ -88,7 +88,7 @@ def loss_of(model, data):
     return model.parse_losses(model(**model.data_preprocessor(copy.deepcopy(data), True), mode="loss"))[0]
 
 
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("heads", [name for name in HEADS if name != "UPerHead"])         # which test_decoders.py has
 @pytest.mark.parametrize("key", BACKBONES)
 def test_a_segmentor_trains_and_predicts_at_odd_sizes(backbone, key, heads):
     model = segmentor(backbone(key), heads)
@@ -106,34 +106,6 @@ def test_a_segmentor_trains_and_predicts_at_odd_sizes(backbone, key, heads):
     model.eval()
     data = model.data_preprocessor(batch(71, 93), False)
     assert model(**data, mode="predict")[0].pred_sem_seg.data.shape == (1, 71, 93)
-
-
-@pytest.mark.parametrize("key", BACKBONES)
-def test_features_are_those_of_create_model(backbone, key):
-    """The preprocessor of the documents turns BGR bytes into what the backbone is given elsewhere, and the adapter adds nothing."""
-    cfg = backbone(key)
-    model = segmentor(cfg).eval()
-    data = batch(71, 93)
-    x = model.data_preprocessor(copy.deepcopy(data), False)["inputs"]
-    rgb = torch.stack([image[[2, 1, 0]] for image in data["inputs"]])
-    assert torch.equal(x, (rgb.float() - 127.5) / 127.5)
-    maps = model.extract_feat(x)
-    assert isinstance(maps, tuple)
-    kwargs = {k: v for k, v in cfg.items() if k != "type"}
-    assert all(torch.equal(a, b) for a, b in zip(maps, db.create_model(**kwargs)(x), strict=True))
-
-
-def test_the_loss_falls(backbone):
-    model = segmentor(backbone("sd15")).train()
-    data, optimizer = batch(64, 64), torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = loss_of(model, data)
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    assert losses[-1] < 0.5 * losses[0], losses
 
 
 def test_the_registries_of_every_library_find_it():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from snippets import blocks, printed, promised
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.models.segmentation.fcn import FCNHead
 
@@ -42,14 +42,12 @@ def sample(height=77, width=101, n=2):
 
 
 def detector(kind, backbone, out_channels=64):
-    fpn = PyramidFPN(backbone, out_channels, extra="pool" if kind in (FasterRCNN, MaskRCNN) else "p6p7")
+    fpn = PyramidFPN(backbone, out_channels, extra="pool" if kind is FasterRCNN else "p6p7")
     if kind is RetinaNet:
         return kind(fpn, anchor_generator=fpn.anchors(4, octaves=3), **SMALL, **fpn.transform)
     if kind is FCOS:
         return kind(fpn, anchor_generator=fpn.anchors(1, ratios=(1.0,)), **SMALL, **fpn.transform)
     parts = {"rpn_anchor_generator": fpn.anchors(), "box_roi_pool": fpn.roi_align(7)}
-    if kind is MaskRCNN:
-        parts["mask_roi_pool"] = fpn.roi_align(14)
     return kind(fpn, **parts, **SMALL, **fpn.transform, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=20, box_detections_per_img=5)
 
 
@@ -58,17 +56,10 @@ def check_frozen(backbone):
     assert not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
 
 
-@pytest.mark.parametrize("kind", [MaskRCNN, RetinaNet, FCOS])
+@pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet, FCOS])
 def test_detectors_train_and_detect(kind, tiny_folder):
-    check_detector(kind, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
-
-
-def test_any_backbone_detects(backbone):
-    check_detector(FasterRCNN, backbone)
-
-
-def check_detector(kind, backbone):
     torch.manual_seed(0)
+    backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     model = detector(kind, backbone)
     images, targets = sample()
     loss = sum(model.train()(images, targets).values())
@@ -78,7 +69,6 @@ def check_detector(kind, backbone):
     check_frozen(backbone)
     found = model.eval()([torch.rand(3, 61, 83)])[0]
     assert found["boxes"].shape == (len(found["scores"]), 4)
-    assert kind is not MaskRCNN or found["masks"].shape == (len(found["scores"]), 1, 61, 83)
 
 
 def test_deeplab_trains_and_segments(backbone):
@@ -133,21 +123,6 @@ def test_levels_can_be_chosen(tiny_folder):
     assert list(fpn.body.channels.values()) == backbone.feature_info.channels()[1:]
     x = torch.rand(1, 3, 50, 70) * 2 - 1
     assert all(torch.equal(a, b) for a, b in zip(fpn.body(x).values(), backbone(x)[1:], strict=True))
-
-
-def test_a_detector_learns(tiny_folder):
-    torch.manual_seed(0)
-    model = detector(RetinaNet, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))).train()
-    images, targets = sample(n=1)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4)
-    losses = []
-    for _ in range(20):
-        loss = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0], losses
 
 
 def test_a_detector_without_our_normalisation_is_an_error(tiny_folder):

@@ -170,30 +170,6 @@ def test_levels_are_chosen_by_index_or_name(make, tmp_path):
     assert not equal(model(x, timestep=400).feature_maps, maps[1:])
 
 
-@pytest.mark.parametrize("kind", ["sd15_gdf", "sdxl_gdf", "one level", "resampled"])
-def test_upernet_trains_and_segments(kind, make):
-    model = upernet(DiffusionBackboneConfig.from_backbone(make(kind)))
-    model.train()(pixel_values=images(), labels=torch.zeros(2, 77, 101, dtype=torch.long)).loss.backward()
-    assert all(p.grad is not None for p in model.decode_head.parameters())
-    check_frozen(model)
-    assert model.eval()(pixel_values=images(61, 83)).logits.shape == (2, 5, 61, 83)
-
-
-def test_upernet_learns(make):
-    torch.manual_seed(0)
-    model = upernet(DiffusionBackboneConfig.from_backbone(make())).train()
-    x, labels = images(64, 64), torch.arange(64).div(13, rounding_mode="floor").repeat(2, 64, 1)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
-    losses = []
-    for _ in range(20):
-        loss = model(pixel_values=x, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0], losses
-
-
 def test_mask2former_trains_and_segments(make):
     model = mask2former(DiffusionBackboneConfig.from_backbone(make("resampled")))
     masks = torch.zeros(2, 64, 96)
