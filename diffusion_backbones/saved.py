@@ -101,7 +101,8 @@ def save(backbone: DiffusionBackbone, folder: Path) -> Path:
     state = {name: tensor for name, tensor in finetuning.merged_state(backbone).items() if name != "canvas"}       # its seed says it
     tensors.write(folder / WEIGHTS, state, {"format": "pt"})
     _write_text(folder / CARD, card(kept(backbone), backbone.configs))
-    _write_text(folder / CONFIG, json.dumps(describe(backbone), indent=2) + "\n")
+    for_timm = {"architecture": backbone.declaration.architecture, "pretrained_cfg": backbone.pretrained_cfg}
+    _write_text(folder / CONFIG, json.dumps({**describe(backbone), **for_timm}, indent=2) + "\n")
     return folder
 
 
@@ -113,7 +114,7 @@ def kept(backbone: DiffusionBackbone) -> Declaration:
 
 
 def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
-    """What ``config.json`` holds."""
+    """What ``config.json`` holds, but for what timm reads there."""
     import diffusers
 
     import diffusion_backbones

@@ -53,7 +53,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "sd21_probe3d": {"name": "sd21_probe3d"},                               # one level
     "sd15_gdf, resampled": {"name": "sd15_gdf", "out_strides": (4, 8, 16, 32)},
 }
-STEPS, SIZE, ODD = 20, (64, 96), (75, 101)
+STEPS, SIZE, ODD = 20, (64, 64), (75, 101)
+original = functools.cache(db.create_model)             # a backbone without any library, built once: frozen, it has no state
 
 
 class Decoder(NamedTuple):
@@ -83,7 +84,7 @@ def openmmlab(backbone: Mapping[str, Any]) -> Decoder:
 
 def mmseg(cfg: dict[str, Any], backbone: Mapping[str, Any]) -> Decoder:
     register_all_modules(init_default_scope=True)
-    channels = db.create_model(**backbone, device="meta").feature_info.channels()
+    channels = original(**backbone).feature_info.channels()
     head = dict(type="UPerHead", in_channels=channels, in_index=list(range(len(channels))), channels=16, num_classes=2, pool_scales=(1, 2))
     head |= dict(norm_cfg=dict(type="BN"), align_corners=False, loss_decode=dict(type="CrossEntropyLoss"))
     pixels = dict(type="SegDataPreProcessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, seg_pad_val=255, size=SIZE)
@@ -138,7 +139,7 @@ def torchvision(backbone: Mapping[str, Any]) -> Decoder:
 
 
 def detectron(backbone: Mapping[str, Any]) -> Decoder:
-    strides = db.create_model(**backbone, device="meta").feature_info.reduction()
+    strides = original(**backbone).feature_info.reduction()
     names = [f"p{stride.bit_length() - 1}" for stride in strides]
     cfg = detectron2.config.get_cfg()
     add_diffusion_config(cfg)
@@ -216,10 +217,10 @@ def infer(decoder: Decoder) -> Tensor:
     return decoder.predict(sample(ODD, 1)[0])
 
 
-def row(library: str, backbone: str, losses: Sequence[float], prediction: Tensor) -> dict[str, str]:
+def row(library: str, backbone: str, keywords: Mapping[str, Any], losses: Sequence[float], prediction: Tensor) -> dict[str, str]:
     """A line of the table."""
     distribution, decoder, _ = LIBRARIES[library]
-    strides = db.create_model(**BACKBONES[backbone], device="meta").feature_info.reduction()
+    strides = original(**keywords).feature_info.reduction()
     return {
         "library": library,
         "version": detectron2.__version__ if library == "detectron2" else version(distribution),        # which may run from a folder
@@ -238,8 +239,8 @@ def main() -> None:
         folder = functools.cache(lambda name: tiny.folder(name, Path(scratch, name)))
         rows = []
         for library, backbone in itertools.product(LIBRARIES, BACKBONES):
-            decoder, _ = build(library, backbone, folder)
-            rows.append(row(library, backbone, list(train(decoder)), infer(decoder)))
+            decoder, keywords = build(library, backbone, folder)
+            rows.append(row(library, backbone, keywords, list(train(decoder)), infer(decoder)))
             print(*rows[-1].values(), sep=", ", flush=True)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

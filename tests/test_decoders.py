@@ -45,10 +45,10 @@ def test_a_decoder_learns_and_predicts(library, backbone, tiny_folder, table):
     ((x, maps),) = seen
     height, width = decoders.ODD
     torch.testing.assert_close(x[..., :height, :width], decoders.symmetric(decoders.sample(decoders.ODD, 1)[0]), rtol=0, atol=1e-6)
-    expected = db.create_model(**keywords | ({"out_strides": decoder.strides} if decoder.strides else {}))(x)
+    expected = decoders.original(**keywords | ({"out_strides": decoder.strides} if decoder.strides else {}))(x)
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
 
-    measured = decoders.row(library, backbone, losses, prediction)
+    measured = decoders.row(library, backbone, keywords, losses, prediction)
     same = ("decoder", "strides", "prediction")
     assert {key: measured[key] for key in same} == {key: table[library, backbone][key] for key in same}, "python tests/decoders.py"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
 import tiny
 import torch
 import transformers
@@ -418,6 +419,7 @@ def test_push_creates_a_repository_of_three_files_that_loads_back(hub, tiny_fold
     assert again.declaration == backbone.declaration
     assert again.provenance == backbone.provenance
     assert equal(again, backbone)
+    assert equal(timm.create_model("hf-hub:me/mine"), backbone)
     backbone.prune_intermediate_layers([0])
     backbone.push_to_hub("me/mine", commit_message="Less")
     assert len(db.create_model("hf-hub:me/mine").levels) == 1

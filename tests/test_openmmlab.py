@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 import warnings
@@ -30,7 +31,7 @@ PIXELS = dict(type="SegDataPreProcessor", mean=[127.5] * 3, std=[127.5] * 3, bgr
 BACKBONES = {
     "sd15": dict(name="sd15_gdf"),
     "sdxl": dict(name="sdxl_gdf"),
-    "one level": dict(name="sd15", recipe=["up-level1-repeat2-res-out"]),
+    "one level": dict(name="sd15", recipe=("up-level1-repeat2-res-out",)),
     "four strides": dict(name="sd15_gdf", out_strides=(4, 8, 16, 32)),
 }
 HEADS = {
@@ -63,8 +64,13 @@ def backbone(tiny_folder):
     return cfg
 
 
+@functools.cache
+def described(**keywords):
+    return db.create_model(**keywords, device="meta").feature_info
+
+
 def segmentor(cfg, heads="UPerHead", pixels=PIXELS):
-    info = db.create_model(**{k: v for k, v in cfg.items() if k != "type"} | dict(device="meta")).feature_info
+    info = described(**{k: v for k, v in cfg.items() if k != "type"})
     parts = HEADS[heads](info.channels(), info.reduction())
     for head in (part for key, part in parts.items() if key.endswith("head")):
         head |= dict(channels=16, num_classes=5, norm_cfg=dict(type="BN"), align_corners=False, dropout_ratio=0, loss_decode=dict(type="CrossEntropyLoss"))

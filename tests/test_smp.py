@@ -58,7 +58,7 @@ def trains(model, backbone, x):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in added)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "four strides"])         # to which the others are resampled
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_trains_and_predicts(frozen, decoder, kind):
     backbone = frozen(kind)

@@ -86,6 +86,18 @@ def test_an_overlay_with_a_saved_backbone_loads_it(tmp_path, photo):
     assert all(torch.equal(a, b) for a, b in zip(model(x), saved(x), strict=True))
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_timm_reads_a_saved_folder_by_itself(pretrained, tmp_path, photo):
+    """With its weights, strides and normalisation, as ours does: nothing that was saved is lost without a word."""
+    saved = db.create_model("tinysd_gdf", pretrained=True, out_strides=(4, 8, 16, 32), timestep=101, input_format="imagenet")
+    model = timm.create_model(f"local-dir:{saved.save_pretrained(tmp_path)}", pretrained=pretrained, features_only=True)
+    x = photo[..., :70, :90]
+    assert all(torch.equal(a, b) for a, b in zip(model(x), saved(x), strict=True))
+    assert timm.data.resolve_model_data_config(model) == timm.data.resolve_model_data_config(saved)
+    last = timm.create_model(f"local-dir:{tmp_path}", features_only=True, out_strides=(8,))
+    assert torch.equal(last(x)[0], saved(x)[1])
+
+
 @pytest.mark.parametrize(("indices", "channels"), [((1,), [96]), ((-3, -2), [48, 96]), (2, [96, 224])])
 def test_out_indices_mean_what_they_mean_in_timm(photo, indices, channels):
     """An integer n is the last n levels; the maps are those of the whole pyramid."""

@@ -20,7 +20,8 @@ def _register(declaration: Declaration) -> None:
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
         from diffusion_backbones.factory import create_model
 
-        return create_model(_full_name(declaration.architecture, kwargs.get("pretrained_cfg")), pretrained, **kwargs)
+        cfg = kwargs.get("pretrained_cfg")
+        return create_model(_saved_in(cfg) or _full_name(declaration.architecture, cfg), pretrained, **kwargs)
 
     default_cfgs.update(generate_default_cfgs({declaration.name: pretrained_cfg(declaration)}))
     if not declaration.tag:
@@ -34,6 +35,13 @@ def _full_name(architecture: str, cfg: Any) -> str:
     """timm splits the tag off and passes it as ``pretrained_cfg``, alone or within the configuration."""
     tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
     return f"{architecture}.{tag}" if tag else architecture
+
+
+def _saved_in(cfg: Any) -> str | None:
+    """Of ``timm.create_model("local-dir:folder")`` timm passes on the architecture that is written there, and the place in ``pretrained_cfg``."""
+    if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
+        return None
+    return f"{cfg['source']}:{cfg['file' if cfg['source'] == 'local-dir' else 'hf_hub_id']}"
 
 
 on_register(_register)
