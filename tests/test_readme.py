@@ -24,7 +24,9 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/README.md", "
              *(f"docs/decoders/{name}.md" for name in ("README", "smp", "torchvision", "transformers", "openmmlab", "detectron2")), "model_cards/README.md"]
 
 RUN = """
-import json, sys
+import contextlib, json, sys
+with contextlib.redirect_stdout(sys.stderr):            # mmseg prints what it does not find
+    import detectron2_source, mmseg.datasets
 from snippets import printed
 names, out = {}, []
 for block in json.load(sys.stdin):
