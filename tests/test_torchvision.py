@@ -81,7 +81,8 @@ def test_deeplab_trains_and_segments(backbone):
     assert model.eval()(torch.rand(1, 3, 61, 83) * 2 - 1)["out"].shape == (1, 5, 61, 83)
 
 
-def test_features_are_the_backbones(backbone):
+def test_a_detector_pads_and_normalises_as_the_backbone_wants(tiny_folder):
+    backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     fpn = PyramidFPN(backbone, 16)
     model = FasterRCNN(fpn, **SMALL, rpn_anchor_generator=fpn.anchors(), box_roi_pool=fpn.roi_align(7), _skip_resize=True, **fpn.transform)
     images, _ = sample(n=1)
@@ -90,7 +91,6 @@ def test_features_are_the_backbones(backbone):
     pixels = torch.stack(images) * 2 - 1
     assert torch.equal(seen[..., :77, :101], pixels)
     assert all(torch.equal(a, b) for a, b in zip(fpn.body(seen).values(), backbone(seen), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(fpn.body(pixels).values(), backbone(pixels), strict=True))
 
 
 def test_anchors_lie_where_the_maps_do(tiny_folder):
