@@ -1,0 +1,81 @@
+"""What the three examples share: their command line, the two backbones, and the drawing of curves and tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+import diffusion_backbones as db
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COLOURS = {"trained": "tab:blue", "untrained": "tab:orange"}
+History = dict[str, list[tuple[int, float]]]
+"""``"loss"`` and the name of a metric -> (step, value)."""
+
+
+def options(doc: str, steps: int) -> argparse.Namespace:
+    """The command line of an example, whose docstring is its help. Makes the output folder."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build") / "examples", metavar="DIR", help="where pictures are written, default %(default)s")
+    parser.add_argument("--backbone", default="tinysd_gdf", metavar="NAME", help="any that list_models() names, default %(default)s")
+    parser.add_argument("--steps", type=int, default=steps, metavar="N", help="optimiser steps for each backbone, default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the head, the batches and the untrained weights, default %(default)s")
+    args = parser.parse_args()
+    if not db.is_model(args.backbone):
+        try:
+            db.get_declaration(args.backbone)
+        except KeyError as error:
+            parser.error(error.args[0])
+    if args.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {args.steps}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def backbones(name: str, seed: int, **kwargs: Any) -> dict[str, db.DiffusionBackbone]:
+    """The backbone with its weights, and the same network with random ones."""
+    trained = db.create_model(name, pretrained=True, device=DEVICE, **kwargs)
+    torch.manual_seed(seed)
+    return {"trained": trained, "untrained": db.create_model(name, device=DEVICE, **kwargs)}
+
+
+def pixels(backbone: db.DiffusionBackbone, images: Sequence[Image.Image]) -> Tensor:
+    """Square pictures -> (N, 3, S, S) in [-1, 1], S the side that the recipe was chosen for."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))
+    return torch.stack([transform(image) for image in images])
+
+
+def table(rows: dict[str, dict[str, float]]) -> None:
+    """Print numbers by row and column."""
+    columns = list(next(iter(rows.values())))
+    print(" " * 24, *(f"{column:>14}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:24}", *(f"{row[column]:14.1f}" for column in columns), flush=True)
+
+
+def curves(path: Path, histories: dict[str, History]) -> None:
+    """Draw the loss and the metric of both backbones over steps."""
+    kinds = list(next(iter(histories.values())))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.2), layout="constrained")
+    for axis, kind in zip(axes, kinds, strict=True):
+        for name, history in histories.items():
+            steps, values = zip(*history[kind], strict=True)
+            axis.plot(steps, values, color=COLOURS[name], alpha=0.3 if kind == "loss" else 1, label=None if kind == "loss" else f"{name} backbone")
+            if kind == "loss":
+                width = max(1, len(values) // 20)
+                smooth = torch.tensor(values).unfold(0, width, 1).mean(1)
+                axis.plot(steps[width - 1 :], smooth, color=COLOURS[name], label=f"{name} backbone")
+        axis.set(xlabel="step", title={"loss": "training loss"}.get(kind, f"{kind}, held out (%)"))
+        axis.set_ylim(bottom=0 if kind != "loss" else None)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

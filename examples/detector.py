@@ -1,0 +1,178 @@
+"""Object detection: torchvision's FCOS on a frozen diffusion backbone.
+
+    python examples/detector.py [--output DIR] [--backbone tinysd_gdf] [--steps N] [--seed S]
+
+A feature pyramid network and the heads of FCOS learn the boxes and the 15 classes of 80 scenes and their mirror images, once on the
+trained backbone and once on the same network with random weights: same seed, same batches, same number of steps. The backbone runs once
+per image, since it stays frozen; what trains reads the maps that are kept. Needs pip install 'diffusion-backbones[train]' pycocotools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from common import COLOURS, DEVICE, History, backbones, curves, options, table
+from matplotlib.patches import Rectangle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+import diffusion_backbones as db
+from diffusion_backbones.integrations.torchvision import PyramidFPN
+from diffusion_backbones.scenes import Scene, load_scenes
+
+BATCH, SHOWN = 8, (0, 3, 7, 12)
+Maps = dict[str, Tensor]
+Target = dict[str, Tensor]
+
+
+class Kept(nn.Module):
+    """Stands where the backbone is, and returns the maps of the images of a batch that were made before."""
+
+    maps: Maps
+
+    def forward(self, x: Tensor) -> Maps:
+        return self.maps
+
+
+def build(backbone: db.DiffusionBackbone, classes: int) -> FCOS:
+    body = PyramidFPN(backbone, out_channels=64, extra="p6p7")
+    anchors, head = body.anchors(1, ratios=(1.0,)), FCOSHead(64, 1, classes, num_convs=2)
+    side = backbone.pretrained_cfg["input_size"][-1]
+    return FCOS(body, classes, min_size=side, max_size=side, anchor_generator=anchors, head=head, score_thresh=0.05, **body.transform).to(DEVICE)
+
+
+@torch.no_grad()
+def features(detector: FCOS, images: Sequence[Tensor], name: str) -> Maps:
+    """Images (3, H, W) in [0, 1] -> the backbone's maps of them, (N, C, h, w) each."""
+    maps = [detector.backbone.body(detector.transform([image.to(DEVICE)])[0].tensors) for image in tqdm(images, name, leave=False, disable=None)]
+    return {level: torch.cat([m[level].cpu() for m in maps]) for level in maps[0]}
+
+
+def run(detector: FCOS, images: Sequence[Tensor], maps: Maps, which: Sequence[int], targets: Sequence[Target] | None = None) -> Any:
+    """The detector on some of the images: losses if there are targets, otherwise boxes."""
+    detector.backbone.body.maps = {level: m[which].to(DEVICE) for level, m in maps.items()}
+    wanted = [{key: value.to(DEVICE) for key, value in targets[i].items()} for i in which] if targets else None
+    return detector([images[i].to(DEVICE) for i in which], wanted)
+
+
+@torch.no_grad()
+def predict(detector: FCOS, images: Sequence[Tensor], maps: Maps) -> list[Target]:
+    return [run(detector.eval(), images, maps, [i])[0] for i in range(len(images))]
+
+
+def target(scene: Scene) -> Target:
+    """Boxes (n, 4) in pixels as x0, y0, x1, y1, and classes (n,) from 1 on."""
+    instances, classes = torch.from_numpy(scene.instances), torch.from_numpy(scene.classes).long()
+    masks = torch.stack([instances == i for i in range(1, int(instances.max()) + 1)])
+    return {"boxes": masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]), "labels": torch.stack([classes[mask][0] for mask in masks])}
+
+
+def mirrored(wanted: Target, width: int) -> Target:
+    x0, y0, x1, y1 = wanted["boxes"].T
+    return wanted | {"boxes": torch.stack([width - x1, y0, width - x0, y1], 1)}
+
+
+def average_precision(found: Sequence[Target], truth: Sequence[Target], by_class: bool) -> float:
+    """COCO's AP at an IoU of 0.5 in per cent: the mean over classes, or of boxes whatever their class."""
+    def entries(targets: Sequence[Target]) -> list[dict[str, Any]]:
+        rows = [(i, *row) for i, t in enumerate(targets) for row in zip(t["boxes"].tolist(), t["labels"].tolist(), t.get("scores", t["labels"]).tolist(), strict=True)]
+        return [{"id": k, "image_id": i, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "category_id": label, "score": score, "iscrowd": 0}
+                for k, (i, (x0, y0, x1, y1), label, score) in enumerate(rows, start=1)]
+
+    guesses = entries(found)
+    if not guesses:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {"images": [{"id": i} for i in range(len(truth))], "annotations": entries(truth), "categories": [{"id": i} for i in range(1, 16)]}
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(guesses), "bbox")
+        evaluation.params.useCats = int(by_class)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * float(evaluation.stats[1])
+
+
+def train(detector: FCOS, images: list[Tensor], maps: Maps, targets: list[Target], steps: int, seed: int, measure: Any) -> History:
+    """The loss of every step, and AP on held-out scenes ten times on the way."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    history: History = {"loss": [], "AP at IoU 0.5, any class": []}
+    for step in tqdm(range(1, steps + 1), "train", leave=False, disable=None):
+        loss = sum(run(detector.train(), images, maps, torch.randperm(len(images))[:BATCH].tolist(), targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(detector.parameters(), 1)
+        optimizer.step()
+        schedule.step()
+        history["loss"].append((step, loss.item()))
+        if step % max(1, steps // 5) == 0:
+            history["AP at IoU 0.5, any class"].append((step, measure(detector)))
+    return history
+
+
+def picture(path: Path, images: Sequence[Tensor], rows: dict[str, Sequence[Target]], names: Sequence[str]) -> None:
+    """Scenes with the true boxes, and with what each detector is surest of: as many boxes as there are objects."""
+    figure, axes = plt.subplots(len(rows), len(images), figsize=(2.9 * len(images), 3 * len(rows)), layout="constrained", squeeze=False)
+    for row, (title, targets) in enumerate(rows.items()):
+        for axis, image, shown, true in zip(axes[row], images, targets, rows["truth"], strict=True):
+            axis.imshow(image.permute(1, 2, 0))
+            axis.set(xticks=[], yticks=[])
+            count = len(true["boxes"])
+            scores = shown.get("scores", torch.ones(count))
+            for (x0, y0, x1, y1), label, score in zip(shown["boxes"][:count].tolist(), shown["labels"].tolist(), scores.tolist(), strict=False):
+                colour = COLOURS.get(title, "white")
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
+                text = names[label] if title == "truth" else f"{names[label]} {score:.2f}"
+                axis.text(x0 + 2, y0 + 2, text, fontsize=7, va="top", color="black", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
+        axes[row, 0].set_ylabel(title if title == "truth" else f"{title} backbone")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    args, data = options(__doc__, steps=200), load_scenes()
+    splits = {name: getattr(data, name) for name in ("scenes", "identities", "style")}
+    held_out = {split: [to_tensor(scene.image) for scene in scenes] for split, scenes in splits.items()}
+    truth = {split: [target(scene) for scene in scenes] for split, scenes in splits.items()}
+    images = [to_tensor(scene.image) for scene in data.probe]
+    targets = [target(scene) for scene in data.probe]
+    targets += [mirrored(t, images[0].shape[-1]) for t in targets]
+    images += [image.flip(-1) for image in images]
+    rows, histories, shown = {}, {}, {"truth": [truth["scenes"][i] for i in SHOWN]}
+    for name, backbone in backbones(args.backbone, args.seed, out_strides=(8, 16, 32)).items():
+        torch.manual_seed(args.seed)
+        detector = build(backbone, len(data.classes))
+        maps = features(detector, images, f"{name}: maps of the scenes to train on")
+        kept = {split: features(detector, held_out[split], f"{name}: {split}") for split in splits}
+        detector.backbone.body = Kept()
+
+        def ap(detector: FCOS, split: str = "scenes", by_class: bool = False, kept: dict[str, Maps] = kept) -> float:
+            return average_precision(predict(detector, held_out[split], kept[split]), truth[split], by_class)
+
+        histories[name] = train(detector, images, maps, targets, args.steps, args.seed, ap)
+        rows[f"{name}: AP, any class"] = {split: ap(detector, split) for split in splits}
+        rows[f"{name}: AP, 15 classes"] = {split: ap(detector, split, by_class=True) for split in splits}
+        shown[name] = [run(detector, held_out["scenes"], kept["scenes"], [i])[0] for i in SHOWN]
+    print("AP at an IoU of 0.5, in per cent")
+    table(rows)
+    curves(args.output / "detector_curves.png", histories)
+    picture(args.output / "detector.png", [held_out["scenes"][i] for i in SHOWN], shown, data.classes)
+
+
+if __name__ == "__main__":
+    main()
