@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import diffusion_backbones as db
+from diffusion_backbones.scenes import FOLDER
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLOURS = {"trained": "tab:blue", "untrained": "tab:orange"}
@@ -27,13 +29,13 @@ def options(doc: str, steps: int) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build") / "examples", metavar="DIR", help="where pictures are written, default %(default)s")
     parser.add_argument("--backbone", default="tinysd_gdf", metavar="NAME", help="any that list_models() names, default %(default)s")
     parser.add_argument("--steps", type=int, default=steps, metavar="N", help="optimiser steps for each backbone, default %(default)s")
+    parser.add_argument("--scenes", type=Path, default=FOLDER, metavar="DIR", help="another set in the layout of load_scenes(), default the one in the package")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the head, the batches and the untrained weights, default %(default)s")
     args = parser.parse_args()
-    if not db.is_model(args.backbone):
-        try:
-            db.get_declaration(args.backbone)
-        except KeyError as error:
-            parser.error(error.args[0])
+    try:
+        db.get_declaration(args.backbone)
+    except KeyError as error:
+        parser.error(error.args[0])
     if args.steps < 1:
         parser.error(f"--steps must be 1 or more, got {args.steps}")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -53,12 +55,14 @@ def pixels(backbone: db.DiffusionBackbone, images: Sequence[Image.Image]) -> Ten
     return torch.stack([transform(image) for image in images])
 
 
-def table(rows: dict[str, dict[str, float]]) -> None:
-    """Print numbers by row and column."""
+def report(stem: Path, rows: dict[str, dict[str, float]], histories: dict[str, History]) -> None:
+    """Print the numbers by row and column, and write them with the histories to ``stem``.json and the curves to ``stem``_curves.png."""
     columns = list(next(iter(rows.values())))
-    print(" " * 24, *(f"{column:>14}" for column in columns))
+    print(" " * 28, *(f"{column:>10}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:24}", *(f"{row[column]:14.1f}" for column in columns), flush=True)
+        print(f"{name:28}", *(f"{row[column]:10.1f}" for column in columns), flush=True)
+    stem.with_suffix(".json").write_text(json.dumps({"table": rows, "histories": histories}))
+    curves(stem.with_name(f"{stem.name}_curves.png"), histories)
 
 
 def curves(path: Path, histories: dict[str, History]) -> None:

@@ -2,7 +2,7 @@
 
     python examples/correspondence.py [--output DIR] [--backbone tinysd_gdf] [--steps N] [--seed S]
 
-Every one of 80 scenes is turned, scaled, moved and tinted three times. A head of two 1x1 convolutions learns that the same point of two
+Every one of 80 scenes is turned, scaled, moved and tinted twice. A 1x1 convolution learns that the same point of two
 such views belongs together and all others do not (InfoNCE); no label is used. It is then asked for the keypoints of 60 pairs of scenes that
 share one object. Once on the trained backbone and once on the same network with random weights: same seed, same views, same number of steps.
 The backbone runs once per view, since it stays frozen. Needs pip install 'diffusion-backbones[train]'.
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import DEVICE, History, backbones, curves, options, pixels, table
+from common import DEVICE, History, backbones, options, pixels, report
 from torch import Tensor, nn
 from torchvision.transforms import ColorJitter
 from tqdm import tqdm
@@ -25,8 +25,7 @@ from tqdm import tqdm
 import diffusion_backbones as db
 from diffusion_backbones.scenes import Pair, load_scenes
 
-VIEWS, BATCH, POINTS, TEMPERATURE, GRID = 3, 8, 96, 0.07, 64
-SHOWN = (2, 10, 31, 40)
+VIEWS, BATCH, POINTS, TEMPERATURE, GRID = 2, 8, 96, 0.07, 64
 Head = Callable[[Tensor], Tensor]
 """Descriptors (B, C, N, 1) -> descriptors (B, D, N, 1)."""
 
@@ -59,13 +58,13 @@ def describe(maps: Sequence[Tensor], which: Tensor | Sequence[int], places: Tens
 
 
 def contrast(head: Head, maps: Sequence[Tensor], warp: Tensor) -> Tensor:
-    """InfoNCE on matching points of random pairs of views, each against all points of the batch."""
+    """InfoNCE on matching points of the views of some scenes, each against all points of the batch."""
     scenes = torch.randperm(len(warp) // VIEWS)[:BATCH]
-    first, second = (scenes + len(warp) // VIEWS * view for view in torch.randperm(VIEWS)[:2])
-    a = torch.rand(BATCH, 4 * POINTS, 2) * 1.8 - 0.9
+    first, second = (scenes + len(warp) // VIEWS * view for view in range(VIEWS))
+    a = torch.rand(len(scenes), 4 * POINTS, 2) * 1.8 - 0.9
     (linear_a, shift_a), (linear_b, shift_b) = ((w[:, :, :2], w[:, None, :, 2]) for w in (warp[first], warp[second]))
     b = (a @ linear_a.mT + shift_a - shift_b) @ torch.linalg.inv(linear_b).mT
-    inside = (b.abs() < 0.9).all(-1).float().argsort(1, descending=True, stable=True)[:, :POINTS]          # points that both views show come first
+    inside = (b.abs() < 0.9).all(-1).float().argsort(dim=1, descending=True, stable=True)[:, :POINTS]          # points that both views show come first
     a, b = (p.gather(1, inside[..., None].expand(-1, -1, 2)) for p in (a, b))
     seen = (b.abs() < 0.9).all(-1).flatten().to(DEVICE)
     x, y = (F.normalize(head(describe(maps, w, p)), dim=1).squeeze(3).transpose(1, 2).flatten(0, 1)[seen] for w, p in ((first, a), (second, b)))
@@ -101,7 +100,7 @@ def pck(head: Head, maps: Sequence[Tensor], pairs: Sequence[Pair]) -> dict[str, 
 def train(maps: Sequence[Tensor], warp: Tensor, held_out: Sequence[Tensor], pairs: Sequence[Pair], steps: int, seed: int) -> tuple[nn.Module, History]:
     torch.manual_seed(seed)
     channels = sum(m.shape[1] for m in maps)
-    head = nn.Sequential(nn.Conv2d(channels, 256, 1), nn.GELU(), nn.Conv2d(256, 128, 1)).to(DEVICE)
+    head = nn.Conv2d(channels, 128, 1).to(DEVICE)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     history: History = {"loss": [], "PCK@0.1": []}
@@ -112,7 +111,7 @@ def train(maps: Sequence[Tensor], warp: Tensor, held_out: Sequence[Tensor], pair
         optimizer.step()
         schedule.step()
         history["loss"].append((step, loss.item()))
-        if step % max(1, steps // 10) == 0:
+        if step % max(1, steps // 6) == 0:
             history["PCK@0.1"].append((step, pck(head, held_out, pairs)["both"]))
     return head, history
 
@@ -131,30 +130,30 @@ def picture(path: Path, pairs: Sequence[Pair], found: dict[str, list[np.ndarray]
             axis.scatter(*xy[right].T, c=colours[right], s=45, edgecolors="white")
             axis.scatter(*xy[~right].T, c=colours[~right], s=45, marker="X", edgecolors="black")
             if column > 1:
-                axis.set_title(f"{title if axis is axes[0, column] else ''}\n{right.sum()} of {len(xy)} found".strip(), fontsize=10)
+                axis.set_title(f"{title}: {right.sum()} of {len(xy)}", fontsize=10)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def main() -> None:
-    args, data = options(__doc__, steps=300), load_scenes()
+    args = options(__doc__, steps=300)
+    data = load_scenes(args.scenes)
+    shown = range(0, len(data.pairs), max(1, len(data.pairs) // 4))
     torch.manual_seed(args.seed)
     warp = warps(VIEWS * len(data.probe))
-    rows, histories, found, x = {}, {}, {}, None
+    rows, histories, found = {}, {}, {}
     for name, backbone in backbones(args.backbone, args.seed).items():
-        if x is None:
-            torch.manual_seed(args.seed)
-            x = views(pixels(backbone, [scene.image for scene in data.probe]).repeat(VIEWS, 1, 1, 1), warp)
+        torch.manual_seed(args.seed)
+        x = views(pixels(backbone, [scene.image for scene in data.probe]).repeat(VIEWS, 1, 1, 1), warp)
         maps = features(backbone, x, f"{name}: maps of the views")
         held_out = features(backbone, pixels(backbone, [p.source for p in data.pairs] + [p.target for p in data.pairs]), f"{name}: maps of the pairs")
         rows[f"{name}: no head"] = pck(nn.Identity(), held_out, data.pairs)
         head, histories[name] = train(maps, warp, held_out, data.pairs, args.steps, args.seed)
         rows[f"{name}: head"] = pck(head, held_out, data.pairs)
-        found[name] = [match(head, held_out, i, len(data.pairs), data.pairs[i]) for i in SHOWN]
+        found[name] = [match(head, held_out, i, len(data.pairs), data.pairs[i]) for i in shown]
     print("PCK@0.1 in per cent")
-    table(rows)
-    curves(args.output / "correspondence_curves.png", histories)
-    picture(args.output / "correspondence.png", [data.pairs[i] for i in SHOWN], found)
+    report(args.output / "correspondence", rows, histories)
+    picture(args.output / "correspondence.png", [data.pairs[i] for i in shown], found)
 
 
 if __name__ == "__main__":

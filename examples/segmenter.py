@@ -17,7 +17,7 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from common import DEVICE, History, backbones, curves, options, pixels, table
+from common import DEVICE, History, backbones, options, pixels, report
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -27,17 +27,19 @@ import diffusion_backbones as db
 from diffusion_backbones.integrations.smp import register
 from diffusion_backbones.scenes import Scene, load_scenes
 
-BATCH, SHOWN = 8, (0, 3, 7, 12)
+BATCH, SHOWN = 8, 4
 
 
 def build(backbone: db.DiffusionBackbone, classes: int) -> smp.FPN:
-    return smp.FPN(register(backbone), encoder_weights=None, decoder_pyramid_channels=64, decoder_segmentation_channels=32, classes=classes, upsampling=1).to(DEVICE)
+    small = {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32, "upsampling": 1}
+    return smp.FPN(register(backbone), encoder_weights=None, classes=classes, **small).to(DEVICE)
 
 
 @torch.no_grad()
 def features(model: smp.FPN, x: Tensor, name: str) -> list[Tensor]:
     """Images (N, 3, S, S) in [-1, 1] -> what the decoder reads: one tensor (N, C, h, w) a level."""
-    return [torch.cat(level) for level in zip(*([m.cpu() for m in model.encoder(one.to(DEVICE))] for one in tqdm(x.split(4), name, leave=False, disable=None)), strict=True)]
+    batches = [[level.cpu() for level in model.encoder(batch.to(DEVICE))] for batch in tqdm(x.split(4), name, leave=False, disable=None)]
+    return [torch.cat(level) for level in zip(*batches, strict=True)]
 
 
 def classes(scenes: Sequence[Scene]) -> Tensor:
@@ -52,7 +54,8 @@ def logits(model: smp.FPN, maps: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def predict(model: smp.FPN, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
     """-> (N, *size), the class of every pixel."""
-    return torch.cat([F.interpolate(logits(model.eval(), [m[i : i + BATCH] for m in maps]), size, mode="bilinear").argmax(1).cpu() for i in range(0, len(maps[0]), BATCH)])
+    batches = (logits(model.eval(), [m[i : i + BATCH] for m in maps]) for i in range(0, len(maps[0]), BATCH))
+    return torch.cat([F.interpolate(batch, size, mode="bilinear").argmax(1).cpu() for batch in batches])
 
 
 def iou(guess: Tensor, truth: Tensor, count: int) -> Tensor:
@@ -61,12 +64,12 @@ def iou(guess: Tensor, truth: Tensor, count: int) -> Tensor:
     return 100 * smp.metrics.iou_score(tp, fp, fn, tn, reduction="none")
 
 
-def train(model: smp.FPN, maps: list[Tensor], truth: Tensor, held_out: list[Tensor], held_out_truth: Tensor, steps: int, seed: int) -> History:
-    """The loss of every step, and the mIoU on held-out scenes ten times on the way."""
-    count, size = int(truth.max()) + 1, (truth.shape[-2], truth.shape[-1])
+def train(model: smp.FPN, maps: list[Tensor], truth: Tensor, held_out: list[Tensor], held_out_truth: Tensor, count: int, steps: int, seed: int) -> History:
+    """The loss of every step, and the mIoU on held-out scenes five times on the way."""
+    size = (truth.shape[-2], truth.shape[-1])
     torch.manual_seed(seed)
     small = truth[:, 2::4, 2::4]
-    weight = torch.bincount(small.flatten(), minlength=count).float().rsqrt().to(DEVICE)       # four fifths of all pixels are background
+    weight = torch.bincount(small.flatten(), minlength=count).clamp(min=1).rsqrt().to(DEVICE)       # four fifths of all pixels are background
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     history: History = {"loss": [], "mIoU": []}
@@ -78,7 +81,7 @@ def train(model: smp.FPN, maps: list[Tensor], truth: Tensor, held_out: list[Tens
         optimizer.step()
         schedule.step()
         history["loss"].append((step, loss.item()))
-        if step % max(1, steps // 10) == 0:
+        if step % max(1, steps // 5) == 0:
             history["mIoU"].append((step, float(iou(predict(model, held_out, size), held_out_truth, count).mean())))
     return history
 
@@ -86,7 +89,8 @@ def train(model: smp.FPN, maps: list[Tensor], truth: Tensor, held_out: list[Tens
 def picture(path: Path, scenes: Sequence[Scene], guesses: dict[str, Tensor], names: Sequence[str]) -> None:
     """Scenes, their classes, and what each model says they are."""
     colours = ListedColormap(["black", *plt.get_cmap("tab20").colors[: len(names) - 1]])
-    columns = {"image": [scene.image for scene in scenes], "truth": [scene.classes for scene in scenes]} | {f"{k} backbone": list(v) for k, v in guesses.items()}
+    columns = {"image": [scene.image for scene in scenes], "truth": [scene.classes for scene in scenes]}
+    columns |= {f"{name} backbone": list(guess) for name, guess in guesses.items()}
     figure, axes = plt.subplots(len(scenes), len(columns), figsize=(2.2 * len(columns), 2.2 * len(scenes) + 1), layout="constrained", squeeze=False)
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title)
@@ -99,7 +103,8 @@ def picture(path: Path, scenes: Sequence[Scene], guesses: dict[str, Tensor], nam
 
 
 def main() -> None:
-    args, data = options(__doc__, steps=150), load_scenes()
+    args = options(__doc__, steps=150)
+    data = load_scenes(args.scenes)
     splits = {name: getattr(data, name) for name in ("scenes", "identities", "style")}
     truth = {name: classes(scenes) for name, scenes in splits.items()}
     probe, size = classes(data.probe), (256, 256)
@@ -110,14 +115,14 @@ def main() -> None:
         images = pixels(backbone, [scene.image for scene in data.probe])
         maps = features(model, torch.cat([images, images.flip(-1)]), f"{name}: maps of the scenes to train on")
         held_out = {split: features(model, pixels(backbone, [scene.image for scene in scenes]), f"{name}: {split}") for split, scenes in splits.items()}
-        histories[name] = train(model, maps, torch.cat([probe, probe.flip(-1)]), held_out["scenes"], truth["scenes"], args.steps, args.seed)
+        histories[name] = train(model, maps, torch.cat([probe, probe.flip(-1)]), held_out["scenes"], truth["scenes"], len(data.classes), args.steps, args.seed)
         found = {split: predict(model, held_out[split], size) for split in splits}
         rows[f"{name}: mIoU"] = {split: float(iou(found[split], truth[split], len(data.classes)).mean()) for split in splits}
         rows[f"{name}: IoU of objects"] = {split: float(iou((found[split] > 0).long(), (truth[split] > 0).long(), 2)[1]) for split in splits}
-        guesses[name] = found["scenes"][list(SHOWN)]
-    table(rows)
-    curves(args.output / "segmenter_curves.png", histories)
-    picture(args.output / "segmenter.png", [data.scenes[i] for i in SHOWN], guesses, data.classes)
+        guesses[name] = found["scenes"][:SHOWN]
+    print("intersection over union in per cent")
+    report(args.output / "segmenter", rows, histories)
+    picture(args.output / "segmenter.png", data.scenes[:SHOWN], guesses, data.classes)
 
 
 if __name__ == "__main__":
