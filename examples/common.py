@@ -81,5 +81,5 @@ def curves(path: Path, histories: dict[str, History]) -> None:
         axis.set_ylim(bottom=0 if kind != "loss" else None)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)

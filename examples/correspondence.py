@@ -131,7 +131,8 @@ def picture(path: Path, pairs: Sequence[Pair], found: dict[str, list[np.ndarray]
             axis.scatter(*xy[~right].T, c=colours[~right], s=45, marker="X", edgecolors="black")
             if column > 1:
                 axis.set_title(f"{title}: {right.sum()} of {len(xy)}", fontsize=10)
-    figure.savefig(path, dpi=80)
+    figure.supxlabel("dot: within 0.1 of the longer side of the object's box; cross: missed; one colour is one keypoint", fontsize=9)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
     plt.close(figure)
 
 
@@ -153,7 +154,7 @@ def main() -> None:
         found[name] = [match(head, held_out, i, len(data.pairs), data.pairs[i]) for i in shown]
     print("PCK@0.1 in per cent")
     report(args.output / "correspondence", rows, histories)
-    picture(args.output / "correspondence.png", [data.pairs[i] for i in shown], found)
+    picture(args.output / "correspondence.jpg", [data.pairs[i] for i in shown], found)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def predict(detector: FCOS, images: Sequence[Tensor], maps: Maps) -> list[Target
 
 def target(scene: Scene) -> Target:
     """Boxes (n, 4) in pixels as x0, y0, x1, y1, and classes (n,) from 1 on."""
-    instances, classes = torch.from_numpy(scene.instances), torch.from_numpy(scene.classes).long()
+    instances, classes = torch.tensor(scene.instances), torch.tensor(scene.classes).long()
     masks = torch.stack([instances == i for i in range(1, int(instances.max()) + 1)])
     return {"boxes": masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]), "labels": torch.stack([classes[mask][0] for mask in masks])}
 
@@ -145,7 +145,7 @@ def picture(path: Path, images: Sequence[Tensor], rows: dict[str, Sequence[Targe
                 axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
                 axis.text(x0 + 2, y0 + 2, names[label], fontsize=7, va="top", color="black", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
         axes[row, 0].set_ylabel(title if title == "truth" else f"{title} backbone")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
     plt.close(figure)
 
 
@@ -176,7 +176,7 @@ def main() -> None:
         shown[name] = predict(detector, held_out["scenes"][:SHOWN], kept["scenes"])
     print("AP at an IoU of 0.5, in per cent")
     report(args.output / "detector", rows, histories)
-    picture(args.output / "detector.png", held_out["scenes"][:SHOWN], shown, data.classes)
+    picture(args.output / "detector.jpg", held_out["scenes"][:SHOWN], shown, data.classes)
 
 
 if __name__ == "__main__":

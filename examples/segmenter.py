@@ -98,7 +98,7 @@ def picture(path: Path, scenes: Sequence[Scene], guesses: dict[str, Tensor], nam
             axis.imshow(shown, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
             axis.axis("off")
     figure.legend(handles=[Patch(color=colours(i), label=name) for i, name in enumerate(names)], loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
     plt.close(figure)
 
 
@@ -122,7 +122,7 @@ def main() -> None:
         guesses[name] = found["scenes"][:SHOWN]
     print("intersection over union in per cent")
     report(args.output / "segmenter", rows, histories)
-    picture(args.output / "segmenter.png", data.scenes[:SHOWN], guesses, data.classes)
+    picture(args.output / "segmenter.jpg", data.scenes[:SHOWN], guesses, data.classes)
 
 
 if __name__ == "__main__":
