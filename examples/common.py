@@ -36,8 +36,8 @@ def options(doc: str, steps: int) -> argparse.Namespace:
         db.get_declaration(args.backbone)
     except KeyError as error:
         parser.error(error.args[0])
-    if args.steps < 1:
-        parser.error(f"--steps must be 1 or more, got {args.steps}")
+    if args.steps < 20:                     # the learning rate rises over the first tenth of them
+        parser.error(f"--steps must be 20 or more, got {args.steps}")
     args.output.mkdir(parents=True, exist_ok=True)
     return args
 

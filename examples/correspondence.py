@@ -132,7 +132,7 @@ def picture(path: Path, pairs: Sequence[Pair], found: dict[str, list[np.ndarray]
             if column > 1:
                 axis.set_title(f"{title}: {right.sum()} of {len(xy)}", fontsize=10)
     figure.supxlabel("dot: within 0.1 of the longer side of the object's box; cross: missed; one colour is one keypoint", fontsize=9)
-    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 70})
     plt.close(figure)
 
 

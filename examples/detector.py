@@ -145,7 +145,7 @@ def picture(path: Path, images: Sequence[Tensor], rows: dict[str, Sequence[Targe
                 axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
                 axis.text(x0 + 2, y0 + 2, names[label], fontsize=7, va="top", color="black", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
         axes[row, 0].set_ylabel(title if title == "truth" else f"{title} backbone")
-    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 70})
     plt.close(figure)
 
 

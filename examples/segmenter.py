@@ -98,7 +98,7 @@ def picture(path: Path, scenes: Sequence[Scene], guesses: dict[str, Tensor], nam
             axis.imshow(shown, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
             axis.axis("off")
     figure.legend(handles=[Patch(color=colours(i), label=name) for i, name in enumerate(names)], loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path, dpi=80, pil_kwargs={"quality": 80})
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 70})
     plt.close(figure)
 
 

@@ -27,11 +27,11 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A set in the layout of the package's with four scenes to train on, two of each other split and four pairs."""
+    """A set in the layout of the package's with four scenes to train on, one of each other split and four pairs."""
     folder = tmp_path_factory.mktemp("scenes")
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
     index = json.loads((folder / "scenes.json").read_text())
-    index["splits"] = {name: captions[: 4 if name == "probe" else 2] for name, captions in index["splits"].items()}
+    index["splits"] = {name: captions[: 4 if name == "probe" else 1] for name, captions in index["splits"].items()}
     rows = {split: [i for i, row in enumerate(index["pairs"]) if row["split"] == split][:2] for split in ("identities", "style")}
     chosen = sorted(rows["identities"] + rows["style"])
     for new, old in enumerate(chosen):
@@ -39,7 +39,7 @@ def few(tmp_path_factory):
             shutil.copy(FOLDER / "pairs" / f"{old:03}-{end}.jpg", folder / "pairs" / f"{new:03}-{end}.jpg")
     index["pairs"] = [index["pairs"][i] for i in chosen]
     (folder / "scenes.json").write_text(json.dumps(index))
-    assert [len(part) for part in (load_scenes(folder).probe, load_scenes(folder).style, load_scenes(folder).pairs)] == [4, 2, 4]
+    assert [len(part) for part in (load_scenes(folder).probe, load_scenes(folder).style, load_scenes(folder).pairs)] == [4, 1, 4]
     return folder
 
 
@@ -50,7 +50,7 @@ def run(name: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_an_example_learns_and_writes_what_it_says(name, few, tmp_path):
-    process = run(name, "--output", tmp_path / "new" / "folder", "--steps", "12", "--scenes", few)
+    process = run(name, "--output", tmp_path / "new" / "folder", "--steps", "20", "--scenes", few)
     assert process.returncode == 0, process.stderr
     written = json.loads((tmp_path / "new" / "folder" / f"{name}.json").read_text())
     assert list(written["table"]) == [f"{backbone}: {row}" for backbone in ("trained", "untrained") for row in ROWS[name]]
@@ -60,10 +60,10 @@ def test_an_example_learns_and_writes_what_it_says(name, few, tmp_path):
         assert all(0 <= value <= 100 for value in row.values())
     for backbone, history in written["histories"].items():
         losses = [value for _, value in history.pop("loss")]
-        assert len(losses) == 12
+        assert len(losses) == 20
         assert statistics.fmean(losses[-3:]) < statistics.fmean(losses[:3]), f"{backbone}: nothing was learned"
         (measured,) = history.values()
-        assert measured[-1][0] <= 12
+        assert measured[-1][0] <= 20
         assert len(measured) > 1
     for picture in (f"{name}.jpg", f"{name}_curves.png"):
         with Image.open(tmp_path / "new" / "folder" / picture) as image:
@@ -78,11 +78,11 @@ def test_an_unknown_backbone_is_told_in_one_line(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_budget_of_no_steps_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_budget_too_small_for_its_schedule_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     from common import options
 
-    monkeypatch.setattr(sys, "argv", ["detector.py", "--steps", "0", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["detector.py", "--steps", "19", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        options("", steps=1)
-    assert "--steps must be 1 or more, got 0" in capsys.readouterr().err
+        options("", steps=100)
+    assert "--steps must be 20 or more, got 19" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from diffusion_backbones.registry import package_configs
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/README.md", "docs/activations.md", "docs/memory.md", "docs/finetuning.md", "docs/tinysd.md",
+             "docs/selection.md", "docs/examples/README.md",
              *(f"docs/decoders/{name}.md" for name in ("README", "smp", "torchvision", "transformers", "openmmlab", "detectron2")), "model_cards/README.md"]
 
 RUN = """
