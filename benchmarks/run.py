@@ -31,7 +31,8 @@ LIMITS = {
     "import: seconds added to torch and timm": 0.3,
     "info: slowest backbone, seconds": 5.0,
     "threads: largest difference between eight and one": 0.0,
-    "latents: cached / encoded in every epoch": 0.8,
+    "latents: on cached latents / encoded in every epoch": 1 / 1.8,
+    "latents: the same, encoding once included": 0.8,
     "latents: largest difference of the loss": 1e-3,
 }
 
@@ -249,7 +250,10 @@ def threads(rounds: int) -> dict[str, float]:
 
 
 def latents(images: int, batch: int = 4, epochs: int = 2) -> dict[str, float]:
-    """Seconds of two epochs of a linear head on frozen ``sd15_gdf`` at 256 x 256, latents cached (encoding them counts) against encoded in every epoch."""
+    """Seconds of two epochs of a linear head on frozen ``sd15_gdf`` at 256 x 256: on cached latents, and with every image encoded in every epoch.
+
+    By operations an epoch on latents takes 0.37 of one with the encoder, and two of them with encoding once 0.68.
+    """
     import torch
 
     import diffusion_backbones as db
@@ -274,13 +278,16 @@ def latents(images: int, batch: int = 4, epochs: int = 2) -> dict[str, float]:
     encoded = train(lambda start: backbone(x[start : start + batch]))
     between = time.perf_counter()
     z = torch.cat([backbone.encode(x[start : start + batch]) for start in range(0, images, batch)])
+    ready = time.perf_counter()
     cached = train(lambda start: backbone.forward_latents(z[start : start + batch]))
-    seconds = between - began, time.perf_counter() - between
+    ended = time.perf_counter()
     return {
         "latents: images": images,
-        "latents: seconds, encoded in every epoch": seconds[0],
-        "latents: seconds, cached": seconds[1],
-        "latents: cached / encoded in every epoch": seconds[1] / seconds[0],
+        "latents: seconds, encoded in every epoch": between - began,
+        "latents: seconds, encoding once": ready - between,
+        "latents: seconds, on cached latents": ended - ready,
+        "latents: on cached latents / encoded in every epoch": (ended - ready) / (between - began),
+        "latents: the same, encoding once included": (ended - between) / (between - began),
         "latents: largest difference of the loss": max(abs(a - b) for a, b in zip(encoded, cached, strict=True)),
     }
 
@@ -299,7 +306,7 @@ def main() -> None:
         for key, value in parts[name](args.rounds).items():
             results[key] = value
             limit = LIMITS.get(key)
-            verdict = "" if limit is None else f"   at most {limit}: {'yes' if value <= limit else 'NO'}"
+            verdict = "" if limit is None else f"   at most {limit:.3g}: {'yes' if value <= limit else 'NO'}"
             print(f"{key:<60} {value:14.4g}{verdict}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

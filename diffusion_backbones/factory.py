@@ -100,12 +100,8 @@ def create_model(
     format = inputs.find(input_format) if input_format is not None else None
     options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels)
     settings = _overrides(overrides, features_only=features_only)
-    place = _resolve(name, recipe is not None, cache_dir)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
-    if checkpoint_path:
-        place = _open_path(Path(checkpoint_path).expanduser(), place, pretrained, cache_dir)
-    elif pretrained and not (place.source or place.restored):
-        place = replace(place, source=_open_published(place.checkpoint, cache_dir))
+    place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
     configs = place.configs()
     declaration = place.declaration or _custom(place.checkpoint, configs, recipe)
     if place.restored and settings:
@@ -114,6 +110,21 @@ def create_model(
     if settings.get("prompt") and not place.source:
         Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
     return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, options)
+
+
+def architecture(name: str, checkpoint_path: str | Path | None = None) -> tuple[Checkpoint, Configs]:
+    """What a checkpoint is, and the configs of its networks, without any weights.
+
+    Args:
+        name: A checkpoint, or ``local-dir:`` or ``hf-hub:`` of a diffusers folder.
+        checkpoint_path: As for :func:`create_model`; the configs of a folder are its own.
+
+    Raises:
+        FileNotFoundError: Nothing is there, or no network that is known here.
+        KeyError: No such checkpoint.
+    """
+    place = _find(name, True, checkpoint_path, False, None)
+    return place.checkpoint, place.configs()
 
 
 def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
@@ -157,6 +168,15 @@ class Place:
         if self.restored:
             return self.restored.configs
         return self.source.configs(FAMILIES[self.checkpoint.family]) if self.source else package_configs(self.checkpoint)
+
+
+def _find(name: str, has_recipe: bool, checkpoint_path: str | Path | None, pretrained: bool, cache_dir: Any) -> Place:
+    place = _resolve(name, has_recipe, cache_dir)
+    if checkpoint_path:
+        return _open_path(Path(checkpoint_path).expanduser(), place, pretrained, cache_dir)
+    if pretrained and not (place.source or place.restored):
+        return replace(place, source=_open_published(place.checkpoint, cache_dir))
+    return place
 
 
 def _resolve(name: str, has_recipe: bool, cache_dir: Any) -> Place:

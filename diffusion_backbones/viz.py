@@ -61,13 +61,15 @@ def pca_rgb(features: Tensor) -> Tensor:
         levels look alike. Components that a map does not have are mid-grey.
     """
     c, h, w = features.shape
-    x = features.detach().cpu().float().reshape(c, h * w).T
+    x = features.detach().cpu().double().reshape(c, h * w).T
     x = x - x.mean(0)
-    _, strength, axes = torch.linalg.svd(x, full_matrices=False)
-    axes = axes[:3][strength[:3] > 1e-6 * strength[0]]
+    wide = c > h * w
+    energy, axes = torch.linalg.eigh(x @ x.T if wide else x.T @ x)             # of the smaller of the two: the same components
     rgb = torch.full((h * w, 3), 0.5)
-    for i, axis in enumerate(axes):
-        component = x @ axis
+    for i in range(min(3, len(energy))):
+        if energy[-1 - i] <= 1e-12 * energy[-1]:
+            break
+        component = (axes[:, -1 - i] if wide else x @ axes[:, -1 - i]).float()
         if component.pow(3).sum() < 0:
             component = -component
         low, high = (component.kthvalue(k).values for k in _tails(h * w))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor
 from diffusion_backbones.activations import Site
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.selection.properties import Moments, Properties, Redundancy
+
+
+EVERY = 120.0
+"""Seconds after which the sums are written down, so that a killed run loses no more. Those of a large network are gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ def measure(
     draws: int = 2,
     seed: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    state: Path | None = None,
+    key: str = "",
 ) -> Measured:
     """The properties of activations, streamed: one image at a time, and of its activations one at a time.
 
@@ -54,6 +62,8 @@ def measure(
         draws: Noise draws for every image, at least 2.
         seed: Of the noise.
         progress: Wraps the images, such as ``tqdm``.
+        state: A file for the sums so far, written every :data:`EVERY` seconds: a run that was killed goes on from it.
+        key: Of the run; a state with another one is not used.
 
     Raises:
         ValueError: Too few images or draws, images of other sizes, or no ids.
@@ -63,21 +73,56 @@ def measure(
     if not ids:
         raise ValueError("no activation ids to measure")
     size = images[0].shape[-1]
-    moments = {id: Moments(size, seed) for id in ids}
-    redundancy = Redundancy()
-    generator = torch.Generator().manual_seed(seed)
     device = next(backbone.denoiser.parameters()).device
-    for image in progress(images):
+    sums = _Sums({id: Moments(size, seed) for id in ids}, Redundancy(), torch.Generator().manual_seed(seed))
+    if state:
+        sums.restore(state, key, device)
+    written = time.monotonic()
+    for image in progress(images[sums.images :]):
         z = backbone.encode(image[None].to(device))
-        noise = torch.randn((draws, *z.shape[1:]), generator=generator).to(z)
+        noise = torch.randn((draws, *z.shape[1:]), generator=sums.generator).to(z)
         places: dict[str, Tensor] = {}
 
         def look(site: Site, act: Tensor, places: dict[str, Tensor] = places) -> None:
-            places[site.id] = moments[site.id].add(act)
+            places[site.id] = sums.moments[site.id].add(act)
 
         backbone.visit_activations(None, ids, look, latents=z.expand(draws, -1, -1, -1), noise=noise)
-        redundancy.add([places[id] for id in ids])
-    return Measured({id: moments[id].properties() for id in ids}, redundancy.matrix(), len(images), draws)
+        sums.redundancy.add([places[id] for id in ids])
+        if state and time.monotonic() - written > EVERY and sums.images < len(images):
+            sums.save(state, key)
+            written = time.monotonic()
+    return Measured({id: sums.moments[id].properties() for id in ids}, sums.redundancy.matrix(), len(images), draws)
+
+
+@dataclass
+class _Sums:
+    """All that is carried from one image to the next; a file can hold it."""
+
+    moments: dict[str, Moments]
+    redundancy: Redundancy
+    generator: torch.Generator
+
+    @property
+    def images(self) -> int:
+        return next(iter(self.moments.values())).images
+
+    def save(self, path: Path, key: str) -> None:
+        moments = {id: {"sums": moment.sums, "images": moment.images, "draws": moment.draws} for id, moment in self.moments.items()}
+        new = path.with_suffix(".new")
+        torch.save({"key": key, "moments": moments, "redundancy": self.redundancy.total, "generator": self.generator.get_state()}, new)
+        new.replace(path)
+
+    def restore(self, path: Path, key: str, device: torch.device) -> None:
+        """Go on from a file, if there is one of this run."""
+        if not path.is_file():
+            return
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if saved["key"] != key:
+            return
+        for id, moment in self.moments.items():
+            vars(moment).update(saved["moments"][id])
+        self.redundancy = Redundancy(saved["redundancy"])
+        self.generator.set_state(saved["generator"].cpu())
 
 
 def check(images: Sequence[Tensor], divisibility: int, minimum: int) -> None:

@@ -233,8 +233,8 @@ class Redundancy:
     Kornblith et al., https://arxiv.org/abs/1905.00414, with the unbiased estimate of HSIC (Song et al. 2012, equation 5; its U-centred form).
     """
 
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
+    def __init__(self, total: Tensor | None = None) -> None:
+        self.total = total
 
     def add(self, places: list[Tensor]) -> None:
         """Count one image: for every activation (P, C_i), the same P places."""
