@@ -24,13 +24,14 @@ RESULTS = Path(__file__).with_name("results.csv")
 HUB = "https://huggingface.co"
 
 
-def card(declaration: Declaration, saved: Configs | None = None) -> str:
+def card(declaration: Declaration, saved: Configs | None = None, how: str = "") -> str:
     """A backbone's model card: YAML front matter that the Hugging Face hub reads, then Markdown.
 
     Args:
         declaration: A backbone, registered or not.
         saved: For the card of a folder that ``save_pretrained`` wrote: the architecture of what is in it. The usage then loads
             that folder instead of the published weights.
+        how: Other words for the usage, a template as :data:`USAGE` is.
 
     Raises:
         ValueError: The package does not have the architecture, and ``saved`` does not give it.
@@ -43,7 +44,7 @@ def card(declaration: Declaration, saved: Configs | None = None) -> str:
         f"# {declaration.name}\n\n{summary(declaration, maps)}",
         _section("Levels", _levels(maps, size)),
         _section("Details", _details(declaration, configs, cost)),
-        _section("Usage", usage(USAGE_OF_FOLDER if saved else USAGE, declaration, maps)),
+        _section("Usage", usage(how or (USAGE_OF_FOLDER if saved else USAGE), declaration, maps)),
         _section("Published results", _results(declaration)),
         _section("Notes", _bullets(declaration.recipe.notes)),
         _section("Not verified", _bullets((*declaration.checkpoint.unverified, *declaration.recipe.unverified))),
@@ -303,6 +304,11 @@ for level in backbone(images):
     print(tuple(level.shape))
 {shapes}
 ```"""
+
+
+USAGE_OF_RECIPE = USAGE_OF_FOLDER.replace(
+    'db.create_model("local-dir:FOLDER")     # or "hf-hub:OWNER/REPOSITORY"', 'db.create_model(ARGUMENTS, recipe="recipe.yaml")'
+)
 
 
 def usage(template: str, declaration: Declaration, maps: Sequence[Sequence[Site]]) -> str:

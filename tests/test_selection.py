@@ -202,7 +202,11 @@ def test_the_papers_rules(tmp_path):
     assert rules.apply(rules.load(own), dict.fromkeys(ids, like))[ids[3]].startswith("mine: granularity is ")
     own.write_text("- {name: all, ids: ['*'], because: I say so}")
     with pytest.raises(ValueError, match=r"drop all 4 activations \(all\); raise a threshold"):
-        rules.apply(rules.load(own), dict.fromkeys(ids, like))
+        rules.check(rules.by_name(rules.load(own), ids))                    # known before anything is measured
+    own.write_text("- {name: all, ids: ['*'], because: I say so, below: {massive: 1000}}")
+    rules.check(rules.by_name(rules.load(own), ids))
+    with pytest.raises(ValueError, match=r"drop all 4 activations \(all\); raise a threshold"):
+        rules.check(rules.apply(rules.load(own), dict.fromkeys(ids, like)))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +368,7 @@ def test_evidence_of_something_else_is_not_mixed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["tinysdd"], "no checkpoint 'tinysdd'. Did you mean tinysd?"),
+        (["tinysdd"], "no checkpoint 'tinysdd', and no folder. Did you mean tinysd?"),
         (["tinysd", "--size", "100"], "100 is no multiple of 64, which tinysd needs; 64 is"),
         (["tinysd", "--masks", "."], "--masks and --keypoints need --images"),
         (["tinysd", "--images", ".", "--task", "masks"], "--task chooses among the package's own scenes"),

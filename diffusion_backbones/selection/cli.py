@@ -10,18 +10,27 @@ import click
 
 from diffusion_backbones import registry
 from diffusion_backbones.recipe import closest
+from diffusion_backbones.selection import paper
 
 
 class Checkpoint(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
-    """A checkpoint's name."""
+    """A checkpoint's name, or a diffusers folder."""
 
     name = "checkpoint"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         known = registry.list_checkpoints()
-        if value not in known:
-            self.fail(f"there is no checkpoint {value!r}.{closest(value, known)} `diffusion-backbones list --checkpoints` lists them.", param, ctx)
-        return value
+        if value in known:
+            return value
+        if Path(value).is_dir():
+            return f"local-dir:{value}"
+        self.fail(f"there is no checkpoint {value!r}, and no folder.{closest(value, known)} `diffusion-backbones list --checkpoints` lists them.", param, ctx)
+
+
+def _paper(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(paper.text())
+        ctx.exit()
 
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -37,6 +46,8 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--task", type=click.Choice(["masks", "keypoints", "warps"]), help="Which of the package's own tasks, without --images.  [default: masks]")
 @click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the squares that images become.  [default: the checkpoint's]")
 @click.option("--timestep", type=float, default=50, show_default=True, help="At which the network is read.")
+@click.option("--prompt", metavar="TEXT", help="What the network is told.  [default: nothing]")
+@click.option("--ids", multiple=True, default=("*",), metavar="PATTERN", help="Look at these activations alone, such as 'up-*'; may be given again.")
 @click.option("--rules", type=FILE, help="A YAML file of rules in place of the paper's.")
 @click.option("--everything", is_flag=True, help="Compare also what the rules drop, to see what they cost.")
 @click.option("--draws", type=click.IntRange(min=2), default=2, show_default=True, help="Noise draws for each image that properties are measured on.")
@@ -47,6 +58,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--random-weights", is_flag=True, help="An untrained network of the same shape (seed 0), to see what comes from training.")
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of noise and splits.")
+@click.option("--paper", is_flag=True, is_eager=True, expose_value=False, callback=_paper, help="Print the commands for the tables of the paper, and stop.")
 def select(
     checkpoint: str,
     out: Path,
@@ -67,13 +79,15 @@ def select(
 
     The procedure of GDF (arXiv 2410.03558), measured: the properties of every activation on a few dozen images, a filter by rules, a
     comparison of what passes on masks, on matched points or, with neither, on known warps of the images, and a greedy choice under a
-    budget. Writes OUT/recipe.yaml, which create_model(CHECKPOINT, recipe=...) takes and whose path is printed, and OUT/activations.csv
-    with everything that was measured. Calling it again goes on where it stopped.
+    budget. CHECKPOINT is a name or a diffusers folder. Writes OUT/recipe.yaml, which create_model(CHECKPOINT, recipe=...) takes and whose
+    path is printed, its model card, OUT/activations.csv with everything that was measured, and OUT/report.html to look at. Calling it
+    again goes on where it stopped.
 
     \b
     Examples:
       diffusion-backbones select tinysd -o selection/
       diffusion-backbones select sd15 --images photos/ --masks masks/ -o selection/ --max-channels 3520
+      diffusion-backbones select my-finetune/ --images photos/ --keypoints pairs.json -o selection/
       diffusion-backbones select sdxl --images photos/ -o selection/ --device cuda --size 1024
     """
     if task and images:
@@ -91,16 +105,18 @@ def select(
     from tqdm import tqdm
 
     from diffusion_backbones.cli import find_device
+    from diffusion_backbones.factory import architecture
     from diffusion_backbones.families import FAMILIES
     from diffusion_backbones.selection import data, run
     from diffusion_backbones.selection import rules as filtering
 
-    known = registry.get_checkpoint(checkpoint)
-    divisor = FAMILIES[known.family].size_divisibility(registry.package_configs(known))
+    path = settings["checkpoint_path"]
+    known, configs = architecture(checkpoint, path if path and path.is_dir() else None)
+    divisor = FAMILIES[known.family].size_divisibility(configs)
     side = size or known.input_size
     if side % divisor:
         fitting = side // divisor * divisor or divisor
-        raise click.BadParameter(f"{side} is no multiple of {divisor}, which {checkpoint} needs; {fitting} is", param_hint="'--size'")
+        raise click.BadParameter(f"{side} is no multiple of {divisor}, which {known.name} needs; {fitting} is", param_hint="'--size'")
     loaded_rules = filtering.load(rules) if rules else None
     looked = data.folder(images, side, masks, keypoints, seed) if images else data.scenes(side, task or "masks", seed)
     if random_weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from diffusion_backbones.activations import Site
 from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.recipe import closest
 from diffusion_backbones.selection.properties import Moments, Properties, Redundancy
-
 
 EVERY = 120.0
 """Seconds after which the sums are written down, so that a killed run loses no more. Those of a large network are gigabytes."""
@@ -39,6 +40,19 @@ class Measured:
 def candidates(sites: Iterable[Site]) -> list[Site]:
     """Of a network's activations those that can stand in a level by themselves: maps and tokens of the denoiser, no attention maps."""
     return [site for site in sites if not site.encoder and site.layout in ("map", "tokens")]
+
+
+def matching(sites: Iterable[Site], patterns: Sequence[str]) -> list[Site]:
+    """Those whose id matches one of some shell-style patterns.
+
+    Raises:
+        ValueError: A pattern that matches none; the closest ids are named.
+    """
+    sites = list(sites)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(site.id, pattern) for site in sites):
+            raise ValueError(f"no activation that can be a level matches {pattern!r}.{closest(pattern, [site.id for site in sites])}")
+    return [site for site in sites if any(fnmatch.fnmatchcase(site.id, pattern) for pattern in patterns)]
 
 
 @torch.no_grad()

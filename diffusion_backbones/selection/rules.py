@@ -44,9 +44,13 @@ class Rule:
             if name not in MEASURED:
                 raise ValueError(f"rule {self.name!r}: there is no property {name!r}.{closest(name, MEASURED)} There are: {', '.join(MEASURED)}.")
 
+    def concerns(self, id: str) -> bool:
+        """Whether it is about an activation."""
+        return _matches(id, self.ids) and not _matches(id, self.unless)
+
     def reason(self, id: str, properties: Properties) -> str:
         """Why an activation is dropped, or "" if it is not."""
-        if not _matches(id, self.ids) or _matches(id, self.unless):
+        if not self.concerns(id):
             return ""
         if not self.above and not self.below:
             return f"{self.name}: {self.because}"
@@ -90,13 +94,17 @@ def _rule(item: dict[str, Any]) -> Rule:
 
 
 def apply(rules: Sequence[Rule], properties: Mapping[str, Properties]) -> dict[str, str]:
-    """Id -> why it is dropped, "" for those that are kept, in the order given.
+    """Id -> why it is dropped, "" for those that are kept, in the order given."""
+    return {id: next(filter(None, (rule.reason(id, found) for rule in rules)), "") for id, found in properties.items()}
 
-    Raises:
-        ValueError: Nothing is kept.
-    """
-    reasons = {id: next(filter(None, (rule.reason(id, found) for rule in rules)), "") for id, found in properties.items()}
+
+def by_name(rules: Sequence[Rule], ids: Sequence[str]) -> dict[str, str]:
+    """Like :func:`apply`, of what can be told before anything is measured: the rules without thresholds."""
+    return {id: next((rule.name for rule in rules if not (rule.above or rule.below) and rule.concerns(id)), "") for id in ids}
+
+
+def check(reasons: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` if nothing is kept."""
     if all(reasons.values()):
         names = {reason.partition(":")[0] for reason in reasons.values()}
         raise ValueError(f"the rules drop all {len(reasons)} activations ({', '.join(sorted(names))}); raise a threshold, or give ids that they keep")
-    return reasons

@@ -3,11 +3,13 @@
 ::
 
     selection/
+      report.html           all of it to look at, in one file
+      recipe.yaml           the choice: create_model(checkpoint, recipe="selection/recipe.yaml")
+      card.md               its model card
       activations.csv       every activation: what it is, costs, is like, why it was dropped, what it scored
       redundancy.csv        similarity (linear CKA) of those that were measured
-      recipe.yaml           the choice: create_model(checkpoint, recipe="selection/recipe.yaml")
       measured.json         the properties, so that a second run need not measure again
-      evidence/             what the comparison keeps; may be removed
+      evidence/, pictures/  what the comparison and the report keep; may be removed
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from diffusion_backbones import registry
+from diffusion_backbones import cards
 from diffusion_backbones.activations import Site
 from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.factory import create_model
+from diffusion_backbones.factory import architecture, create_model
+from diffusion_backbones.families import FAMILIES, Configs
 from diffusion_backbones.recipe import Level, Recipe
+from diffusion_backbones.registry import Declaration
+from diffusion_backbones.selection import pictures, report
 from diffusion_backbones.selection import rules as filtering
 from diffusion_backbones.selection.choose import Step, choose
 from diffusion_backbones.selection.compare import Evidence, scores
 from diffusion_backbones.selection.data import Data
-from diffusion_backbones.selection.measure import Measured, candidates, measure
+from diffusion_backbones.selection.measure import Measured, candidates, matching, measure
 from diffusion_backbones.selection.properties import Properties
 from diffusion_backbones.selection.reach import Reach, reach
 from diffusion_backbones.selection.rules import Rule
@@ -46,6 +52,11 @@ class Selection:
     """What came of it.
 
     Attributes:
+        arguments: What create_model takes beside the recipe.
+        declaration: The network with the recipe that was chosen.
+        configs: Its architecture.
+        source: What the images and the task were.
+        rules: The filter.
         sites: Every activation that was measured, in forward order.
         reach: What it takes to reach each.
         measured: What each is like.
@@ -53,9 +64,13 @@ class Selection:
         scores: Id -> score alone for each split, of those that were compared.
         metric: Of the scores.
         steps: The choice, in the order in which it was made.
-        recipe: The choice as a recipe.
     """
 
+    arguments: str
+    declaration: Declaration
+    configs: Configs
+    source: str
+    rules: tuple[Rule, ...]
     sites: tuple[Site, ...]
     reach: dict[str, Reach]
     measured: Measured
@@ -63,7 +78,11 @@ class Selection:
     scores: dict[str, NDArray[np.float64]]
     metric: str
     steps: tuple[Step, ...]
-    recipe: Recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """The choice as a recipe."""
+        return self.declaration.recipe
 
 
 def select(
@@ -75,6 +94,8 @@ def select(
     checkpoint_path: Path | None = None,
     device: torch.device | str | None = None,
     timestep: float = 50,
+    prompt: str | None = None,
+    ids: Sequence[str] = ("*",),
     rules: Sequence[Rule] | None = None,
     everything: bool = False,
     draws: int = 2,
@@ -89,13 +110,15 @@ def select(
     """Choose a recipe for a checkpoint. A run that was stopped goes on where it was.
 
     Args:
-        checkpoint: Of :func:`~diffusion_backbones.list_checkpoints`.
+        checkpoint: Of :func:`~diffusion_backbones.list_checkpoints`, or ``local-dir:`` or ``hf-hub:`` of a diffusers folder.
         data: Images and task; see :mod:`~diffusion_backbones.selection.data`.
         out: Folder for the results.
         pretrained, checkpoint_path, device: As for :func:`~diffusion_backbones.create_model`.
         timestep: At which the network is read.
+        prompt: What it is told, empty by default.
+        ids: Shell-style patterns of the activations to look at, all by default.
         rules: The filter; the paper's by default.
-        everything: Compare also what the rules drop; the choice is still made of the rest.
+        everything: Compare also what the rules drop; the choice is still made of the rest, if there is one.
         draws: Noise draws for each image that properties are measured on.
         properties_from: How many of the images those are, at most.
         channels: Of the whole pyramid, at most.
@@ -107,13 +130,21 @@ def select(
 
     Raises:
         KeyError: No such checkpoint.
+        FileNotFoundError: A folder that holds no diffusion network.
         ValueError: Too few images, another size than the network takes, rules that drop everything, or a budget that nothing fits.
     """
     filter_rules = list(filtering.load() if rules is None else rules)
     size = int(data.images[0].shape[-1])
-    blank = create_model(checkpoint, recipe=_last(checkpoint), device="meta")
-    sites = candidates(blank.catalogue[id] for id in blank.catalogue)
+    folder = checkpoint_path if checkpoint_path and checkpoint_path.is_dir() else None          # a folder has configs of its own
+    known, configs = architecture(checkpoint, folder)
+    catalogue = FAMILIES[known.family].activations(configs, known.name)
+    sites = candidates(catalogue[id] for id in catalogue)
+    whole = [sites[-1].id]                                                  # a network that is cut behind its last activation is whole
+    blank = create_model(checkpoint, checkpoint_path=folder, recipe=whole, device="meta")
+    sites = matching(sites, ids)
     ids = [site.id for site in sites]
+    if not everything:
+        filtering.check(filtering.by_name(filter_rules, ids))
     costs = reach(blank, ids, size)
     looked_at = data.images[:properties_from]
     work = max(cost.gflops for cost in costs.values()) * (draws * len(looked_at) + sum(len(look) for look in data.task.looks)) / 1000
@@ -121,15 +152,18 @@ def select(
     say(f"{len(ids)} activations of {checkpoint}; {passes}: {work:,.1f} TFLOPs in the denoiser")
 
     backbone = create_model(
-        checkpoint, pretrained=pretrained and not checkpoint_path, checkpoint_path=checkpoint_path, recipe=_last(checkpoint), timestep=timestep, device=device
-    )
+        checkpoint, pretrained=pretrained and not checkpoint_path, checkpoint_path=checkpoint_path, recipe=whole, timestep=timestep, prompt=prompt,
+        device=device,
+    )  # fmt: skip
     key = {
-        "checkpoint": checkpoint, "weights": dict(backbone.provenance), "timestep": timestep, "size": size, "seed": seed,
+        "checkpoint": checkpoint, "weights": dict(backbone.provenance), "timestep": timestep, "prompt": prompt or "", "size": size, "seed": seed,
         "data": data.source, "images": _digest(data),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    measured = _measured(out / "measured.json", backbone, data, ids, {**key, "draws": draws, "measured_on": len(looked_at)}, progress)
+    measured = _measured(out / "measured.json", backbone, data, ids, {**key, "draws": draws, "measured_on": len(looked_at), "ids": ids}, progress)
     dropped = filtering.apply(filter_rules, measured.properties)
+    if not everything:
+        filtering.check(dropped)
     survivors = [site for site in sites if not dropped[site.id]]
     compared = ids if everything else [site.id for site in survivors]
     say(f"{len(survivors)} of {len(ids)} pass the filter; comparing {len(compared)} on {data.source}")
@@ -145,18 +179,29 @@ def select(
         return max(costs[site.id].gflops for site in choice)
 
     steps = choose(
-        survivors, alone, lambda together: data.task.score([evidence[id] for id in together]),
+        survivors or sites, alone, lambda together: data.task.score([evidence[id] for id in together]),
         channels=channels, cost=cost, budget=gflops, members=members,
     )  # fmt: skip
-    recipe = _recipe(steps, sites, timestep, data, size)
-    selection = Selection(tuple(sites), costs, measured, dropped, alone, data.task.metric, tuple(steps), recipe)
+    arguments = f'"{checkpoint}"' + (f', checkpoint_path="{checkpoint_path}"' if checkpoint_path else ", pretrained=True" if pretrained else "")
+    declaration = Declaration(f"{known.name}_selected", known, _recipe(steps, sites, timestep, prompt or "", data, size))
+    selection = Selection(
+        arguments, declaration, configs, data.source, tuple(filter_rules), tuple(sites), costs, measured, dropped, alone, data.task.metric, tuple(steps)
+    )
     write(selection, out)
+    say("painting the report")
+    shown = data.images[: pictures.SHOWN]
+    pictures.paint(backbone, shown, ids, out / "pictures", key)
+    strips = {id: Image.open(out / "pictures" / f"{id}.png") for id in ids}
+    pyramid = pictures.pyramid(backbone, shown, [level.activations for level in selection.recipe.levels])
+    (out / "report.html").write_text(report.render(selection, strips, [pictures.photograph(image) for image in shown], pyramid), encoding="utf-8")
     return selection
 
 
 def write(selection: Selection, out: Path) -> None:
-    """The tables and the recipe."""
+    """The recipe, its card and the tables."""
     selection.recipe.to_yaml(out / "recipe.yaml")
+    usage = cards.USAGE_OF_RECIPE.replace("ARGUMENTS", selection.arguments)
+    (out / "card.md").write_text(cards.card(selection.declaration, selection.configs, usage), encoding="utf-8")
     chosen = {step.id: i + 1 for i, step in enumerate(selection.steps)}
     with (out / "activations.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -175,15 +220,6 @@ def write(selection: Selection, out: Path) -> None:
             writer.writerow([id, *(f"{value:.3f}" for value in row)])
 
 
-def _last(checkpoint: str) -> list[str]:
-    """A recipe that keeps the whole network: its last activation that can be a level."""
-    from diffusion_backbones.families import FAMILIES
-
-    known = registry.get_checkpoint(checkpoint)
-    catalogue = FAMILIES[known.family].activations(registry.package_configs(known), checkpoint)
-    return [candidates(catalogue[id] for id in catalogue)[-1].id]
-
-
 def _digest(data: Data) -> str:
     found = hashlib.sha256()
     for look in (*data.images, *data.task.looks):
@@ -199,15 +235,19 @@ def _measured(path: Path, backbone: DiffusionBackbone, data: Data, ids: Sequence
             properties = {id: Properties(**{**values, "similarity": tuple(map(tuple, values["similarity"]))}) for id, values in known["properties"].items()}
             return Measured(properties, torch.tensor(known["redundancy"]), key["measured_on"], key["draws"])
     images = data.images[: key["measured_on"]]
-    found = measure(backbone, images, ids, draws=key["draws"], seed=key["seed"], progress=lambda items: progress(items, "measuring"))
+    state = path.with_name("measuring.pt")
+    found = measure(
+        backbone, images, ids, draws=key["draws"], seed=key["seed"], progress=lambda items: progress(items, "measuring"), state=state, key=json.dumps(key)
+    )
     values = {id: asdict(properties) for id, properties in found.properties.items()}
     new = path.with_suffix(".new")
     new.write_text(json.dumps({"key": key, "properties": values, "redundancy": [[round(v, 4) for v in row] for row in found.redundancy.tolist()]}))
     new.replace(path)
+    state.unlink(missing_ok=True)
     return found
 
 
-def _recipe(steps: Sequence[Step], sites: Sequence[Site], timestep: float, data: Data, size: int) -> Recipe:
+def _recipe(steps: Sequence[Step], sites: Sequence[Site], timestep: float, prompt: str, data: Data, size: int) -> Recipe:
     chosen = {step.id for step in steps}
     taken = [site for site in sites if site.id in chosen]                        # forward order
     levels = tuple(Level(tuple(site.id for site in taken if site.stride == stride)) for stride in sorted({site.stride for site in taken}))
@@ -216,6 +256,7 @@ def _recipe(steps: Sequence[Step], sites: Sequence[Site], timestep: float, data:
         name="selected",
         levels=levels,
         timestep=timestep,
+        prompt=prompt,
         input_size=size,
         source=f"diffusion-backbones select, on {data.source}",
         notes=(f"Chosen greedily: {trail}.",),
