@@ -34,6 +34,7 @@ LIMITS = {
     "latents: on cached latents / encoded in every epoch": 1 / 1.8,
     "latents: the same, encoding once included": 0.8,
     "latents: largest difference of the loss": 1e-3,
+    "select: sdxl, peak memory beyond the weights, GB": 8.0,
 }
 
 
@@ -292,9 +293,35 @@ def latents(images: int, batch: int = 4, epochs: int = 2) -> dict[str, float]:
     }
 
 
+def select(images: int = 4) -> dict[str, float]:
+    """Memory and time of measuring every activation of ``sdxl`` at full size, on random images of 512 x 512 with two noise draws each."""
+    import torch
+
+    import diffusion_backbones as db
+    from diffusion_backbones.selection.measure import candidates, measure
+
+    torch.manual_seed(0)
+    backbone = db.create_model("sdxl", recipe=["unet-out"])
+    ids = [site.id for site in candidates(backbone.catalogue[id] for id in backbone.catalogue)]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*backbone.parameters(), *backbone.buffers()))
+    x = [torch.rand(3, 512, 512) * 2 - 1 for _ in range(images)]
+    Path("/proc/self/clear_refs").write_text("5")                       # the peak starts from what is there now
+    began = time.perf_counter()
+    measure(backbone, x, ids)
+    seconds = time.perf_counter() - began
+    peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {
+        "select: sdxl, activations": len(ids),
+        "select: sdxl, seconds an image": seconds / images,
+        "select: sdxl, weights, GB": weights / 1e9,
+        "select: sdxl, peak memory beyond the weights, GB": (peak - weights) / 1e9,
+    }
+
+
 def main() -> None:
     parts: dict[str, Callable[[int], dict[str, float]]] = {f.__name__: f for f in (imports, info, threads, load, forward)}
     parts["latents"] = lambda rounds: latents(args.images)              # pairs of epochs are their own rounds
+    parts["select"] = lambda rounds: select()                            # 10 GB of weights, seen once
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--rounds", type=int, default=5)

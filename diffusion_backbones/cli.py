@@ -91,6 +91,7 @@ def main(traceback: bool) -> None:
       diffusion-backbones extract sd15_gdf photos/ -o features/ --size 512
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
       diffusion-backbones select tinysd -o selection/
+      diffusion-backbones bench tinysd_gdf
       diffusion-backbones card sd15_gdf
     """
 
@@ -324,6 +325,42 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
     for panel in panels:
         click.echo(f"{panel.name}: {tuple(panel.features.shape)} @ stride {panel.stride}")
     click.echo(out)
+
+
+@main.command()
+@click.argument("name", type=Name())
+@click.option("--device", metavar="NAME", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Of weights and maps.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a call.")
+@click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
+@click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
+@json_option
+def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, table: Path | None, as_json: bool) -> None:
+    """How fast a backbone is here, and how much memory it takes.
+
+    Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole network read with hooks, and
+    for ensembles an encode for each noise draw. With random weights, so nothing is downloaded. One line each: milliseconds an image, times as
+    fast as hooks, share of what a large matrix product reaches on this device, most memory in use, seconds until it is built.
+
+    \b
+    Examples:
+      diffusion-backbones bench tinysd_gdf
+      diffusion-backbones bench sd15_gdf --device cuda --dtype bfloat16 --batch 8 --csv speed.csv
+    """
+    from diffusion_backbones import bench
+
+    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds)
+    found = bench.rows(bench.bench(setting, say=lambda text: click.echo(text, err=True)), setting, bench.matmul_gflops(setting.device, dtype))
+    if table:
+        bench.write(found, table)
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        others = (row["share_of_matmul"], row["peak_bytes"] and row["peak_bytes"] / 1e9, row["ready_seconds"])
+        return [row["way"], f"{1000 * row['seconds'] / batch:,.0f}", f"{row['speed']:.2f}x", *("-" if value is None else f"{value:.2f}" for value in others)]
+
+    where = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
+    _print(["way", "ms/image", "speed", "of matmul", "GB", "built in s"], [cells(row) for row in found], found if as_json else None, where)
 
 
 # What the verbs share.

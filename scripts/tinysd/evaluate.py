@@ -44,7 +44,7 @@ Extract = Callable[[Tensor], list[Tensor]]
 
 
 def method(name: str, seed: int) -> Extract:
-    """What turns an image into maps: a backbone's name, an activation's id on ``tinysd``, ``untrained`` or ``rgb``."""
+    """What turns an image into maps: a backbone's name, an activation's id or a recipe's file on ``tinysd``, ``untrained`` or ``rgb``."""
     if name == "rgb":
         return lambda x: [x]
     if name == "untrained":
@@ -52,6 +52,8 @@ def method(name: str, seed: int) -> Extract:
         return db.create_model("tinysd_gdf")
     if name in SINGLE:
         return db.create_model("tinysd", pretrained=True, recipe=[name], timestep=51)
+    if name.endswith(".yaml"):
+        return db.create_model("tinysd", pretrained=True, recipe=name)
     return db.create_model(name, pretrained=True)
 
 
@@ -84,11 +86,11 @@ def mean_iou(truth: np.ndarray, guess: np.ndarray, classes: int) -> float:
     return float(100 * (table.diagonal()[union > 0] / union[union > 0]).mean())
 
 
-def probe(name: str, data: SceneSet) -> dict[str, list[float]]:
+def probe(name: str, data: SceneSet, seeds: Sequence[int] = SEEDS) -> dict[str, list[float]]:
     """mIoU by split, one value a seed."""
     results: dict[str, list[float]] = {"scenes": [], "identities": [], "style": []}
     known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for seed in SEEDS:
+    for seed in seeds:
         if name == "untrained" or not known:
             extract = method(name, seed)
             known = {split: pixels(extract, getattr(data, split), name, split) for split in ("probe", *results)}

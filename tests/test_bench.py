@@ -1,0 +1,85 @@
+"""The benchmark: what it times is the same, its numbers add up, and the command says them."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import diffusion_backbones as db
+from diffusion_backbones import bench
+from diffusion_backbones.cli import main
+
+
+@pytest.fixture(scope="module")
+def timed():
+    setting = bench.Setting("tinysd_gdf", size=128, rounds=2)
+    return setting, bench.bench(setting)
+
+
+def test_every_way_is_timed_and_counted(timed):
+    _, found = timed
+    assert [timing.way for timing in found] == [bench.BACKBONE, bench.LATENTS, bench.HOOKS]
+    assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in found)
+    ours, latents, hooks = found
+    assert hooks.speed(hooks) == 1
+    cost = db.costs.measure(db.get_declaration("tinysd_gdf"))                # at 256, four times as many pixels
+    assert 3 < (cost.denoiser_gflops + cost.encoder_gflops) / ours.gflops < 5
+    assert latents.gflops == pytest.approx(ours.gflops * cost.denoiser_gflops / (cost.denoiser_gflops + cost.encoder_gflops), rel=0.1)
+    assert (ours.peak, ours.ready, hooks.peak) != (None, None, None)
+
+
+def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
+    monkeypatch.setattr(bench, "_encode_each", lambda backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
+    with pytest.raises(RuntimeError, match="an encode for each draw: .* differs by 1 of the largest value"):
+        bench.bench(bench.Setting("tinysd_dift", size=64, rounds=1))
+
+
+def test_an_ensemble_is_encoded_once(monkeypatch):
+    encoded = []
+    backbone = bench.Setting("tinysd_dift", size=64).build()
+    encode = type(backbone).encode
+    monkeypatch.setattr(type(backbone), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    ids = backbone.declaration.recipe.ids
+    x = bench.Setting("tinysd_dift", size=64).images()
+    with torch.no_grad():
+        expected = backbone.forward_activations(x, ids)
+        each = bench._encode_each(backbone, x, ids)
+    assert encoded == [1, backbone.declaration.recipe.ensemble]
+    assert all(torch.allclose(each[id], expected[id], atol=1e-4) for id in ids)
+
+
+def test_the_whole_network_is_whole():
+    setting = bench.Setting("tinysd_gdf")
+    whole = bench._whole(setting)
+    assert sum(p.numel() for p in whole.denoiser.parameters()) == db.costs.published()["tinysd_gdf"]["parameters_total"]
+
+
+def test_rows_are_appended(timed, tmp_path):
+    setting, found = timed
+    for product in (100.0, 200.0):
+        bench.write(bench.rows(found, setting, product), tmp_path / "new" / "speed.csv")
+    with (tmp_path / "new" / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(found)
+    assert float(rows[0]["share_of_matmul"]) == pytest.approx(found[0].gflops / found[0].median / 100, rel=1e-3)
+    assert float(rows[0]["share_of_matmul"]) == pytest.approx(2 * float(rows[3]["share_of_matmul"]), rel=1e-2)
+
+
+def test_the_command(monkeypatch, timed, tmp_path):
+    monkeypatch.setattr(bench, "bench", lambda setting, say: timed[1])
+    command = ["bench", "tinysd_gdf", "--size", "128", "--device", "cpu"]
+    said = CliRunner().invoke(main, [*command, "--csv", str(tmp_path / "speed.csv")])
+    assert said.exit_code == 0, said.output
+    assert bench.HOOKS in said.output
+    assert (tmp_path / "speed.csv").is_file()
+    data = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert [row["way"] for row in data] == [timing.way for timing in timed[1]]
+    assert CliRunner().invoke(main, ["bench", "tinysd_gfd"]).exit_code == 2
+
+
+def test_a_product_of_matrices_is_measured():
+    assert bench.matmul_gflops(side=256) > 0.1
