@@ -350,7 +350,7 @@ def test_from_the_command_to_a_recipe(tmp_path):
 
     before = (out / "activations.csv").read_text()
     state = json.loads((out / "evidence" / "done.json").read_text())
-    (out / "evidence" / "done.json").write_text(json.dumps(state | {"looked": 3}))           # as if it had been killed
+    (out / "evidence" / "done.json").write_text(json.dumps(state | {"looked": dict.fromkeys(state["looked"], 3)}))           # as if it had been killed
     assert CliRunner().invoke(main, [*command, *places]).exit_code == 0
     assert (out / "activations.csv").read_text() == before
     other = CliRunner().invoke(main, [*command, *places[:2]])
@@ -358,9 +358,21 @@ def test_from_the_command_to_a_recipe(tmp_path):
     assert "holds what another data" in other.output
 
 
+def test_only_what_is_missing_is_looked_at(whole, tmp_path):
+    task, looks = tasks.Keypoints(tasks.warped(data.scenes(64).images[:4])), []
+    Evidence(tmp_path, {}).gather(whole, task, ["mid-vit-out"], lambda items: looks.append(list(items)) or looks[-1])
+    evidence = Evidence(tmp_path, {})
+    before = evidence["mid-vit-out"].copy()
+    evidence.gather(whole, task, ["mid-vit-out"], lambda items: looks.append(list(items)) or looks[-1])
+    evidence.gather(whole, task, ["mid-vit-out", "unet-out"], lambda items: looks.append(list(items)) or looks[-1])
+    assert [len(some) for some in looks] == [4, 0, 4]
+    assert np.array_equal(evidence["mid-vit-out"], before)
+    assert len(evidence["unet-out"]) == 4
+
+
 def test_evidence_of_something_else_is_not_mixed(tmp_path):
-    Evidence(tmp_path, {"size": 64})._mark(3)
-    assert Evidence(tmp_path, {"size": 64}).looked == 3
+    Evidence(tmp_path, {"size": 64})._mark(["mid-vit-out"], 3)
+    assert Evidence(tmp_path, {"size": 64}).looked == {"mid-vit-out": 3}
     with pytest.raises(ValueError, match="what another size gave"):
         Evidence(tmp_path, {"size": 128})
 

@@ -39,9 +39,9 @@ class Evidence:
             if known["key"] != self.key:
                 differs = [name for name in self.key if known["key"].get(name) != self.key[name]]
                 raise ValueError(f"{folder} holds what another {', '.join(differs) or 'run'} gave; choose another folder, or remove this one")
-            self.looked = int(known["looked"])
+            self.looked: dict[str, int] = known["looked"]
         else:
-            self.looked = 0
+            self.looked = {}
 
     def __getitem__(self, id: str) -> NDArray[np.float16]:
         """What was kept of an activation, (looks, ...), read from its file when it is used."""
@@ -52,7 +52,7 @@ class Evidence:
     def gather(
         self, backbone: DiffusionBackbone, task: Task, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter, seed: int = 0
     ) -> None:
-        """Let the network look at everything that it has not looked at yet. An interrupted run goes on where it stopped.
+        """Let the network look at everything that it has not looked at yet: an interrupted run goes on where it stopped, other ids are added.
 
         Args:
             backbone: Computes all ``ids``; its recipe's timestep and noise hold.
@@ -62,26 +62,28 @@ class Evidence:
         """
         device = next(backbone.denoiser.parameters()).device
         files: dict[str, Any] = {}
+        missing = [id for id in ids if self.looked.get(id, 0) < len(task.looks)]
+        done = min((self.looked.get(id, 0) for id in missing), default=0)
 
-        for index in progress(range(self.looked, len(task.looks))):
+        for index in progress(range(done, len(task.looks)) if missing else ()):
 
             def keep(site: Site, act: Tensor, index: int = index) -> None:
                 kept = task.reduce(index, act)
                 if site.id not in files:
                     path = self.folder / f"{site.id}.npy"
-                    files[site.id] = open_memmap(path, "r+") if self.looked else open_memmap(path, "w+", np.float16, (len(task.looks), *kept.shape))
+                    files[site.id] = open_memmap(path, "r+") if done else open_memmap(path, "w+", np.float16, (len(task.looks), *kept.shape))
                 files[site.id][index] = kept
 
-            backbone.visit_activations(task.looks[index].to(device), ids, keep)
+            backbone.visit_activations(task.looks[index].to(device), missing, keep)
             for file in files.values():
                 file.flush()
-            self._mark(index + 1)
+            self._mark(missing, index + 1)
 
-    def _mark(self, looked: int) -> None:
+    def _mark(self, ids: Sequence[str], looked: int) -> None:
+        self.looked |= dict.fromkeys(ids, looked)
         new = self.folder / f"{DONE}.new"
-        new.write_text(json.dumps({"looked": looked, "key": self.key}))
+        new.write_text(json.dumps({"looked": self.looked, "key": self.key}))
         new.replace(self.folder / DONE)
-        self.looked = looked
 
 
 def scores(task: Task, evidence: Evidence, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> dict[str, NDArray[np.float64]]:

@@ -168,7 +168,7 @@ def select(
     compared = ids if everything else [site.id for site in survivors]
     say(f"{len(survivors)} of {len(ids)} pass the filter; comparing {len(compared)} on {data.source}")
 
-    evidence = Evidence(out / "evidence", {**key, "ids": compared})
+    evidence = Evidence(out / "evidence", key)
     evidence.gather(backbone, data.task, compared, lambda items: progress(items, "looking"))
     alone = scores(data.task, evidence, compared, lambda items: progress(items, "scoring"))
     if everything:
