@@ -90,13 +90,14 @@ def truth() -> list[Row]:
     return rows
 
 
-def chosen() -> list[Row]:
+def chosen(baselines: Sequence[str]) -> list[Row]:
     """The method's recipes and the published ones, on held-out scenes."""
     scenes, rows = load_scenes(), []
-    for baseline in BASELINES:
+    for baseline in baselines:
         name = f"tinysd_{baseline}"
         channels = sum(db.create_model(name, device="meta").feature_info.channels())
         rows.append(judge(name, name, channels, "", scenes))
+        show(rows[-1:])
         for everything in (False, True) if baseline == "gdf" else (False,):
             found = []
             for seed in SEEDS:
@@ -171,10 +172,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["truth", "chosen", "properties"])
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the CSVs and the picture")
+    parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=BASELINES, help="for chosen")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        rows = {"truth": truth, "chosen": chosen, "properties": properties}[part]()
+        rows = chosen(args.baselines) if part == "chosen" else {"truth": truth, "properties": properties}[part]()
         with (args.out / f"{part}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
