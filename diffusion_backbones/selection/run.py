@@ -205,12 +205,13 @@ def write(selection: Selection, out: Path) -> None:
     chosen = {step.id: i + 1 for i, step in enumerate(selection.steps)}
     with (out / "activations.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "module", "channels", "stride", "gflops", "parameters", *filtering.MEASURED, "dropped", selection.metric, "spread", "chosen"])
+        about = ("id", "module", "channels", "stride", "gflops", "parameters", "bytes")
+        writer.writerow([*about, *filtering.MEASURED, "dropped", selection.metric, "spread", "chosen"])
         for site in selection.sites:
             cost, score = selection.reach[site.id], selection.scores.get(site.id)
             properties = [f"{getattr(selection.measured.properties[site.id], name):.4g}" for name in filtering.MEASURED]
             scored = ["", ""] if score is None else [f"{score.mean():.2f}", f"{score.std(ddof=1):.2f}"]
-            row = [site.id, site.path, site.channels, site.stride, f"{cost.gflops:.2f}", cost.parameters, *properties]
+            row = [site.id, site.path, site.channels, site.stride, f"{cost.gflops:.2f}", cost.parameters, 4 * cost.parameters, *properties]
             writer.writerow([*row, selection.dropped[site.id], *scored, chosen.get(site.id, "")])
     with (out / "redundancy.csv").open("w", newline="") as file:
         writer = csv.writer(file)
