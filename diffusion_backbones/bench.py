@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import csv
 import datetime
-import multiprocessing
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones import __version__, costs
+from diffusion_backbones import __version__, costs, footprint
 from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.footprint import Footprint
 from diffusion_backbones.factory import create_model
 from diffusion_backbones.families import FAMILIES, Configs
 from diffusion_backbones.recipe import Level
@@ -47,6 +46,8 @@ class Setting:
         batch: Images in a call.
         size: Side of the square images in pixels; the backbone's own by default.
         rounds: How often each way is timed, in turn, after one warm-up.
+        load: Whether both are also written to a temporary folder, read again and run once, each in a process of its own, for seconds and memory.
+        options: Further keywords of ``create_model``, such as ``fold`` or ``compile``, for the backbone alone.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Setting:
     batch: int = 1
     size: int | None = None
     rounds: int = 5
+    load: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def side(self) -> int:
@@ -63,7 +66,7 @@ class Setting:
     def build(self) -> DiffusionBackbone:
         """With random weights."""
         torch.manual_seed(0)
-        return create_model(self.name, dtype=self.dtype, device=self.device, noise=self.noise)
+        return create_model(self.name, dtype=self.dtype, device=self.device, noise=self.noise, **self.options)
 
     @property
     def noise(self) -> str:
@@ -86,15 +89,15 @@ class Timing:
         way: Which.
         seconds: Of each round, for the whole batch.
         gflops: 1e9 operations for one image, all noise draws; a multiply-add counts as two. None if they were not counted.
-        peak: Bytes in use at most while it was built and ran once in a process of its own, less what importing took; None where that cannot be read.
-        ready: Seconds until it was built, in that process.
+        parts: Seconds of the image encoder and of the denoiser within one call; the rest is padding, noise and the pyramid. Empty if not told apart.
+        footprint: Seconds to load it and memory, if they were asked for.
     """
 
     way: str
     seconds: tuple[float, ...]
     gflops: float | None = None
-    peak: int | None = None
-    ready: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    footprint: Footprint | None = None
 
     @property
     def median(self) -> float:
@@ -125,28 +128,64 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     recipe, ids = backbone.declaration.recipe, backbone.declaration.recipe.ids
     whole = _whole(setting)
     whole.denoiser.load_state_dict(backbone.denoiser.state_dict(), strict=False, assign=True)          # shared, not twice in memory
-    whole.encoder = backbone.encoder
+    exact = "encoder" not in setting.options
+    if exact:
+        whole.encoder = backbone.encoder
+    latents = {"x": None, "latents": backbone.encode(x)} if backbone.family.encoder else {}
+    given = {"x": x} if exact else latents
+    same = {BACKBONE: partial(backbone.forward_activations, ids=ids, **given), HOOKS: partial(whole.forward_activations, ids=ids, **given)}
     ways: dict[str, Callable[[], Any]] = {BACKBONE: partial(backbone, x)}
-    same: dict[str, Callable[[], dict[str, Tensor]]] = {BACKBONE: partial(backbone.forward_activations, x, ids)}
-    same[HOOKS] = partial(whole.forward_activations, x, ids)
-    if backbone.family.encoder:
-        z = backbone.encode(x)
-        if not any(site.encoder for level in backbone.levels for site in level.sites):
-            ways[LATENTS] = partial(backbone, latents=z)
-            same[LATENTS] = partial(backbone.forward_activations, None, ids, latents=z)
-        if recipe.ensemble > 1:
-            ways[ENCODES] = same[ENCODES] = partial(_encode_each, backbone, x, ids)
-    ways[HOOKS] = same[HOOKS]
+    if latents and not any(site.encoder for level in backbone.levels for site in level.sites):
+        ways[LATENTS] = partial(backbone, **latents)
+        same[LATENTS] = partial(backbone.forward_activations, ids=ids, **latents)
+    if latents and recipe.ensemble > 1:
+        ways[ENCODES] = partial(_encode_each, whole, backbone, x, ids)
+        if exact:
+            same[ENCODES] = ways[ENCODES]
+    ways[HOOKS] = partial(whole.forward_activations, x, ids)
     _check(same, TOLERANCE[setting.dtype])
-    say(f"{' / '.join(ways)}: the same features. Timing {setting.rounds} rounds.")
+    say(f"{' / '.join(ways)}: the same features{'' if exact else ' of the same latents'}. Timing {setting.rounds} rounds.")
     seconds = alternate(ways, setting.rounds, setting.device)
     measured = costs.measure(replace(backbone.declaration, recipe=replace(recipe, input_size=setting.side)), backbone.configs)
     denoiser = recipe.ensemble * measured.denoiser_gflops
     gflops = {BACKBONE: denoiser + measured.encoder_gflops, LATENTS: denoiser}
-    del backbone, whole, ways, same
-    say("Each once in a process of its own, for its memory.")
-    alone = {way: in_own_process(_peak, setting, way) for way in (BACKBONE, HOOKS)}
-    return [Timing(way, tuple(times), gflops.get(way), *alone.get(way, (None, None))) for way, times in seconds.items()]
+    inside = {} if "compile" in setting.options else {BACKBONE: parts(backbone, x)}
+    footprints = {}
+    if setting.load:
+        del whole, ways, same
+        shape = (backbone.declaration, x.cpu(), setting.dtype, setting.device)
+        options = {key: value for key, value in setting.options.items() if key == "compile"}          # others are in the folder
+        with footprint.written(backbone, setting.dtype, say) as (saved, pipeline):
+            del backbone
+            footprints[BACKBONE] = footprint.alone(footprint.backbone, saved, *shape[1:], **options)
+            footprints[HOOKS] = footprint.alone(footprint.pipeline, pipeline, *shape)
+    return [Timing(way, tuple(times), gflops.get(way), inside.get(way, {}), footprints.get(way)) for way, times in seconds.items()]
+
+
+def parts(backbone: DiffusionBackbone, x: Tensor) -> dict[str, float]:
+    """Seconds of the ``encoder`` and of the ``denoiser`` in a call on images ``x``, and of the whole ``call``."""
+    clock, device = {"encoder": 0.0, "denoiser": 0.0}, str(x.device)
+
+    def tick(*_: Any) -> None:
+        _wait(device)
+        clock["denoiser"] -= time.perf_counter()
+
+    def tock(*_: Any) -> None:
+        _wait(device)
+        clock["denoiser"] += time.perf_counter()
+
+    hooks = [backbone.denoiser.register_forward_pre_hook(tick), backbone.denoiser.register_forward_hook(tock)]
+    try:
+        began = time.perf_counter()
+        z = backbone.encode(x)
+        _wait(device)
+        clock["encoder"] = time.perf_counter() - began if backbone.family.encoder else 0.0
+        backbone.forward_latents(z, size=(x.shape[-2], x.shape[-1]))
+        _wait(device)
+        return {**clock, "call": time.perf_counter() - began}
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
@@ -178,11 +217,13 @@ def rows(timings: Sequence[Timing], setting: Setting, product: float) -> list[di
     [hooks] = [timing for timing in timings if timing.way == HOOKS]
     return [
         {
-            "date": datetime.date.today().isoformat(), "backbone": setting.name, "way": timing.way, "hardware": hardware(setting.device),
+            "date": datetime.date.today().isoformat(), "backbone": setting.name, "options": " ".join(f"{key}={value}" for key, value in setting.options.items()), "way": timing.way, "hardware": hardware(setting.device),
             "dtype": setting.dtype, "batch": setting.batch, "size": setting.side, "rounds": setting.rounds,
             "seconds": timing.median, "least": min(timing.seconds), "most": max(timing.seconds), "speed": timing.speed(hooks), "gflops": timing.gflops,
             "matmul_gflops": product, "share_of_matmul": timing.gflops and setting.batch * timing.gflops / timing.median / product,
-            "peak_bytes": timing.peak, "ready_seconds": timing.ready, "torch": torch.__version__, "package": __version__,
+            "encoder_seconds": timing.parts.get("encoder"), "denoiser_seconds": timing.parts.get("denoiser"), "parts_seconds": timing.parts.get("call"),
+            "load_seconds": timing.footprint and timing.footprint.seconds, "weights_bytes": timing.footprint and timing.footprint.weights,
+            "peak_bytes": timing.footprint and timing.footprint.peak, "torch": torch.__version__, "package": __version__,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         for timing in timings
@@ -208,9 +249,9 @@ def hardware(device: str) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _encode_each(backbone: DiffusionBackbone, x: Tensor, ids: Sequence[str]) -> dict[str, Tensor]:
-    """DIFT repeats the image and encodes all copies, which with a posterior's mode are one latent."""
-    z = backbone.encode(x.repeat(backbone.declaration.recipe.ensemble, 1, 1, 1))[: len(x)]
+def _encode_each(whole: DiffusionBackbone, backbone: DiffusionBackbone, x: Tensor, ids: Sequence[str]) -> dict[str, Tensor]:
+    """DIFT repeats the image and encodes all copies, which with a posterior's mode are one latent; its denoiser stops early too."""
+    z = whole.encode(x.repeat(backbone.declaration.recipe.ensemble, 1, 1, 1))[: len(x)]
     return backbone.forward_activations(None, ids, latents=z)
 
 
@@ -221,6 +262,7 @@ def _whole(setting: Setting) -> DiffusionBackbone:
     catalogue = FAMILIES[declaration.checkpoint.family].activations(setting.configs(), setting.name)
     last = [site.id for site in (catalogue[id] for id in catalogue) if not site.encoder and site.layout in ("map", "tokens")][-1]
     recipe = replace(recipe, levels=(Level((last,)),))
+    torch.manual_seed(0)                                                     # the weights of Setting.build
     return create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
 
 
@@ -231,65 +273,6 @@ def _check(same: Mapping[str, Callable[[], dict[str, Tensor]]], tolerance: float
             difference = float((act - expected[id]).abs().max() / expected[id].abs().max())
             if not difference <= tolerance:
                 raise RuntimeError(f"{way}: {id} differs by {difference:.2g} of the largest value; what is timed would not be the same")
-
-
-# Memory.
-
-
-def in_own_process(work: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *args).result()
-
-
-@torch.no_grad()
-def _peak(setting: Setting, way: str) -> tuple[int | None, float]:
-    """Most bytes in use while a way was built and ran once, and seconds until it was built."""
-    import transformers  # noqa: F401
-
-    create_model(setting.name, device="meta")                                # imports all that is needed, so that it counts for nothing
-    x, before = setting.images(), _memory(setting.device, start=True)
-    began = time.perf_counter()
-    if way == BACKBONE:
-        backbone = setting.build()
-        ready = time.perf_counter() - began
-        backbone(x)
-    else:
-        backbone, *others = _whole(setting), *_rest_of_pipeline(setting)
-        ready = time.perf_counter() - began
-        backbone.forward_activations(x, get_declaration(setting.name).recipe.ids)
-        del others
-    _wait(setting.device)
-    after = _memory(setting.device)
-    return (None if before is None or after is None else after - before), ready
-
-
-def _rest_of_pipeline(setting: Setting) -> list[Any]:
-    """What a pipeline holds beside the denoiser and the image encoder: the decoder and the text encoders."""
-    import transformers
-
-    declaration = get_declaration(setting.name)
-    family, configs = FAMILIES[declaration.checkpoint.family], setting.configs()
-    rest: list[Any] = []
-    with torch.device(setting.device):
-        if family.encoder:
-            vae = family.image_encoder.build(family.encoder_config(configs))
-            rest += [vae.decoder] if hasattr(vae, "decoder") else []
-        for name in family.text_encoder_names(configs):
-            cls = getattr(transformers, configs[name]["architectures"][0])
-            rest.append(cls(cls.config_class(**{key: value for key, value in configs[name].items() if key != "architectures"})))
-    return [module.to(getattr(torch, setting.dtype)) for module in rest]
-
-
-def _memory(device: str, start: bool = False) -> int | None:
-    """Bytes in use: at the ``start`` of a measurement now, later the most since then. None where it cannot be read."""
-    if torch.device(device).type == "cuda":
-        if start:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    if start and Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-    return next((int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM")), None)
 
 
 def _lines(path: str) -> list[str]:

@@ -334,33 +334,45 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a call.")
 @click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
+@click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
 @json_option
-def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, table: Path | None, as_json: bool) -> None:
+def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, load: bool, table: Path | None, as_json: bool) -> None:
     """How fast a backbone is here, and how much memory it takes.
 
     Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole network read with hooks, and
-    for ensembles an encode for each noise draw. With random weights, so nothing is downloaded. One line each: milliseconds an image, times as
-    fast as hooks, share of what a large matrix product reaches on this device, most memory in use, seconds until it is built.
+    for ensembles an encode for each noise draw. With random weights, so nothing is downloaded. One line each: milliseconds an image, images a
+    second, times as fast as hooks, operations, share of what a large matrix product reaches on this device; with --load seconds until the weights
+    are in memory, and the most memory in use until it ran once.
 
     \b
     Examples:
       diffusion-backbones bench tinysd_gdf
-      diffusion-backbones bench sd15_gdf --device cuda --dtype bfloat16 --batch 8 --csv speed.csv
+      diffusion-backbones bench sd15_gdf --device cuda --dtype bfloat16 --batch 8 --load --csv speed.csv
     """
     from diffusion_backbones import bench
 
-    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds)
-    found = bench.rows(bench.bench(setting, say=lambda text: click.echo(text, err=True)), setting, bench.matmul_gflops(setting.device, dtype))
+    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load)
+    try:
+        timings = bench.bench(setting, say=lambda text: click.echo(text, err=True))
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    found = bench.rows(timings, setting, bench.matmul_gflops(setting.device, dtype))
     if table:
         bench.write(found, table)
 
     def cells(row: Mapping[str, Any]) -> list[str]:
-        others = (row["share_of_matmul"], row["peak_bytes"] and row["peak_bytes"] / 1e9, row["ready_seconds"])
-        return [row["way"], f"{1000 * row['seconds'] / batch:,.0f}", f"{row['speed']:.2f}x", *("-" if value is None else f"{value:.2f}" for value in others)]
+        gigabytes = row["peak_bytes"] and row["peak_bytes"] / 1e9
+        others = (row["gflops"], row["share_of_matmul"], row["load_seconds"], gigabytes)
+        speed = [f"{1000 * row['seconds'] / batch:,.0f}", f"{batch / row['seconds']:.3g}", f"{row['speed']:.2f}x"]
+        return [row["way"], *speed, *("-" if value is None else f"{value:,.{digits}f}" for value, digits in zip(others, (0, 2, 2, 2), strict=True))]
 
     where = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
-    _print(["way", "ms/image", "speed", "of matmul", "GB", "built in s"], [cells(row) for row in found], found if as_json else None, where)
+    if call := timings[0].parts.get("call"):
+        encoder, denoiser = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
+        where = f"of the time: image encoder {encoder:.1%}, denoiser {denoiser:.1%}, the rest {1 - encoder - denoiser:.1%}\n{where}"
+    head = ["way", "ms/image", "images/s", "speed", "GFLOPs", "of matmul", "loaded in s", "GB"]
+    _print(head, [cells(row) for row in found], found if as_json else None, where)
 
 
 # What the verbs share.

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 import diffusion_backbones as db
-from diffusion_backbones import bench
+from diffusion_backbones import bench, footprint
 from diffusion_backbones.cli import main
+from diffusion_backbones.truncate import count_bytes
 
 
 @pytest.fixture(scope="module")
 def timed():
-    setting = bench.Setting("tinysd_gdf", size=128, rounds=2)
+    setting = bench.Setting("tinysd_gdf", size=128, rounds=2, load=True)
     return setting, bench.bench(setting)
 
 
@@ -29,11 +31,23 @@ def test_every_way_is_timed_and_counted(timed):
     cost = db.costs.measure(db.get_declaration("tinysd_gdf"))                # at 256, four times as many pixels
     assert 3 < (cost.denoiser_gflops + cost.encoder_gflops) / ours.gflops < 5
     assert latents.gflops == pytest.approx(ours.gflops * cost.denoiser_gflops / (cost.denoiser_gflops + cost.encoder_gflops), rel=0.1)
-    assert (ours.peak, ours.ready, hooks.peak) != (None, None, None)
+    assert 0 < ours.parts["encoder"] + ours.parts["denoiser"] <= ours.parts["call"]
+    assert 0 < ours.footprint.seconds < 60
+    assert latents.footprint is None
+    networks = [network for name, network in footprint.components(db.get_declaration("tinysd_gdf"), db.create_model("tinysd_gdf").configs, "meta")]
+    assert hooks.footprint.weights == sum(count_bytes(network) for network in networks)
+    assert cost.bytes < ours.footprint.weights < hooks.footprint.weights                # the noise and the prompt are kept too
+    assert ours.footprint.peak > 0
+
+
+def test_without_room_nothing_is_written(monkeypatch):
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    with pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"), footprint.written(db.create_model("tinysd_gdf"), "float32", print):
+        pass
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
-    monkeypatch.setattr(bench, "_encode_each", lambda backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
+    monkeypatch.setattr(bench, "_encode_each", lambda whole, backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
     with pytest.raises(RuntimeError, match="an encode for each draw: .* differs by 1 of the largest value"):
         bench.bench(bench.Setting("tinysd_dift", size=64, rounds=1))
 
@@ -47,7 +61,7 @@ def test_an_ensemble_is_encoded_once(monkeypatch):
     x = bench.Setting("tinysd_dift", size=64).images()
     with torch.no_grad():
         expected = backbone.forward_activations(x, ids)
-        each = bench._encode_each(backbone, x, ids)
+        each = bench._encode_each(backbone, backbone, x, ids)
     assert encoded == [1, backbone.declaration.recipe.ensemble]
     assert all(torch.allclose(each[id], expected[id], atol=1e-4) for id in ids)
 
