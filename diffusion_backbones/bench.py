@@ -25,9 +25,9 @@ from torch import Tensor
 
 from diffusion_backbones import __version__, costs, footprint
 from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.footprint import Footprint
 from diffusion_backbones.factory import create_model
 from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.footprint import Footprint
 from diffusion_backbones.recipe import Level
 from diffusion_backbones.registry import get_declaration, package_configs
 
@@ -215,16 +215,19 @@ def rows(timings: Sequence[Timing], setting: Setting, product: float) -> list[di
         product: Of :func:`matmul_gflops`.
     """
     [hooks] = [timing for timing in timings if timing.way == HOOKS]
+    shared = {
+        "date": datetime.date.today().isoformat(), "hardware": hardware(setting.device), "backbone": setting.name,
+        "options": " ".join(f"{key}={value}" for key, value in setting.options.items()), "dtype": setting.dtype, "batch": setting.batch,
+        "size": setting.side, "rounds": setting.rounds, "matmul_gflops": product, "torch": torch.__version__, "package": __version__,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }  # fmt: skip
     return [
         {
-            "date": datetime.date.today().isoformat(), "backbone": setting.name, "options": " ".join(f"{key}={value}" for key, value in setting.options.items()), "way": timing.way, "hardware": hardware(setting.device),
-            "dtype": setting.dtype, "batch": setting.batch, "size": setting.side, "rounds": setting.rounds,
-            "seconds": timing.median, "least": min(timing.seconds), "most": max(timing.seconds), "speed": timing.speed(hooks), "gflops": timing.gflops,
-            "matmul_gflops": product, "share_of_matmul": timing.gflops and setting.batch * timing.gflops / timing.median / product,
+            "way": timing.way, "seconds": timing.median, "least": min(timing.seconds), "most": max(timing.seconds), "speed": timing.speed(hooks),
+            "gflops": timing.gflops, "share_of_matmul": timing.gflops and setting.batch * timing.gflops / timing.median / product,
             "encoder_seconds": timing.parts.get("encoder"), "denoiser_seconds": timing.parts.get("denoiser"), "parts_seconds": timing.parts.get("call"),
             "load_seconds": timing.footprint and timing.footprint.seconds, "weights_bytes": timing.footprint and timing.footprint.weights,
-            "peak_bytes": timing.footprint and timing.footprint.peak, "torch": torch.__version__, "package": __version__,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "peak_bytes": timing.footprint and timing.footprint.peak, **shared,
         }
         for timing in timings
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from diffusion_backbones.recipe import Paper, Recipe
 from diffusion_backbones.registry import Declaration, package_configs
 
 RESULTS = Path(__file__).with_name("results.csv")
+SPEED = Path(__file__).with_name("speed.csv")
+"""What ``diffusion-backbones bench --csv`` measured."""
 HUB = "https://huggingface.co"
 
 
@@ -46,6 +48,7 @@ def card(declaration: Declaration, saved: Configs | None = None, how: str = "") 
         _section("Details", _details(declaration, configs, cost)),
         _section("Usage", usage(how or (USAGE_OF_FOLDER if saved else USAGE), declaration, maps)),
         _section("Published results", _results(declaration)),
+        _section("Speed", _speed(declaration)),
         _section("Notes", _bullets(declaration.recipe.notes)),
         _section("Not verified", _bullets((*declaration.checkpoint.unverified, *declaration.recipe.unverified))),
         _section("Licence", _license(declaration)),
@@ -355,6 +358,42 @@ def _results(declaration: Declaration) -> str:
     notes = "\n".join(f"{number}. {caveat}" for number, caveat in enumerate(caveats, 1))
     head = "As the sources print them. **None was reproduced with this package.**"
     return "\n\n".join(filter(None, [head, table([*columns, "caveat"], lines), notes]))
+
+
+def _speed(declaration: Declaration) -> str:
+    rows = [row for row in speed() if row["backbone"] == declaration.name]
+    if not rows:
+        return ""
+    head = f"As `diffusion-backbones bench` measured it with random weights, on which speed does not depend, beside {rows[-1]['way']}."
+    return f"{head}\n\n{speed_table(rows)}"
+
+
+def speed_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of :func:`speed` as a table: milliseconds an image, how many times as fast as hooks, gigabytes, and where."""
+    lines = []
+    for row in rows:
+        milliseconds = 1000 * float(row["seconds"]) / int(row["batch"])
+        numbers = [f"{milliseconds:,.0f}", f"{float(row['speed']):.2f}", *(_number(row[key], scale, digits) for key, scale, digits in SPEED_COLUMNS.values())]
+        where = f"{row['size']} px, batch {row['batch']}, {row['dtype']}"
+        lines.append([f"`{row['backbone']}`", row["way"], row["options"] or "", where, *numbers, f"{row['hardware']}, torch {row['torch']}, {row['date']}"])
+    return table(["backbone", "way", "options", "input", "ms/image", "speed", *SPEED_COLUMNS, "where"], lines)
+
+
+SPEED_COLUMNS = {"of matmul": ("share_of_matmul", 1, 2), "loaded in s": ("load_seconds", 1, 1), "GB": ("peak_bytes", 1e-9, 2)}
+"""Heading -> column of ``speed.csv``, what it is multiplied by, digits."""
+
+
+def _number(text: str, scale: float, digits: int) -> str:
+    return f"{scale * float(text):.{digits}f}" if text else ""
+
+
+@functools.cache
+def speed() -> list[dict[str, str]]:
+    """The rows of ``speed.csv``."""
+    if not SPEED.is_file():
+        return []
+    with SPEED.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _license(declaration: Declaration) -> str:

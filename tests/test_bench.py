@@ -42,7 +42,8 @@ def test_every_way_is_timed_and_counted(timed):
 
 def test_without_room_nothing_is_written(monkeypatch):
     monkeypatch.setattr(footprint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
-    with pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"), footprint.written(db.create_model("tinysd_gdf"), "float32", print):
+    backbone = db.create_model("tinysd_gdf")
+    with pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"), footprint.written(backbone, "float32", print):
         pass
 
 
