@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -75,9 +76,9 @@ def test_operations_of_transformers_equal_an_independent_count(name, monkeypatch
     backbone = db.create_model(name, device="meta")
     layers, products = Counter(backbone.denoiser, attention=False), []
 
-    def attend(q, k, v, *args, **kwargs):
-        products.append(2 * 2 * q.shape[:-1].numel() * k.shape[-2] * q.shape[-1])
-        return torch.empty_like(q)
+    def attend(query, key, value, *args, **kwargs):
+        products.append(2 * 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1])
+        return torch.empty_like(query)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     latent = backbone.declaration.input_size // backbone.latent_stride
@@ -125,6 +126,19 @@ def test_costs_of_every_checkpoint_are_published(name, monkeypatch):
 def test_costs_of_every_backbone_are_published(name, monkeypatch):
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail(f"costs.json does not have {name}; run: python scripts/generate.py"))
     assert costs(db.get_declaration(name)).parameters > 0
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("flux_dev_ditf", None), ("sd35_large", ["vit-block37-out"]), ("flux2_dev", ["vit-block55-out"])])
+def test_the_memory_that_the_documents_name(name, recipe):
+    """docs/memory.md: the weights in sixteen bits, in eight as diffusers casts them, and two blocks with what is in none."""
+    denoiser = db.create_model(name, recipe=recipe, dtype=torch.bfloat16, device="meta").denoiser
+    blocks = [sum(p.nbytes for p in block.parameters()) for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    whole = sum(p.nbytes for p in denoiser.parameters())
+    denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    eight = sum(p.nbytes for p in denoiser.parameters())
+    cells = " | ".join(f"{size / 1e9:.2f}" for size in (whole, eight, 2 * max(blocks) + whole - sum(blocks)))
+    text = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    assert f"| `{name}`{', whole' if recipe else ''} | {cells} |" in text
 
 
 def test_another_recipe_is_measured():
