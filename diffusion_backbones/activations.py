@@ -6,7 +6,8 @@ config alone; a :class:`Catalogue` looks ids up and explains the ones that are n
 
 Four kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
 (https://arxiv.org/abs/2406.02842); ``encoder-level...``, fine maps of the image encoder, and ``up-level...-res-in``, what enters a residual block
-with its skip, both as ODISE reads them (https://arxiv.org/abs/2303.04803); and any stock module path such as ``up_blocks.1.resnets.2``.
+with its skip, both as ODISE reads them (https://arxiv.org/abs/2303.04803); and any stock module path such as ``up_blocks.1.resnets.2``. In
+transformers a site is one too (:class:`Site`) where GDF uses its id for other blocks alone, such as the ``norm-out`` of DiT.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Site:
         modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale that the
             next block's adaptive LayerNorm gives it; empty where there is none.
         encoder: Whether it is in the image encoder, and not in the denoiser.
+        extension: Whether GDF has no such activation in this kind of block, though its grammar has the id.
     """
 
     id: str
@@ -118,6 +120,7 @@ class Site:
     taps: tuple[str, ...] = ("to_q", "to_k")
     modulation: str = ""
     encoder: bool = False
+    extension: bool = False
 
     def over_text(self, tokens: int) -> Site:
         """As part of a level: attention to a text becomes, averaged over heads, one channel per token; anything else stays as it is."""
@@ -173,7 +176,7 @@ class Catalogue(Mapping[str, Site]):
         return id in self._sites or id in self._paths
 
     def __iter__(self) -> Iterator[str]:
-        return (id for id in self._sites if parse(id).in_gdf)
+        return (id for id, site in self._sites.items() if parse(id).in_gdf and not site.extension)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -17,7 +17,7 @@ from diffusion_backbones.activations import Site
 from diffusion_backbones.costs import Costs, costs
 from diffusion_backbones.families import FAMILIES, Config, Configs, left_out
 from diffusion_backbones.families.base import is_flow
-from diffusion_backbones.recipe import Paper, Recipe
+from diffusion_backbones.recipe import Checkpoint, Paper, Recipe
 from diffusion_backbones.registry import Declaration, package_configs
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -44,22 +44,27 @@ def card(declaration: Declaration, saved: Configs | None = None, how: str = "") 
     maps, size, cost = levels(declaration, configs), declaration.input_size, costs(declaration, configs)
     sections = [
         f"# {declaration.name}\n\n{summary(declaration, maps)}",
-        _section("Levels", _levels(maps, size)),
-        _section("Details", _details(declaration, configs, cost)),
-        _section("Usage", usage(how or (USAGE_OF_FOLDER if saved else USAGE), declaration, maps)),
-        _section("Published results", _results(declaration)),
-        _section("Speed", _speed(declaration)),
-        _section("Notes", _bullets(declaration.recipe.notes)),
-        _section("Not verified", _bullets((*declaration.checkpoint.unverified, *declaration.recipe.unverified))),
-        _section("Licence", _license(declaration)),
-        _section("Citation", _citation(declaration)),
+        section("Levels", _levels(maps, size)),
+        section("Details", _details(declaration, configs, cost)),
+        section("Usage", usage(how or (USAGE_OF_FOLDER if saved else USAGE), declaration, maps)),
+        section("Published results", _results(declaration)),
+        section("Speed", _speed(declaration)),
+        section("Notes", bullets(declaration.recipe.notes)),
+        section("Not verified", bullets((*declaration.checkpoint.unverified, *declaration.recipe.unverified))),
+        section("Licence", license(declaration.checkpoint)),
+        section("Citation", citation(declaration.recipe.paper, declaration.checkpoint.paper)),
     ]
-    return f"---\n{yaml.safe_dump(front_matter(declaration), sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return document(front_matter(declaration.checkpoint, declaration.recipe.name), sections)
 
 
-def front_matter(declaration: Declaration) -> dict[str, Any]:
+def document(front: dict[str, Any], sections: Iterable[str]) -> str:
+    """Front matter and the sections that are not empty."""
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def front_matter(checkpoint: Checkpoint, *tags: str) -> dict[str, Any]:
     """What the hub reads. There is no model-index: no number was measured with these weights by this package."""
-    checkpoint, license = declaration.checkpoint, declaration.checkpoint.license
+    license = checkpoint.license
     front: dict[str, Any] = {"library_name": "diffusion_backbones", "pipeline_tag": "image-feature-extraction", "license": license.id}
     if license.id == "other":
         front["license_name"] = re.sub(r"[^a-z0-9.-]+", "-", license.name.lower()).strip("-")
@@ -67,7 +72,7 @@ def front_matter(declaration: Declaration) -> dict[str, Any]:
             front["license_link"] = license.link
     if checkpoint.hub_id:
         front["base_model"] = [checkpoint.denoiser.repo, checkpoint.hub_id] if checkpoint.denoiser else checkpoint.hub_id
-    front["tags"] = ["image-feature-extraction", "diffusion", "feature-pyramid", checkpoint.family, declaration.recipe.name]
+    front["tags"] = ["image-feature-extraction", "diffusion", "feature-pyramid", checkpoint.family, *tags]
     return front
 
 
@@ -153,11 +158,11 @@ def gflops(number: float) -> str:
 # Sections.
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def _bullets(sentences: Iterable[str]) -> str:
+def bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"* {sentence}" for sentence in sentences)
 
 
@@ -184,33 +189,32 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
     padding = "padded to the text encoder's limit" if recipe.prompt_padding == "max_length" else "not padded"
     unprompted = CLASS if "class_labels" in family.conditioning_shapes(configs) else "none"
     texts = family.text_encoder_names(left_out(configs, recipe.without))
-    latents = f"{family.latent_channels(configs)} channels at stride {family.latent_stride(configs)}"
     kept = f"{millions(cost.parameters)} of {millions(cost.parameters_total)}"
     draws = f"{recipe.ensemble} × " if recipe.ensemble > 1 else ""
     compute = f"denoiser {draws}{gflops(cost.denoiser_gflops)} GFLOPs, image encoder {gflops(cost.encoder_gflops)} GFLOPs"
     rows = [
-        ("Weights", _weights(declaration)),
-        ("Input", f"(B, 3, H, W), RGB in [-1, 1], any height and width, padded inside to multiples of {family.size_divisibility(configs)}"),
+        ("Weights", weights(checkpoint)),
+        ("Input", accepts(checkpoint, configs)),
         ("Default size", f"{size} × {size} pixels, in `pretrained_cfg` for timm's transforms"),
         ("Timestep", f"{recipe.timestep:g}{', before the first step' if recipe.timestep < 0 else counted}"),
         ("Noise", _noise(declaration, configs["scheduler"])),
         ("Prompt", f"{repr(recipe.prompt) if recipe.prompt else 'empty'}, {padding}" if texts else unprompted),
         *([("Left out", ", ".join(recipe.without))] if recipe.without else []),
         *([("Afterwards", postop(recipe))] if postop(recipe) else []),
-        ("Latents", f"{latents}, {family.image_encoder.reading}, {_scaling(declaration, configs)}"),
+        ("Latents", latents(checkpoint, configs, recipe.scaled)),
         ("Parameters", f"denoiser {kept}, cut behind the last activation; image encoder {millions(cost.encoder_parameters)}"),
         ("Compute", f"{compute}, for one image of {cost.size} × {cost.size}; a multiply-add counts as two"),
-        ("Size in memory", f"{cost.bytes / 1e9:.2f} GB in float32" if cost.bytes >= 1e8 else f"{cost.bytes / 1e6:.1f} MB in float32"),
+        ("Size in memory", memory(cost)),
     ]
     if not checkpoint.encoder_float16:
-        rows.append(("float16", "the image encoder overflows in float16 and stays in float32"))
+        rows.append(("float16", OVERFLOWS))
     if recipe.source:
         rows.append(("Source of the recipe", recipe.source))
     return table(["", ""], rows)
 
 
-def _weights(declaration: Declaration) -> str:
-    checkpoint = declaration.checkpoint
+def weights(checkpoint: Checkpoint) -> str:
+    """Where the weights are."""
     if not checkpoint.hub_id:
         return ". ".join(filter(None, ["in the package", checkpoint.status]))
     base = f"[{checkpoint.hub_id}]({HUB}/{checkpoint.hub_id})" + (f" at `{checkpoint.revision[:12]}`" if checkpoint.revision != "main" else "")
@@ -233,14 +237,27 @@ def _noise(declaration: Declaration, scheduler: Config) -> str:
     return f"{formula}; {drawn}"
 
 
-def _scaling(declaration: Declaration, configs: Configs) -> str:
-    if not declaration.recipe.scaled:
-        return "not scaled"
-    family = FAMILIES[declaration.checkpoint.family]
+def accepts(checkpoint: Checkpoint, configs: Configs) -> str:
+    """What an image must be."""
+    divisor = FAMILIES[checkpoint.family].size_divisibility(configs)
+    return f"(B, 3, H, W), RGB in [-1, 1], any height and width, padded inside to multiples of {divisor}"
+
+
+def latents(checkpoint: Checkpoint, configs: Configs, scaled: bool = True) -> str:
+    """What an image becomes before noise is added."""
+    family = FAMILIES[checkpoint.family]
     shift, factor = family.image_encoder.scaling(family.encoder_config(configs))
-    return f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}" if (shift, factor) != (0, 1) else "as they are"
+    moved = f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}" if (shift, factor) != (0, 1) else "as they are"
+    where = f"{family.latent_channels(configs)} channels at stride {family.latent_stride(configs)}"
+    return f"{where}, {family.image_encoder.reading}, {moved if scaled else 'not scaled'}"
 
 
+def memory(cost: Costs) -> str:
+    """What the weights that are kept take."""
+    return f"{cost.bytes / 1e9:.2f} GB in float32" if cost.bytes >= 1e8 else f"{cost.bytes / 1e6:.1f} MB in float32"
+
+
+OVERFLOWS = "the image encoder overflows in float16 and stays in float32"
 CLASS = "none; the network is given no class, unless a call says `class_labels=`"
 POST = {"layer": "LayerNorm over channels", "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it"}
 
@@ -396,8 +413,9 @@ def speed() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _license(declaration: Declaration) -> str:
-    checkpoint, license = declaration.checkpoint, declaration.checkpoint.license
+def license(checkpoint: Checkpoint) -> str:
+    """What may be done with the weights, and how they are had."""
+    license = checkpoint.license
     named = f"[{license}]({license.link})" if license.link else str(license)
     unconfirmed = "" if license.verified else ", which no source at hand confirms"
     sentences = [f"The weights are under {named}{unconfirmed}; the code of this package is under Apache-2.0."]
@@ -409,8 +427,8 @@ def _license(declaration: Declaration) -> str:
     return " ".join(sentences)
 
 
-def _citation(declaration: Declaration) -> str:
-    papers = dict.fromkeys(paper for paper in (declaration.recipe.paper, declaration.checkpoint.paper) if paper)
+def citation(*given: Paper | None, whom: str = "the sources of the recipe and of the weights") -> str:
+    papers = dict.fromkeys(paper for paper in given if paper)
     if not papers:
         return ""
-    return "Please cite the sources of the recipe and of the weights:\n\n```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"
+    return f"Please cite {whom}:\n\n```bibtex\n" + "\n\n".join(paper.bibtex for paper in papers) + "\n```"

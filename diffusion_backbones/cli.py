@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from diffusion_backbones import cards, listing, registry
+from diffusion_backbones import cards, checkpoint_cards, listing, registry
 from diffusion_backbones.selection.cli import select
 from diffusion_backbones.version import __version__
 
@@ -127,25 +127,35 @@ def list_(pattern: str, pretrained: bool, checkpoints: bool, as_json: bool) -> N
         declared = [registry.get_declaration(name) for name in registry.list_models(_glob(pattern), pretrained=pretrained)]
         head = ["name", "channels@stride", "licence", "access"]
         rows = [[d.name, cards.channels_at_strides(cards.levels(d)), str(d.checkpoint.license), listing.access(d.checkpoint)] for d in declared]
-        _print(head, rows, [listing.backbone(d) for d in declared] if as_json else None, f"{len(rows)} backbones")
+        bare = [name for name in registry.list_checkpoints(_glob(pattern)) if not checkpoint_cards.read_by(registry.get_checkpoint(name))]
+        more = f"; {len(bare)} checkpoints without a published recipe match too: list --checkpoints" if bare else ""
+        _print(head, rows, [listing.backbone(d) for d in declared] if as_json else None, f"{len(rows)} backbones{more}")
 
 
 @main.command()
-@click.argument("name", type=Name())
+@click.argument("name", type=Name(checkpoints=True))
 @json_option
 def info(name: str, as_json: bool) -> None:
     """What a backbone is, what it returns and what it costs.
 
+    NAME may be a checkpoint too: what is known of it, and what its whole network takes.
+
     \b
     Examples:
       diffusion-backbones info sd15_gdf
+      diffusion-backbones info sd35_large
       diffusion-backbones info sdxl_gdf --json
     """
-    declaration = registry.get_declaration(name)
-    if as_json:
-        click.echo(json.dumps(listing.facts(declaration), indent=2))
+    if name in registry.list_checkpoints():
+        checkpoint = registry.get_checkpoint(name)
+        facts, lines = listing.facts_of_checkpoint(checkpoint), listing.about_checkpoint(checkpoint)
     else:
-        for heading, text in listing.about(declaration):
+        declaration = registry.get_declaration(name)
+        facts, lines = listing.facts(declaration), listing.about(declaration)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        for heading, text in lines:
             click.echo(f"{heading:12}{text}")
 
 
@@ -176,21 +186,26 @@ def activations(name: str, pattern: str, size: int | None, extensions: bool, as_
     """
     checkpoint = registry.get_checkpoint(name) if name in registry.list_checkpoints() else registry.get_declaration(name).checkpoint
     found, total = listing.activations(checkpoint, _glob(pattern), extensions, size)
+    more = 0 if extensions else len(listing.activations(checkpoint, _glob(pattern), True, None)[0]) - len(found)
+    count = f"{len(found)} of {total} activations of {checkpoint.name}" + (f"; --all adds {more} that go beyond GDF's" if more else "")
     head = ["id", "path", "port", "channels", "stride", *(["shape"] if size else [])]
     rows = [[" x ".join(map(str, row[key])) if key == "shape" else str(row[key]) for key in head] for row in found]
-    _print(head, rows, found if as_json else None, f"{len(found)} of {total} activations of {checkpoint.name}")
+    _print(head, rows, found if as_json else None, count)
 
 
 @main.command()
-@click.argument("name", type=Name())
+@click.argument("name", type=Name(checkpoints=True))
 def card(name: str) -> None:
-    """The model card, in Markdown.
+    """The card of a backbone or a checkpoint, in Markdown.
 
     \b
-    Example:
+    Examples:
       diffusion-backbones card sd15_gdf > README.md
+      diffusion-backbones card sd35_large
     """
-    click.echo(cards.card(registry.get_declaration(name)), nl=False)
+    known = name in registry.list_checkpoints()
+    text = checkpoint_cards.card(registry.get_checkpoint(name)) if known else cards.card(registry.get_declaration(name))
+    click.echo(text, nl=False)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:

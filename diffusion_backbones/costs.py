@@ -1,7 +1,8 @@
 """What a backbone costs: parameters, floating-point operations, bytes.
 
-The numbers of the registered backbones travel with the package in ``costs.json``, which ``scripts/generate.py`` writes, so
-that listing them needs no torch. Anything else is measured on the ``meta`` device, which takes seconds and no memory.
+The numbers of the registered backbones, and of the whole networks of the checkpoints, travel with the package in ``costs.json``,
+which ``scripts/generate.py`` writes, so that listing them needs no torch. Anything else is measured on the ``meta`` device, which
+takes seconds and no memory.
 
 One convention throughout: a multiply-add is two operations, and only convolutions and matrix products count, attention's
 included, as in ``torch.utils.flop_counter``. By it the whole U-Net of Stable Diffusion 1.5 has 803 GFLOPs at 512 x 512 and
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.families import FAMILIES, Configs, left_out
+from diffusion_backbones.recipe import Checkpoint, Recipe
 from diffusion_backbones.registry import Declaration, package_configs
 
 FILE = Path(__file__).with_name("costs.json")
@@ -47,6 +49,12 @@ class Costs:
     def bytes(self) -> int:
         """Of the weights that are kept, denoiser and image encoder, in float32."""
         return 4 * (self.parameters + self.encoder_parameters)
+
+
+def entire(checkpoint: Checkpoint) -> Declaration:
+    """A checkpoint's whole network as something that has costs: read at the last of its activations, which nobody recommends."""
+    *_, last = FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), checkpoint.name).all()
+    return Declaration(checkpoint.name, checkpoint, Recipe("entire", levels=(last.id,)))
 
 
 def costs(declaration: Declaration, configs: Configs | None = None) -> Costs:

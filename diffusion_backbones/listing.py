@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from diffusion_backbones import cards, registry
+from diffusion_backbones import cards, checkpoint_cards, registry
 from diffusion_backbones.activations import Site, parse
-from diffusion_backbones.costs import costs
+from diffusion_backbones.costs import costs, entire
 from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.recipe import Checkpoint
 from diffusion_backbones.registry import Declaration, package_configs
@@ -104,9 +104,41 @@ def about(declaration: Declaration) -> Iterator[tuple[str, str]]:
     yield from _costs(declaration)
     yield from _weights(checkpoint)
     yield "source", declaration.recipe.source or "none: nobody published this recipe"
-    doubts = [*checkpoint.unverified, *declaration.recipe.unverified, *([] if checkpoint.license.verified else ["No source at hand states the licence."])]
     yield from _sentences("notes", [*filter(None, [checkpoint.status]), *declaration.recipe.notes])
-    yield from _sentences("unverified", doubts)
+    yield from _sentences("unverified", [*declaration.recipe.unverified, *_doubts(checkpoint)])
+
+
+def facts_of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that ``info`` knows of a checkpoint, JSON-able; the costs are those of its whole network."""
+    configs, family, cost = package_configs(checkpoint), FAMILIES[checkpoint.family], costs(entire(checkpoint))
+    return {
+        "name": checkpoint.name,
+        "checkpoint": asdict(checkpoint),
+        "backbones": checkpoint_cards.read_by(checkpoint),
+        "conditioning": family.conditioning_shapes(configs),
+        "activations": len(family.catalogue(configs, checkpoint.name).all()),
+        "costs": {**asdict(cost), "bytes": cost.bytes},
+    }
+
+
+def about_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """The lines of ``info`` for a checkpoint, as those of :func:`about`; the costs are those of its whole network."""
+    configs, family, cost = package_configs(checkpoint), FAMILIES[checkpoint.family], costs(entire(checkpoint))
+    yield "checkpoint", f"{checkpoint.name}: {checkpoint.title}"
+    yield "recipes", ", ".join(checkpoint_cards.read_by(checkpoint)) or "none published: give recipe= to create_model"
+    yield "input", f"{checkpoint.input_size} x {checkpoint.input_size} in training, any size here"
+    yield "noise", checkpoint_cards.forward_process(configs["scheduler"])
+    yield "conditioned", checkpoint_cards.conditioning(checkpoint, configs).replace("`", "")
+    yield "activations", f"{len(family.catalogue(configs, checkpoint.name).all())}: diffusion-backbones activations {checkpoint.name} --all"
+    yield "parameters", checkpoint_cards.parameters(cost)
+    yield "to read", f"{cards.memory(cost)} for the whole network; a recipe reads what is in front of its last activation"
+    yield from _weights(checkpoint)
+    yield from _sentences("notes", [checkpoint.status] if checkpoint.status else [])
+    yield from _sentences("unverified", _doubts(checkpoint))
+
+
+def _doubts(checkpoint: Checkpoint) -> list[str]:
+    return [*checkpoint.unverified, *([] if checkpoint.license.verified else ["No source at hand states the licence."])]
 
 
 def _what(declaration: Declaration) -> Iterator[tuple[str, str]]:
@@ -142,7 +174,7 @@ def _costs(declaration: Declaration) -> Iterator[tuple[str, str]]:
     operations = f"denoiser {draws}{cards.gflops(cost.denoiser_gflops)} GFLOPs, image encoder {cards.gflops(cost.encoder_gflops)} GFLOPs"
     yield "parameters", f"denoiser {kept} kept of {whole}, image encoder {encoder}"
     yield "operations", f"{operations}, for one image of {cost.size} x {cost.size}"
-    yield "to read", f"{cost.bytes / 1e9:.2f} GB in float32" if cost.bytes >= 1e8 else f"{cost.bytes / 1e6:.1f} MB in float32"
+    yield "to read", cards.memory(cost)
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

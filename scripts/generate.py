@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import diffusion_backbones as db
-from diffusion_backbones import cards, costs
+from diffusion_backbones import cards, checkpoint_cards, costs
 from diffusion_backbones.registry import Declaration
 
 ROOT = Path(__file__).parent.parent
@@ -44,17 +44,20 @@ def main(arguments: list[str]) -> int:
 
 def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
     """Every generated file and what it should hold."""
-    measured = costs.table({declaration: costs.measure(declaration) for declaration in declarations})
+    whole = [costs.entire(db.get_checkpoint(name)) for name in db.list_checkpoints()]
+    measured = costs.table({declaration: costs.measure(declaration) for declaration in (*declarations, *whole)})
     yield costs.FILE, json.dumps({"comment": costs.COMMENT, "backbones": measured}, indent=1) + "\n"
     costs.published().clear()
     costs.published().update(measured)              # so that the cards have the new costs whatever the file still says
     for declaration in declarations:
         yield CARDS / f"{declaration.name}.md", cards.card(declaration).replace("---\n", f"---\n# {NOTICE}\n", 1)
-    yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{index(declarations)}\n"
+    for checkpoint in (rest := without_recipe(declarations)):
+        yield CARDS / f"{checkpoint.name}.md", checkpoint_cards.card(checkpoint).replace("---\n", f"---\n# {NOTICE}\n", 1)
+    yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{index(declarations)}\n\n{index_of_checkpoints(rest)}\n"
     yield TINYSD, fill(TINYSD.read_text(), {"figures": figures(TINYSD.with_suffix(".csv"))}, TINYSD.name)
     yield DECODERS, fill(DECODERS.read_text(), {"table": decoders(DECODERS.with_name("table.csv"))}, "docs/decoders/README.md")
     yield SPEED, fill(SPEED.read_text(), {"speed": cards.speed_table(cards.speed())}, SPEED.name)
-    yield README, fill(README.read_text(), {"zoo": zoo(declarations), "tinysd": built_in(declarations), "checkpoints": checkpoints(declarations)}, README.name)
+    yield README, fill(README.read_text(), {"zoo": zoo(declarations), "tinysd": built_in(declarations), "checkpoints": checkpoints(rest)}, README.name)
 
 
 def fill(text: str, tables: dict[str, str], name: str) -> str:
@@ -98,12 +101,22 @@ def built_in(declarations: Iterable[Declaration]) -> str:
     return ", ".join(f"[`{d.name}`](model_cards/{d.name}.md)" for d in declarations if not d.checkpoint.hub_id)
 
 
-def checkpoints(declarations: Iterable[Declaration]) -> str:
+def without_recipe(declarations: Iterable[Declaration]) -> list[db.Checkpoint]:
     read = {d.checkpoint.name for d in declarations}
-    rest = [db.get_checkpoint(name) for name in db.list_checkpoints() if name not in read]
-    repos = {c: c.denoiser.repo if c.denoiser else c.hub_id for c in rest}
-    rows = [[f"`{c.name}`", c.title, f"[{repo}]({cards.HUB}/{repo})", str(c.input_size), licensed(c)] for c, repo in repos.items()]
-    return cards.table(["checkpoint", "", "on the hub", "px", "licence of the weights"], rows)
+    return [db.get_checkpoint(name) for name in db.list_checkpoints() if name not in read]
+
+
+def index_of_checkpoints(rest: Iterable[db.Checkpoint]) -> str:
+    return cards.table(["checkpoint without a published recipe", ""], [[f"[{c.name}]({c.name}.md)", c.title] for c in rest])
+
+
+def checkpoints(rest: Iterable[db.Checkpoint]) -> str:
+    rows = []
+    for c in rest:
+        repo, whole = c.denoiser.repo if c.denoiser else c.hub_id, costs.costs(costs.entire(c)).parameters_total
+        linked = f"[{repo}]({cards.HUB}/{repo})"
+        rows.append([f"[`{c.name}`](model_cards/{c.name}.md)", c.title, linked, cards.millions(whole), str(c.input_size), licensed(c)])
+    return cards.table(["checkpoint", "", "on the hub", "parameters", "px", "licence of the weights"], rows)
 
 
 def figures(results: Path) -> str:

@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from snippets import blocks, printed, promised
 
 import diffusion_backbones as db
-from diffusion_backbones import cards, costs
+from diffusion_backbones import cards, checkpoint_cards, costs
 from diffusion_backbones.families.base import is_flow
 from diffusion_backbones.registry import CONFIGS, Declaration, package_configs
 
 ROOT = Path(__file__).parent.parent
 NAMES = db.list_models(include_tags=True)
+CHECKPOINTS = [name for name in db.list_checkpoints() if not any(db.get_declaration(model).checkpoint.name == name for model in NAMES)]
 # hf.co/docs/hub/repositories-licenses, those in use here
 HUB_LICENSES = {"apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "cc-by-nc-4.0", "other"}
 
@@ -208,8 +209,25 @@ def test_card_in_the_repository_is_current(name, generate):
     assert text.partition("\n")[2] == cards.card(db.get_declaration(name)).removeprefix("---\n")
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_without_a_recipe_has_a_card(name, generate):
+    """Current, readable by the hub, with its licence, its gate and every doubt; and its usage is that of the network, at full size on meta."""
+    checkpoint = db.get_checkpoint(name)
+    card = checkpoint_cards.card(checkpoint)
+    _, _, text = (ROOT / f"model_cards/{name}.md").read_text().partition("\n# ")
+    assert text == f"{generate.NOTICE}\n{card.removeprefix('---' + chr(10))}"
+    data = ModelCard(card).data
+    assert data.license == checkpoint.license.id in HUB_LICENSES
+    assert ("Access is gated" in card) == checkpoint.gated
+    assert all(f"\n* {sentence}\n" in card for sentence in checkpoint.unverified)
+    assert checkpoint.paper is None or checkpoint.paper.bibtex in card
+    with torch.device("meta"):
+        run(blocks(card)[0], {}, **{"pretrained=True": "pretrained=False"})
+
+
 def test_check_names_what_is_not_current(generate, tmp_path, monkeypatch, capsys):
-    known = {declaration: costs.costs(declaration) for declaration in map(db.get_declaration, db.list_models(include_tags=True))}
+    declarations = [*map(db.get_declaration, NAMES), *(costs.entire(db.get_checkpoint(name)) for name in db.list_checkpoints())]
+    known = {declaration: costs.costs(declaration) for declaration in declarations}
     monkeypatch.setattr(costs, "measure", known.__getitem__)        # as they are in costs.json; measuring takes a minute
     monkeypatch.setattr(costs, "FILE", tmp_path / "costs.json")
     monkeypatch.setattr(generate, "ROOT", tmp_path)

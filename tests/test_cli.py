@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
-from diffusion_backbones import cards, viz
+from diffusion_backbones import cards, checkpoint_cards, viz
 from diffusion_backbones.cli import main
-from diffusion_backbones.costs import costs
+from diffusion_backbones.costs import costs, entire
 
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 
@@ -51,7 +51,12 @@ def photo(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args", [["list"], ["list", "--checkpoints"], ["info", "sdxl_gdf"], ["activations", "sdxl", "--size", "1024", "--all"], ["card", "sd15_gdf"]], ids=" ".join
+    "args",
+    [
+        ["list"], ["list", "--checkpoints"], ["info", "sdxl_gdf"], ["info", "flux2_dev"], ["activations", "sdxl", "--size", "1024", "--all"],
+        ["card", "sd15_gdf"], ["card", "qwen_image"],
+    ],
+    ids=" ".join,
 )
 def test_what_reads_declarations_needs_no_torch(args):
     code = "import sys; from diffusion_backbones.cli import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
@@ -71,6 +76,11 @@ def test_list():
     assert [row.split()[0] for row in ok("list", "gdf").splitlines()] == db.list_models("*gdf*")
     assert [row.split()[0] for row in ok("list", "--pretrained").splitlines()] == db.list_pretrained()
     assert ok("list", "nothing_like_it") == ""
+
+
+def test_list_tells_of_checkpoints_that_no_recipe_reads():
+    assert run("list", "sd35").stderr.splitlines()[-1] == "0 backbones; 3 checkpoints without a published recipe match too: list --checkpoints"
+    assert run("list", "tinysd_gdf").stderr.splitlines()[-1] == "1 backbones"
 
 
 def test_list_for_machines():
@@ -98,6 +108,16 @@ def test_info_says_everything(name):
     assert [sentence for sentence in said if sentence not in text] == []
 
 
+@pytest.mark.parametrize("name", db.list_checkpoints())
+def test_info_of_a_checkpoint_says_what_it_takes_and_what_is_doubted(name):
+    checkpoint, text = db.get_checkpoint(name), ok("info", name)
+    cost = costs(entire(checkpoint))
+    said = [checkpoint.title, checkpoint.hub_id, str(checkpoint.license), *checkpoint.unverified, cards.millions(cost.parameters_total), cards.memory(cost)]
+    said += [model for model in db.list_models() if db.get_declaration(model).checkpoint is checkpoint] or ["none published"]
+    assert [sentence for sentence in said if sentence not in text] == []
+    assert json.loads(ok("info", name, "--json"))["costs"]["parameters_total"] == cost.parameters_total
+
+
 def test_info_for_machines():
     facts = json.loads(ok("info", "tinysd_gdf", "--json"))
     backbone = db.create_model("tinysd_gdf")
@@ -111,14 +131,17 @@ def test_info_for_machines():
 def test_activations():
     result = run("activations", "sd15")
     assert len(result.stdout.splitlines()) == 197
-    assert result.stderr.splitlines()[-1] == "197 of 197 activations of sd15"
+    assert result.stderr.splitlines()[-1].startswith("197 of 197 activations of sd15; --all adds ")
     assert len(ok("activations", "sdxl_gdf").splitlines()) == 612
     assert ok("activations", "sd15_gdf") == result.stdout
     more = ok("activations", "sd15", "--all").splitlines()
     assert {row.split()[0] for row in result.stdout.splitlines()} < {row.split()[0] for row in more}
+    beyond = run("activations", "dit_xl_256").stderr.splitlines()[-1]
+    assert beyond.startswith("168 of 168 activations of dit_xl_256; --all adds ")
     some = run("activations", "sd15", "up-level1-*-cross-q")
     assert some.stdout.split()[:5] == ["up-level1-repeat0-vit-block0-cross-q", "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q", "out", "1280", "32"]
     assert some.stderr.splitlines()[-1] == "3 of 197 activations of sd15"
+    assert run("activations", "flux2_dev", "--all").stderr.splitlines()[-1].endswith(" activations of flux2_dev")
 
 
 @pytest.mark.parametrize("size", [128, 100])
@@ -132,6 +155,7 @@ def test_shapes_are_those_of_the_network(size):
 
 def test_card():
     assert ok("card", "sd15_gdf") == cards.card(db.get_declaration("sd15_gdf"))
+    assert ok("card", "sd35_large") == checkpoint_cards.card(db.get_checkpoint("sd35_large"))
 
 
 # Running backbones.

@@ -187,6 +187,29 @@ def test_one_text_encoder_is_held_at_a_time(tiny_folder, monkeypatch):
     assert len(alive) == 2
 
 
+@pytest.mark.parametrize(("name", "encoders"), [("flux_schnell", 2), ("sd3_medium", 3), ("hunyuan_dit_12", 2), ("flux2_klein_4b", 1), ("z_image_turbo", 1)])
+def test_large_text_encoders_are_loaded_alone_used_once_and_freed(name, encoders, tiny_folder, monkeypatch):
+    """T5 and language models too: never two at a time, none left, and a second start loads none."""
+    held: list[Any] = []
+    text = Folder.text
+
+    def watched(self: Folder, component: str) -> Any:
+        gc.collect()
+        assert not any(model() is not None for model in held), "another text encoder is still held"
+        tokenizer, model = text(self, component)
+        held.append(weakref.ref(model))
+        return tokenizer, model
+
+    monkeypatch.setattr(Folder, "text", watched)
+    first = db.create_model(name, recipe=["vit-block2-out"], checkpoint_path=tiny_folder(name))
+    assert len(held) == encoders
+    gc.collect()
+    assert not any(model() is not None for model in held)
+    second = db.create_model(name, recipe=["vit-block2-out"], checkpoint_path=tiny_folder(name))
+    assert len(held) == encoders
+    assert torch.equal(first.conditioning.prompt_embeds, second.conditioning.prompt_embeds)
+
+
 @pytest.mark.parametrize("what", ["prompt", "padding", "text encoder", "family of folders"])
 def test_what_changes_the_embedding_is_part_of_its_key(what, tiny_folder, built, tmp_path):
     folder = Path(shutil.copytree(tiny_folder("sd15"), tmp_path / "copy"))

@@ -260,6 +260,13 @@ def test_a_gated_repository_is_explained_and_opens_with_a_token(hub, tiny_folder
     assert db.create_model("sd15_gdf", pretrained=True).provenance["repo"] == SD15.hub_id
 
 
+def test_a_gated_transformer_is_explained_too(hub, tiny_folder):
+    checkpoint = db.get_checkpoint("flux_dev")
+    hub.add(checkpoint.hub_id, tiny_folder("flux_dev"), commit=checkpoint.revision, gated=True)
+    with pytest.raises(ConnectionError, match=f"is gated: accept its licence at {hub.url}/{checkpoint.hub_id} and log in with `hf auth login`"):
+        db.create_model("flux_dev", recipe=["vit-block3-out"], pretrained=True)
+
+
 def test_a_mirror_serves_for_a_gated_repository(hub, tiny_folder):
     hub.add(SD21.hub_id, tiny_folder("sd21"), commit=SD21.revision, gated=True)
     hub.add(SD21.mirrors[0], tiny_folder("sd21"))

@@ -216,7 +216,9 @@ class Case:
             return fused[:, -n:, start : start + self.network.inner_dim]
         if single and kind == "attn-out" and (fused := kept.get(f"{at}.attn.to_out<")) is not None:
             return fused[:, -n:, : self.network.inner_dim]
-        ends = ("ff.net.0", "ff.act_fn", "attn.mlp_act_fn", "img_mlp.net.0")
+        if single and kind == "norm-out" and f"{at}.ff" not in kept:                       # FLUX: what attention and feed-forward share
+            return (kept[f"{at}.norm"][0] if f"{at}.proj_mlp" in kept else kept[f"{at}.attn.to_qkv_mlp_proj<"])[:, -n:]
+        ends = ("ff.net.0", "ff.act_fn", "act_mlp", "attn.mlp_act_fn", "img_mlp.net.0")
         wide = next((f"{at}.{end}" for end in ends if f"{at}.{end}" in kept), "")
         path = {
             "out": at, "ffn-inner": wide, "norm-out": f"{at}.{'img_mlp' if f'{at}.img_mlp' in kept else 'ff'}<", "attn-out": f"{at}.attn",
@@ -265,6 +267,11 @@ def blocks(network: nn.Module) -> list[str]:
 def test_every_activation_is_that_of_the_stock_network(name, timestep, latent, monkeypatch):
     case = Case(name, latent, timestep)
     assert len(list(case.catalogue)) == COUNTS[name]
+    for block in range(len(blocks(case.network))):
+        kinds = {site.id.partition(f"vit-block{block}-")[2] for site in case.catalogue.all()}
+        attention = {"q", "k", "v", "attn-out"} if "q" in kinds else {"self-q", "self-k", "self-v", "self-out"}
+        lacking = {"norm-out", "ffn-inner", "out", "self-map", *attention} - kinds
+        assert not lacking, f"block {block} lacks {lacking}"
     ids = [site.id for site in case.catalogue.all()]
     acts = case.ours(case.cut, ids)
     kept = case.stock(monkeypatch)
@@ -340,6 +347,17 @@ def test_what_cannot_be_is_refused():
         sd3.ours(sd3.network, ["vit-block0-out"])
     with pytest.raises(KeyError, match="vit-block9-out"):
         dit.catalogue["vit-block9-out"]
+
+
+@pytest.mark.parametrize(("name", "latents", "pixels"), [("sd3.5", 24, 192), ("auraflow", 16, 128), ("lumina", 24, 192), ("z_image", 24, 192)])
+def test_every_table_of_positions_says_what_it_holds(name, latents, pixels):
+    """The largest image that a table holds runs, in either direction, and one that is larger by a patch is refused with what would fit."""
+    for latent in ((4, latents), (latents, 4)):
+        case = Case(name, latent, 50)
+        assert case.ours(case.cut, ["vit-block0-out"])["vit-block0-out"].isfinite().all()
+        too_large = Case(name, tuple(n + 2 if n == latents else n for n in latent), 50)
+        with pytest.raises(ValueError, match=f"latents of at most {latents} x {latents}, .* give an image of at most {pixels} pixels a side"):
+            too_large.ours(too_large.cut, ["vit-block0-out"])
 
 
 def by_hand(folder, x, steps):
@@ -456,10 +474,11 @@ def test_a_class_conditions_a_call(tiny_folder):
         backbone(x, prompt="a cat")
 
 
-def test_a_missing_text_encoder_is_named(tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder("sd3_medium"), tmp_path / "sd3", ignore=shutil.ignore_patterns("text_encoder_2"))
+@pytest.mark.parametrize("name", ["sd3_medium", "flux_schnell", "hunyuan_dit_12"])
+def test_a_missing_second_text_encoder_is_named(name, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder(name), tmp_path / name, ignore=shutil.ignore_patterns("text_encoder_2"))
     with pytest.raises(FileNotFoundError, match="text_encoder_2"):
-        db.create_model("sd3_medium", recipe=["vit-block0-out"], checkpoint_path=tmp_path / "sd3")
+        db.create_model(name, recipe=["vit-block0-out"], checkpoint_path=tmp_path / name)
 
 
 def test_truncation_reaches_no_further_than_the_recipe():

@@ -107,7 +107,16 @@ def _sites(config: Config, stride: int) -> Iterator[Site]:
     for i in range(doubles):
         yield from double_block(f"transformer_blocks.{i}", i, channels, heads, stride, following[i])
     for j in range(singles):
-        yield from single_block(f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j])
+        yield from _single(f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j])
+
+
+def _single(path: str, block: int, channels: int, heads: int, stride: int, modulation: str) -> Iterator[Site]:
+    """And the feed-forward layer, which runs beside attention on the same normalised stream; GDF has no ids there."""
+    *before, out = single_block(path, block, channels, heads, stride, modulation)
+    yield from before
+    yield Site(f"vit-block{block}-norm-out", f"{path}.proj_mlp", "in[:, T:]", channels, stride, "tokens", extension=True)
+    yield Site(f"vit-block{block}-ffn-inner", f"{path}.act_mlp", "out[:, T:]", 4 * channels, stride, "tokens", extension=True)
+    yield out
 
 
 def _positions(like: Tensor, height: int, width: int) -> Tensor:

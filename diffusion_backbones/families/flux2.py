@@ -138,13 +138,14 @@ def _sites(config: Config, stride: int) -> Iterator[Site]:
 
 
 def _single(path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: int) -> Iterator[Site]:
-    """Attention and feed-forward run side by side between two layers that serve both, so there is no norm between them and no norm-out."""
+    """Attention and feed-forward run side by side between two layers that serve both, so ``norm-out`` is what enters both."""
     name, before = f"vit-block{block}", "to_qkv_mlp_proj"
     for i, qkv in enumerate("qkv"):
         yield Site(f"{name}-{qkv}", f"{path}.attn.{before}", f"out[:, T:, {i}]", channels, stride, "tokens")
     yield Site(f"{name}-cross-map", f"{path}.attn", "map", heads, stride, "attention", (before,))
     yield Site(f"{name}-self-map", f"{path}.attn", "map", heads, stride, "attention", (before,))
     yield Site(f"{name}-attn-out", f"{path}.attn.to_out", "in[:, T:, 0]", channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.attn.{before}", "in[:, T:]", channels, stride, "tokens", extension=True)
     yield Site(f"{name}-ffn-inner", f"{path}.attn.mlp_act_fn", "out[:, T:]", inner, stride, "tokens")
     yield Site(f"{name}-out", path, "out[:, T:]", channels, stride, "tokens", modulation=modulation)
 

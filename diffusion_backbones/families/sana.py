@@ -102,5 +102,6 @@ def _block(path: str, block: int, config: Config, stride: int) -> Iterator[Site]
     yield Site(f"{name}-cross-q", f"{path}.attn2.to_q", "out", cross_heads * config["cross_attention_head_dim"], stride, "tokens")
     yield Site(f"{name}-cross-map", f"{path}.attn2", "map", cross_heads, stride, "attention")
     yield Site(f"{name}-cross-out", f"{path}.attn2", "out", channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.ff", "in", channels, stride, "map", extension=True)
     yield Site(f"{name}-ffn-inner", f"{path}.ff.conv_point", "in", int(config["mlp_ratio"] * channels), stride, "map")
     yield Site(f"{name}-out", path, "out", channels, stride, "tokens")

@@ -91,5 +91,6 @@ def single_stream(path: str, block: int, config: Any, stride: int, cross: bool, 
         yield Site(f"{name}-cross-q", f"{path}.attn2.to_q", "out", channels, stride, "tokens")
         yield Site(f"{name}-cross-map", f"{path}.attn2", "map", heads, stride, "attention")
         yield Site(f"{name}-cross-out", f"{path}.attn2", "out", channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.ff", "in", channels, stride, "tokens", extension=True)
     yield Site(f"{name}-ffn-inner", f"{path}.ff.net.0", "out", int(inner * channels), stride, "tokens")
     yield Site(f"{name}-out", path, "out", channels, stride, "tokens", modulation=modulation)

@@ -13,7 +13,7 @@ AURAFLOW_03 = register_checkpoint(Checkpoint(
     input_size=1024,
     family="auraflow",
     unverified=(
-        "Its transformer's config was not read; it is taken to be that of 0.1, whose table of positions may be smaller.",
+        "Its transformer's config was not read; it is taken to be that of 0.1 with more positions, 9216, which the 1536 pixels of its page need.",
         "Its VAE config was not read; it is taken to be SDXL's.",
     ),
 ))

@@ -13,5 +13,4 @@ Z_IMAGE_TURBO = register_checkpoint(Checkpoint(
     input_size=1024,
     family="z_image",
     encoder_float16=False,
-    unverified=("Its licence is that of its GitHub repository; the page of the weights was not read.",),
 ))
