@@ -46,7 +46,9 @@ def check_image(x: Any, format: InputFormat) -> None:
     low, high = format.range()
     expected = f"expected (B, 3, H, W) floating point in [{low:.4g}, {high:.4g}]"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{expected}, got {type(x).__name__}; turn a PIL image into a tensor with timm's create_transform or torchvision")
+        several = "a batch is one tensor: stack images of one size, and pass those of several sizes one by one, or resized or padded to one"
+        advice = several if isinstance(x, (list, tuple)) else "turn a PIL image into a tensor with timm's create_transform or torchvision"
+        raise TypeError(f"{expected}, got {type(x).__name__}; {advice}")
     if x.ndim != 4 or x.shape[1] != 3:
         hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
         raise ValueError(f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}")

@@ -30,6 +30,7 @@ IMAGE = torch.zeros(1, 3, 64, 64)
         (torch.full((1, 3, 8, 8), float("nan")), ValueError, "NaN"),
         (torch.full((1, 3, 8, 8), float("inf")), ValueError, "infinite"),
         ("cat.jpg", TypeError, "str"),
+        ([torch.zeros(3, 64, 64), torch.zeros(3, 32, 64)], TypeError, "list; a batch is one tensor: .*several sizes one by one, or resized or padded"),
         (None, TypeError, "images x, or latents|either images"),
     ],
 )
