@@ -193,9 +193,13 @@ def test_detr_trains_and_detects(kind, make, tmp_path):
     assert equal(inner(DetrForObjectDetection.from_pretrained(tmp_path))(x).feature_maps, backbone(x))
 
 
-def test_rt_detr_detects_at_strides_8_16_32(make):
-    model = rt_detr(DiffusionBackboneConfig.from_backbone(make())).eval()
-    assert model(pixel_values=images(96, 128)).pred_boxes.shape == (2, 10, 4)
+def test_rt_detr_trains_and_detects_at_strides_8_16_32(make):
+    model = rt_detr(DiffusionBackboneConfig.from_backbone(make()))
+    boxes = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])}] * 2
+    model.train()(pixel_values=images(96, 128), labels=boxes).loss.backward()
+    check_frozen(model)
+    assert model.model.encoder_input_proj[0][0].weight.grad.any()
+    assert model.eval()(pixel_values=images(96, 128)).pred_boxes.shape == (2, 10, 4)
 
 
 def test_an_image_processor_gives_what_the_backbone_expects(make):
