@@ -1,4 +1,4 @@
-"""The registered backbone under mmdetection's own RetinaNet; ``test_decoders.py`` has Mask R-CNN."""
+"""The registered backbone under mmdetection's own RetinaNet, run from its unpacked release."""
 
 from __future__ import annotations
 
