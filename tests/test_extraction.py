@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from torchvision.transforms.functional import to_tensor
 import diffusion_backbones as db
 from diffusion_backbones import images, tensors
 from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.extraction import MANIFEST, extract
+from diffusion_backbones.extraction import MANIFEST, extract, stages
 from diffusion_backbones.extraction.stages import Computer
 
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
@@ -262,6 +263,46 @@ def test_a_failing_stage_stops_all_and_loses_nothing(backbone, strip, tmp_path, 
     assert len(done) <= 7, "it went on for more than the batches that were under way"
     again = extract(backbone, files, out, batch_size=2)
     assert (again.done, again.skipped) == (24 - len(done), len(done))
+
+
+def test_values_are_not_read_before_they_have_arrived(backbone, strip, tmp_path, monkeypatch):
+    """A device that answers late: its maps are zeros until somebody waits for them."""
+    files, compute = images.find([strip])[:6], Computer.__call__
+    extract(backbone, files, tmp_path / "prompt", batch_size=2)
+
+    def late(self, batch):
+        output = compute(self, batch)
+        maps = [torch.zeros_like(level) for level in output.pyramid]
+        return replace(output, pyramid=maps, arrived=lambda: [level.copy_(value) for level, value in zip(maps, output.pyramid, strict=True)])
+
+    monkeypatch.setattr(Computer, "__call__", late)
+    extract(backbone, files, tmp_path / "late", batch_size=2)
+    for file in files:
+        assert same(tmp_path / "late" / f"{file.name}.safetensors", tmp_path / "prompt" / f"{file.name}.safetensors")
+
+
+def test_what_a_gpu_is_asked_for(backbone, strip, tmp_path, monkeypatch):
+    """Every image is pinned, every copy leaves the CPU free, and every batch is waited for: CUDA's calls, answered by the CPU."""
+    files, asked = images.find([strip])[:6], []
+    to = torch.Tensor.to
+
+    class Stream:
+        def record_event(self):
+            return self
+
+        def synchronize(self):
+            asked.append("waited")
+
+    def watched(self, *args, **kwargs):
+        asked.extend(["copied"] if kwargs.get("non_blocking") else [])
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "_asynchronous", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    assert extract(backbone, files, tmp_path / "out", batch_size=2).done == 6
+    assert {what: asked.count(what) for what in asked} == {"pinned": 6, "copied": 6 + 3 * 3, "waited": 3}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
