@@ -472,7 +472,7 @@ def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_p
 
 def start(photos: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "diffusion_backbones.cli", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
-    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))        # another number of threads rounds the last digit otherwise
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # otherwise another number rounds the last digit
 
     def interruptible() -> None:                # a shell that runs tests in the background lets its children ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
