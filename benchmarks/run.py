@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from extraction import extract, extract_memory
+
 LIMITS = {
     "forward / hand-written stock code": 1.02,
     "forward / whole U-Net with hooks": 1.0,
@@ -35,6 +37,11 @@ LIMITS = {
     "latents: the same, encoding once included": 0.8,
     "latents: largest difference of the loss": 1e-3,
     "select: sdxl, peak memory beyond the weights, GB": 8.0,
+    "extract: CPU, at once / one after another": 1.0,
+    "extract: stand-in, at once / one after another": 0.65,
+    "extract: stand-in, at once / the device alone": 1.2,
+    "extract: CPU, 64 x 64, seconds, batch 16 / batch 1": 0.6,
+    "extract_memory: bytes more for each image more": 2000,
 }
 
 
@@ -319,9 +326,10 @@ def select(images: int = 4) -> dict[str, float]:
 
 
 def main() -> None:
-    parts: dict[str, Callable[[int], dict[str, float]]] = {f.__name__: f for f in (imports, info, threads, load, forward)}
+    parts: dict[str, Callable[[int], dict[str, float]]] = {f.__name__: f for f in (imports, info, threads, load, forward, extract)}
     parts["latents"] = lambda rounds: latents(args.images)              # pairs of epochs are their own rounds
     parts["select"] = lambda rounds: select()                            # 10 GB of weights, seen once
+    parts["extract_memory"] = lambda rounds: extract_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--rounds", type=int, default=5)

@@ -247,9 +247,24 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--batch-size", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Images per pass; only neighbours of equal size share one."
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Threads that read images while others are computed and written; 0 does one thing after another.  [default: 1 on the CPU, up to 8 for a GPU]",
+)
 @click.option("--overwrite", is_flag=True, help="Make everything again, even where other settings made it.")
 def extract(
-    name: str, images: Sequence[Path], out: Path, size: int | None, levels: tuple[int, ...] | None, dtype: str, batch_size: int, overwrite: bool, **model: Any
+    name: str,
+    images: Sequence[Path],
+    out: Path,
+    size: int | None,
+    levels: tuple[int, ...] | None,
+    dtype: str,
+    batch_size: int,
+    workers: int | None,
+    overwrite: bool,
+    **model: Any,
 ) -> None:
     """Features of whole folders, a file for each image.
 
@@ -282,6 +297,7 @@ def extract(
             size=size,
             dtype=getattr(torch, dtype),
             batch_size=batch_size,
+            workers=workers,
             names=names,
             weights=built.weights,
             overwrite=overwrite,

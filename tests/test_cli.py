@@ -169,7 +169,7 @@ def test_extract(photo, tmp_path):
     assert found.keys() == expected.keys()
     for name, level in expected.items():
         torch.testing.assert_close(found[name], level[0])
-    again = run("extract", "tinysd_gdf", photo, "-o", out, "--levels", "0,2", "--dtype", "float32")
+    again = run("extract", "tinysd_gdf", photo, "-o", out, "--levels", "0,2", "--dtype", "float32", "--workers", "0")
     assert again.stderr.splitlines()[-1] == "0 extracted, 1 finished before, 0 failed"
     told = fails(1, "extract", "tinysd_gdf", photo, "-o", out, "--levels", "0,2")
     assert 'dtype was "float32" and is "float16"' in told
@@ -261,6 +261,7 @@ def test_a_very_large_image_gets_advice(tmp_path):
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--levels", "1,1"], "must be different positions such as 0,2"),
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--device", "abacus"], "'abacus' cannot be used here"),
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--dtype", "int8"], "'int8' is not one of"),
+        (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--workers", "-1"], "-1 is not in the range x>=0"),
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--random-weights", "--prompt", "a"], "does not go with --prompt"),
         (["extract", "hf-hub:a/b", PHOTO, "-o", "out", "--random-weights"], "does not go with hf-hub:a/b"),
         (["visualize", "tinysd_gdf", PHOTO, "-o", "out.txt"], "'out.txt' ends in none of .png"),

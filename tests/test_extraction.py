@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,8 @@ from torchvision.transforms.functional import to_tensor
 import diffusion_backbones as db
 from diffusion_backbones import images, tensors
 from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.extraction import MANIFEST, extract
+from diffusion_backbones.extraction import MANIFEST, extract, stages
+from diffusion_backbones.extraction.stages import Computer
 
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 NAME = "tinysd_gdf"
@@ -128,9 +132,189 @@ def test_features_are_not_gathered(backbone, photos, tmp_path, monkeypatch):
         write(*args)
 
     monkeypatch.setattr(tensors, "write", counting)
-    extract(backbone, images.find([photos]), tmp_path / "out")
+    extract(backbone, images.find([photos]), tmp_path / "out", workers=0)
     assert len(alive) == 4
     assert max(alive) == alive[0], alive
+
+
+# Reading, computing and writing at once.
+
+
+@pytest.fixture
+def strip(tmp_path):
+    """A folder of 24 small pictures of one size."""
+    folder = tmp_path / "strip"
+    folder.mkdir()
+    photo = Image.open(PHOTO)
+    for i in range(24):
+        photo.crop((4 * i, i, 4 * i + 40, i + 32)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_threads_change_nothing(backbone, photos, tmp_path, batch_size, capsys):
+    (photos / "b.png").write_text("no image")
+    told = {}
+    for workers in (0, 1, 3):
+        out = tmp_path / f"out{workers}"
+        summary = extract(backbone, images.find([photos]), out, batch_size=batch_size, workers=workers)
+        told[workers] = summary, json.loads((out / MANIFEST).read_text()), sorted(p.relative_to(out) for p in out.rglob("*")), capsys.readouterr()
+        assert told[workers] == told[0]
+        for path in (tmp_path / "out0").rglob("*.safetensors"):
+            assert same(out / path.relative_to(tmp_path / "out0"), path)
+    assert (told[0][0].done, list(told[0][0].failed)) == (3, ["b.png"])
+
+
+def meet(monkeypatch, timeout: float) -> threading.Barrier:
+    """Let the reading of image 4, the computing of image 1 and the writing of image 0 wait for each other."""
+    barrier, calls = threading.Barrier(3, timeout=timeout), iter(range(1000))
+    load, forward, write = images.load, DiffusionBackbone.forward, tensors.write
+    monkeypatch.setattr(images, "load", lambda path: (barrier.wait() if path.name == "04.png" else None, load(path))[1])
+    monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x: (barrier.wait() if next(calls) == 1 else None, forward(self, x))[1])
+    monkeypatch.setattr(tensors, "write", lambda path, *args: (barrier.wait() if path.name.startswith("00.png") else None, write(path, *args))[1])
+    return barrier
+
+
+def test_reading_computing_and_writing_happen_at_once(backbone, strip, tmp_path, monkeypatch):
+    meet(monkeypatch, timeout=120)
+    assert extract(backbone, images.find([strip])[:6], tmp_path / "out", workers=1).done == 6
+
+
+def test_without_threads_one_thing_is_done_after_another(backbone, strip, tmp_path, monkeypatch):
+    meet(monkeypatch, timeout=0.1)
+    with pytest.raises(threading.BrokenBarrierError):
+        extract(backbone, images.find([strip])[:6], tmp_path / "out", workers=0)
+
+
+def test_a_slow_disk_stops_the_reading(backbone, strip, tmp_path, monkeypatch):
+    batch_size, workers = 2, 3
+    # Two batches are computed, one image more tells that the second is full, and the next batch and one for each worker are read meanwhile.
+    most = 2 * batch_size + 1 + batch_size + workers
+    read, changed, seen = [], threading.Condition(), []
+    load, write = images.load, tensors.write
+
+    def counting(path):
+        with changed:
+            read.append(path.name)
+            changed.notify_all()
+        return load(path)
+
+    def slow(path, *args):
+        if path.name.startswith("00.png"):
+            with changed:
+                seen.append(changed.wait_for(lambda: len(read) >= most, timeout=120))
+            time.sleep(0.3)                                   # time to read on, if nothing held it
+            seen.append(len(read))
+        write(path, *args)
+
+    monkeypatch.setattr(images, "load", counting)
+    monkeypatch.setattr(tensors, "write", slow)
+    assert extract(backbone, images.find([strip]), tmp_path / "out", batch_size=batch_size, workers=workers).done == 24
+    assert seen == [True, most]
+
+
+def test_the_features_of_few_batches_are_in_memory(backbone, strip, tmp_path, monkeypatch):
+    alive, most = set(), []
+    compute, write = Computer.__call__, tensors.write
+
+    def counting(self, batch):
+        output = compute(self, batch)
+        key = batch[0].file.name
+        alive.add(key)
+        weakref.finalize(output.pyramid[0], alive.discard, key)
+        most.append(len(alive))
+        return output
+
+    monkeypatch.setattr(Computer, "__call__", counting)
+    monkeypatch.setattr(tensors, "write", lambda *args: (time.sleep(0.08), write(*args)))        # slower than the network
+    extract(backbone, images.find([strip]), tmp_path / "out", batch_size=2, workers=2)
+    assert len(most) == 12
+    assert 2 <= max(most) <= 3, most                         # two, or a third that a thread has written and still holds
+
+
+def fail_at(monkeypatch, where: str) -> None:
+    """Let image 3 (batch 1 of two images each) fail in a way that is not the image's own."""
+    load, forward, write, calls = images.load, DiffusionBackbone.forward, tensors.write, iter(range(1000))
+
+    def when(fails: bool, error: Exception) -> None:
+        if fails:
+            raise error
+
+    if where == "read":
+        monkeypatch.setattr(images, "load", lambda path: (when(path.name == "03.png", RuntimeError("broken")), load(path))[1])
+    elif where == "compute":
+        monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x: (when(next(calls) == 1, RuntimeError("broken")), forward(self, x))[1])
+    else:
+        monkeypatch.setattr(tensors, "write", lambda path, *args: (when(path.name.startswith("03.png"), OSError("broken")), write(path, *args))[1])
+
+
+@pytest.mark.parametrize(("where", "finished"), [("read", 2), ("compute", 2), ("write", 3)])
+def test_a_failing_stage_stops_all_and_loses_nothing(backbone, strip, tmp_path, monkeypatch, where, finished):
+    out, files, before = tmp_path / "out", images.find([strip]), set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        fail_at(patch, where)
+        with pytest.raises(OSError if where == "write" else RuntimeError, match="broken"):
+            extract(backbone, files, out, batch_size=2, workers=2)
+    assert set(threading.enumerate()) == before, "a thread was left"
+    assert litter(out) == []
+    done = {path.name.removesuffix(".safetensors") for path in out.glob("*.safetensors")}
+    assert done == {name for name, status in statuses(out).items() if status == "done"}
+    assert {file.name for file in files[:finished]} <= done, "what had been computed was lost"
+    assert len(done) <= 7, "it went on for more than the batches that were under way"
+    again = extract(backbone, files, out, batch_size=2)
+    assert (again.done, again.skipped) == (24 - len(done), len(done))
+
+
+def test_values_are_not_read_before_they_have_arrived(backbone, strip, tmp_path, monkeypatch):
+    """A device that answers late: its maps are zeros until somebody waits for them."""
+    files, compute = images.find([strip])[:6], Computer.__call__
+    extract(backbone, files, tmp_path / "prompt", batch_size=2)
+
+    def late(self, batch):
+        output = compute(self, batch)
+        maps = [torch.zeros_like(level) for level in output.pyramid]
+        return replace(output, pyramid=maps, arrived=lambda: [level.copy_(value) for level, value in zip(maps, output.pyramid, strict=True)])
+
+    monkeypatch.setattr(Computer, "__call__", late)
+    extract(backbone, files, tmp_path / "late", batch_size=2)
+    for file in files:
+        assert same(tmp_path / "late" / f"{file.name}.safetensors", tmp_path / "prompt" / f"{file.name}.safetensors")
+
+
+def test_what_a_gpu_is_asked_for(backbone, strip, tmp_path, monkeypatch):
+    """Every image is pinned, every copy leaves the CPU free, and every batch is waited for: CUDA's calls, answered by the CPU."""
+    files, asked = images.find([strip])[:6], []
+    to = torch.Tensor.to
+
+    class Stream:
+        def record_event(self):
+            return self
+
+        def synchronize(self):
+            asked.append("waited")
+
+    def watched(self, *args, **kwargs):
+        asked.extend(["copied"] if kwargs.get("non_blocking") else [])
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "_asynchronous", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    assert extract(backbone, files, tmp_path / "out", batch_size=2).done == 6
+    assert {what: asked.count(what) for what in asked} == {"pinned": 6, "copied": 6 + 3 * 3, "waited": 3}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_nothing_is_written_before_it_has_arrived(strip, tmp_path):
+    backbone, files = db.create_model(NAME, pretrained=True, device="cuda"), images.find([strip])
+    extract(backbone, files, tmp_path / "out", size=256, dtype=torch.float32, workers=4)
+    config = resolve_model_data_config(backbone) | {"input_size": (3, 256, 256)}
+    for file in files:
+        x = create_transform(**config)(Image.open(file.path).convert("RGB"))[None].cuda()
+        found = load_file(tmp_path / "out" / f"{file.name}.safetensors")
+        for i, level in enumerate(backbone(x)):
+            assert torch.equal(found[f"level{i}"], level[0].cpu())
 
 
 def test_upright_as_the_camera_was_held(photos, tmp_path):
@@ -288,7 +472,7 @@ def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_p
 
 def start(photos: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "diffusion_backbones.cli", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}        # another number of threads rounds the last digit otherwise
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # otherwise another number rounds the last digit
 
     def interruptible() -> None:                # a shell that runs tests in the background lets its children ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,177 @@
+"""The three stages of an extraction: a file is read, a batch is computed, its features are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_backbones import images
+from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.extraction.folder import Folder
+from diffusion_backbones.images import ImageFile
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image, ready for the network: ``x`` (3, H, W), and its size (H, W) in the file; or the reason why there is none.
+
+    ``x`` is let go once it has been computed; ``size`` (H, W) stays.
+    """
+
+    file: ImageFile
+    x: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
+    original: tuple[int, int] = (0, 0)
+    advice: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A batch and its pyramid.
+
+    Attributes:
+        batch: Images of one size, or one that could not be read.
+        pyramid: Maps (B, C_i, h_i, w_i) on the CPU, as they are written; none if there was no image, or no memory.
+        arrived: Returns when their values are there, which on a GPU is later than when they are made.
+    """
+
+    batch: Sequence[Input]
+    pyramid: Sequence[Tensor] = ()
+    arrived: Callable[[], None] = field(default=lambda: None)
+
+
+class Reader:
+    """File -> what a backbone takes. It may be called in several threads at once.
+
+    Args:
+        backbone: Whose format, and whose device: for a GPU the image is put where it can be fetched while the CPU goes on.
+        size: As in :func:`~diffusion_backbones.extraction.extract`.
+    """
+
+    def __init__(self, backbone: DiffusionBackbone, size: int | None):
+        self.declaration, self.own_size = backbone.declaration, size is None
+        self.preprocess = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)
+        self.pinned = _asynchronous(device_of(backbone))
+
+    def __call__(self, file: ImageFile) -> Input:
+        try:
+            image = images.load(file.path)
+        except ValueError as error:
+            return Input(file, error=str(error))
+        x = self.preprocess(image)
+        advice = images.too_large(file.path, image, self.declaration) if self.own_size else ""
+        return Input(file, x.pin_memory() if self.pinned else x, (x.shape[-2], x.shape[-1]), (image.height, image.width), advice)
+
+
+def advised(inputs: Iterable[Input]) -> Iterator[Input]:
+    """The same, and the first advice that there is about one of them is given."""
+    told = False
+    for item in inputs:
+        if item.advice and not told:
+            told = True
+            tqdm.write(item.advice, file=sys.stderr)
+        yield item
+
+
+def batches(inputs: Iterable[Input], batch_size: int) -> Iterator[list[Input]]:
+    """Neighbours of equal size, at most ``batch_size`` together; an unreadable image is alone."""
+    batch: list[Input] = []
+    for item in inputs:
+        if batch and (len(batch) == batch_size or item.error or batch[0].error or item.size != batch[0].size):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+class Computer:
+    """Batch -> pyramid. On a GPU it returns when all is on its way, so that the next batch follows without a gap.
+
+    Args:
+        backbone: Runs where it is.
+        dtype: Of the maps.
+    """
+
+    def __init__(self, backbone: DiffusionBackbone, dtype: torch.dtype):
+        self.backbone, self.dtype, self.device = backbone, dtype, device_of(backbone)
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in, and where."""
+        return f"{next(self.backbone.denoiser.parameters()).dtype} on {self.device.type}".removeprefix("torch.")
+
+    def __call__(self, batch: Sequence[Input]) -> Output:
+        later = _asynchronous(self.device)
+        done = [replace(item, x=None) for item in batch]
+        try:
+            with torch.inference_mode():
+                x = [item.x.to(self.device, non_blocking=later) for item in batch if item.x is not None]
+                pyramid = [level.to(self.dtype).to("cpu", non_blocking=later) for level in self.backbone(torch.stack(x))] if x else []
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                return Output(done)
+            raise
+        return Output(done, pyramid, torch.cuda.current_stream(self.device).record_event().synchronize) if later else Output(done, pyramid)
+
+
+class Writer:
+    """Writes a batch image by image, and tells of each what became of it.
+
+    Args:
+        backbone: What made the maps.
+        folder: Where they go.
+        tell: Is called with every image when its features are on disk, with None, or with the reason why they are not.
+    """
+
+    def __init__(self, backbone: DiffusionBackbone, folder: Folder, tell: Callable[[ImageFile, str | None], None]):
+        self.declaration, self.strides, self.device = backbone.declaration, backbone.feature_info.reduction(), device_of(backbone)
+        self.folder, self.tell = folder, tell
+
+    def __call__(self, output: Output) -> None:
+        output.arrived()
+        for i, item in enumerate(output.batch):
+            self.tell(item.file, self._keep(item, [level[i] for level in output.pyramid], len(output.batch)))
+
+    def _keep(self, item: Input, pyramid: Sequence[Tensor], together: int) -> str | None:
+        """Write one image's maps, (C, h, w) each, or say why not; so many images were computed together."""
+        if item.error:
+            return item.error
+        if not pyramid:
+            batch = f"a batch of {together} with {item.size[1]} x {item.size[0]} pixels"
+            return f"{item.file.path} does not fit the memory of {self.device}: {batch}; use a smaller --size or --batch-size"
+        settings = self.folder.settings
+        maps = dict(zip(settings.levels, pyramid, strict=True))
+        unfit = [name for name, level in maps.items() if not torch.isfinite(level).all()]
+        if unfit:
+            return f"{item.file.path}: {', '.join(unfit)} has values that {settings.dtype} cannot hold; use --dtype bfloat16 or float32"
+        self.folder.write(item.file, maps, self._metadata(item))
+        return None
+
+    def _metadata(self, item: Input) -> dict[str, str]:
+        settings = self.folder.settings
+        return {
+            "backbone": self.declaration.name,
+            "recipe_digest": settings.recipe_digest,
+            "strides": json.dumps(dict(zip(settings.levels, self.strides, strict=True))),
+            "original_size": json.dumps(item.original),
+            "input_size": json.dumps(item.size),
+            "weights": json.dumps(dict(settings.weights)),
+        }
+
+
+def device_of(backbone: DiffusionBackbone) -> torch.device:
+    """Where a backbone computes."""
+    return next(backbone.parameters()).device
+
+
+def _asynchronous(device: torch.device) -> bool:
+    """Whether copies to and from a device can go on while the CPU does something else."""
+    return device.type == "cuda"
