@@ -7,6 +7,7 @@
       recipe.yaml           the choice: create_model(checkpoint, recipe="selection/recipe.yaml")
       card.md               its model card
       activations.csv       every activation: what it is, costs, is like, why it was dropped, what it scored
+      curves.csv            of each its noise by octave of frequency, and the similarity of two places by their distance
       redundancy.csv        similarity (linear CKA) of those that were measured
       measured.json         the properties, so that a second run need not measure again
       evidence/, pictures/  what the comparison and the report keep; may be removed
@@ -213,6 +214,13 @@ def write(selection: Selection, out: Path) -> None:
             scored = ["", ""] if score is None else [f"{score.mean():.2f}", f"{score.std(ddof=1):.2f}"]
             row = [site.id, site.path, site.channels, site.stride, f"{cost.gflops:.2f}", cost.parameters, 4 * cost.parameters, *properties]
             writer.writerow([*row, selection.dropped[site.id], *scored, chosen.get(site.id, "")])
+    with (out / "curves.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "curve", "at", "value"])
+        for site in selection.sites:
+            found = selection.measured.properties[site.id]
+            writer.writerows([site.id, "noise, from cycles per image", f"{at:g}", f"{value:.4g}"] for at, value in found.noise_curve)
+            writer.writerows([site.id, "similarity, at pixels", f"{at:g}", f"{value:.4g}"] for at, value in found.similarity)
     with (out / "redundancy.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         ids = [site.id for site in selection.sites]
