@@ -153,11 +153,11 @@ class _Squares:
 
     def match(self, row: dict[str, Any], where: str) -> Match:
         source, target = self[row["source"]], self[row["target"]]
-        points = [_points(row[key], f"{where}: {key}") for key in ("source_points", "target_points")]
-        if len(points[0]) != len(points[1]):
-            raise ValueError(f"{where} has {len(points[0])} source and {len(points[1])} target points; row k of both is the same point of the object")
+        at, to = (_points(row[key], f"{where}: {key}") for key in ("source_points", "target_points"))
+        if len(at) != len(to):
+            raise ValueError(f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the object")
         box = _points(row.get("target_box") or (0, 0, *target[0]), f"{where}: target_box", 4)[0]
-        return _match(*source, *target, *points, box)
+        return _match(*source, *target, at, to, box)
 
 
 def _points(values: Any, where: str, columns: int = 2) -> Any:
