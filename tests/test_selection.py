@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -300,12 +301,32 @@ def test_a_folder_of_photographs(tmp_path):
     [match, *_] = data.folder(photos, 64, pairs=pairs).task.matches
     assert match.source_points.tolist() == [[32, 32]]                       # the centre stays the centre; what is cut off has no match
     assert match.extent == pytest.approx(96 * 64 / 80)
+    assert len(data.folder(photos, 64, pairs=pairs).images) == 2            # those that pairs name, each once
     (masks / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"3\.png is missing: every image needs a mask"):
         data.folder(photos, 64, masks)
     pairs.write_text("[{}]")
     with pytest.raises(ValueError, match="a list of objects with source, target"):
         data.folder(photos, 64, pairs=pairs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"target_points": [[40, 40]]}, "pairs.json, pair 1 has 2 source and 1 target points"),
+        ({"source_points": "here"}, "pairs.json, pair 1: source_points must be numbers, 2 for each, got 'here'"),
+        ({"source_points": [[1, 2, 3]]}, "pairs.json, pair 1: source_points must be numbers, 2 for each"),
+        ({"target_box": [1, 2]}, "pairs.json, pair 1: target_box must be numbers, 4 for each"),
+        ({"target": "nowhere.jpg"}, "nowhere.jpg is missing, which a pair names"),
+    ],
+)
+def test_pairs_that_are_none(tmp_path, change, error):
+    photos, _ = folder_of(tmp_path, 2)
+    pair = {"source": "0.jpg", "target": "1.jpg", "source_points": [[48, 40], [1, 1]], "target_points": [[40, 40], [50, 40]]}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair, pair | change, pair]))
+    with pytest.raises((ValueError, FileNotFoundError)) as told:
+        data.folder(photos, 64, pairs=tmp_path / "pairs.json")
+    assert error in str(told.value)
 
 
 # The choice.
@@ -326,8 +347,18 @@ def test_the_choice_is_greedy_within_its_budget(whole):
     assert [step.id for step in early] == [sites[0].id, sites[1].id]
     worth[sites[1].id] = worth[sites[2].id] = 0
     assert len(choose.choose(sites, alone, score)) == 1
-    with pytest.raises(ValueError, match="no activation fits the budget"):
+    with pytest.raises(ValueError, match="no activation fits the budget; of 3 the narrowest has 48 channels"):
         choose.choose(sites, alone, score, channels=3)
+
+
+def test_what_is_too_wide_keeps_nothing_from_its_turn(whole):
+    """The best four of a stride are tried of those that fit, and not of all."""
+    sites = [whole.catalogue[id] for id in whole.catalogue if whole.catalogue[id].layout == "tokens" and whole.catalogue[id].stride == 16]
+    narrow = min(site.channels for site in sites)
+    alone = {site.id: np.full(3, float(site.channels)) for site in sites}
+    assert sum(site.channels > narrow for site in sites) > choose.PER_STRIDE
+    [step] = choose.choose(sites, alone, lambda ids: alone[ids[0]], channels=narrow)
+    assert step.score == narrow
 
 
 def test_from_the_command_to_a_recipe(tmp_path):
@@ -353,9 +384,11 @@ def test_from_the_command_to_a_recipe(tmp_path):
     (out / "evidence" / "done.json").write_text(json.dumps(state | {"looked": dict.fromkeys(state["looked"], 3)}))           # as if it had been killed
     assert CliRunner().invoke(main, [*command, *places]).exit_code == 0
     assert (out / "activations.csv").read_text() == before
+    told = (out / "measured.json").stat().st_mtime_ns
     other = CliRunner().invoke(main, [*command, *places[:2]])
     assert other.exit_code == 1
     assert "holds what another data" in other.output
+    assert (out / "measured.json").stat().st_mtime_ns == told               # and nothing of the first was lost, nor measured in vain
 
 
 def test_only_what_is_missing_is_looked_at(whole, tmp_path):
@@ -383,6 +416,8 @@ def test_evidence_of_something_else_is_not_mixed(tmp_path):
         (["tinysdd"], "no checkpoint 'tinysdd', and no folder. Did you mean tinysd?"),
         (["tinysd", "--size", "100"], "100 is no multiple of 64, which tinysd needs; 64 is"),
         (["tinysd", "--masks", "."], "--masks and --keypoints need --images"),
+        ([".", "--random-weights"], "goes neither with a folder nor with --checkpoint-path"),
+        (["tinysd", "--random-weights", "--checkpoint-path", "."], "goes neither with a folder nor with --checkpoint-path"),
         (["tinysd", "--images", ".", "--task", "masks"], "--task chooses among the package's own scenes"),
     ],
 )
@@ -393,9 +428,48 @@ def test_wrong_usage_is_told_before_the_work(tmp_path, arguments, error):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("n", "arguments", "error"),
+    [
+        (3, [], "4 images are the least that this can be measured on, a few dozen are better; got 3"),
+        (3, ["--masks", "masks"], "give at least 4, got 3"),
+        (6, ["--max-channels", "3"], "no activation fits the budget; of 67 the narrowest has 320 channels"),
+        (6, ["--max-gflops", "0.00001"], "no activation fits the budget; of 67"),
+        (6, ["--ids", "*-self-v"], "the rules drop all 16 activations (increment)"),
+    ],
+)
+def test_what_cannot_end_well_does_not_begin(tmp_path, monkeypatch, n, arguments, error):
+    """Neither is anything written nor are weights read, which may have to be downloaded."""
+    folder_of(tmp_path, n)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["select", "sd15", "--images", "photos", "--size", "64", "-o", "out", "--device", "cpu", *arguments])
+    assert result.exit_code == 1
+    assert error in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_selection_is_what_it_writes(tmp_path):
     known = data.scenes(64)
     few = data.Data(known.images[:8], tasks.Keypoints(tasks.warped(known.images[:4])), "eight scenes")
-    chosen = run.select("tinysd", few, tmp_path, members=1, device="cpu")
+    said: list[str] = []
+    chosen = run.select("tinysd", few, tmp_path, members=1, device="cpu", say=said.append)
     assert chosen.metric == "PCK@0.1"
     assert db.Recipe.from_file(tmp_path / "recipe.yaml").ids == chosen.recipe.ids == (chosen.steps[0].id,)
+    kept = sum(path.stat().st_size for path in (tmp_path / "evidence").glob("*.npy"))
+    at_most = float(re.search(r"at most (\S+) GB on the disk", said[0]).group(1)) * 1e9
+    assert 0.5 * at_most < kept < 1.05 * at_most                            # told before it began, by rules that nothing was measured for
+    assert re.search(r"8 images x 2 noise draws and 4 looks: \S+ TFLOPs in the denoiser, \S+ in the image encoder", said[0])
+    curves = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    mine = [row for row in curves if row["id"] == chosen.steps[0].id]
+    properties = chosen.measured.properties[chosen.steps[0].id]
+    assert [float(row["value"]) for row in mine if row["curve"].startswith("similarity")] == pytest.approx([v for _, v in properties.similarity], abs=1e-3)
+    octaves = [float(row["at"]) for row in mine if row["curve"].startswith("noise")]
+    assert octaves[:3] == [0, 1, 2]
+    assert len(octaves) == sum(share is not None for share in properties.noise_bands)
+
+    run.select("tinysd", few, tmp_path, members=1, device="cpu", everything=True, say=said.append)
+    assert re.search(r"of the best 10 of all 165 the filter keeps \d", said[-2])
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()}
+    free = run.select("tinysd", few, tmp_path, rules=[], members=1, device="cpu")
+    assert free.steps[0].score == max(float(score.mean()) for score in free.scores.values()) >= chosen.steps[0].score
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()}       # nothing was looked at again

@@ -94,6 +94,9 @@ def test_choosing_a_mark_tells_all_about_it(page, selected):
     assert site.path in told
     assert selection.dropped[site.id] in told
     assert f"{selection.reach[site.id].parameters:,}" in told
+    found = selection.measured.properties[site.id]
+    assert page.locator(".details svg").count() == 2                        # noise by frequency, similarity by distance
+    assert page.locator(".details circle").count() == len(found.noise_curve) + len(found.similarity)
     page.locator(".cell.chosen").first.press("Enter")                       # by the keyboard too
     assert "In the recipe, as number" in page.locator(".details").inner_text()
 

@@ -34,6 +34,22 @@ class Step:
     error: float
 
 
+def affordable(
+    sites: Sequence[Site], channels: int | None = None, cost: Callable[[Sequence[Site]], float] | None = None, budget: float | None = None
+) -> list[Site]:
+    """Those that fit the budget by themselves. Arguments as for :func:`choose`.
+
+    Raises:
+        ValueError: None does.
+    """
+    found = [site for site in sites if (channels is None or site.channels <= channels) and (cost is None or budget is None or cost([site]) <= budget)]
+    if not found:
+        least = f"the narrowest has {min(site.channels for site in sites)} channels"
+        least += f", the cheapest costs {min(cost([site]) for site in sites):.3g}" if cost and budget is not None else ""
+        raise ValueError(f"no activation fits the budget; of {len(sites)} {least}")
+    return found
+
+
 def choose(
     sites: Sequence[Site],
     alone: Mapping[str, NDArray[np.float64]],
@@ -59,16 +75,13 @@ def choose(
     Raises:
         ValueError: Nothing fits the budget.
     """
-    ranked = sorted(sites, key=lambda site: -float(alone[site.id].mean()))
+    ranked = sorted(affordable(sites, channels, cost, budget), key=lambda site: -float(alone[site.id].mean()))
     tried = [site for stride in {s.stride for s in ranked} for site in [s for s in ranked if s.stride == stride][:PER_STRIDE]]
 
     def fits(choice: Sequence[Site]) -> bool:
         within = channels is None or sum(site.channels for site in choice) <= channels
         return within and (cost is None or budget is None or cost(choice) <= budget)
 
-    if not any(fits([site]) for site in tried):
-        least = min(site.channels for site in tried)
-        raise ValueError(f"no activation fits the budget; the narrowest that was tried has {least} channels")
     taken: list[Site] = []
     steps: list[Step] = []
     before = np.zeros(len(next(iter(alone.values()))))

@@ -48,14 +48,14 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--timestep", type=float, default=50, show_default=True, help="At which the network is read.")
 @click.option("--prompt", metavar="TEXT", help="What the network is told.  [default: nothing]")
 @click.option("--ids", multiple=True, default=("*",), metavar="PATTERN", help="Look at these activations alone, such as 'up-*'; may be given again.")
-@click.option("--rules", type=FILE, help="A YAML file of rules in place of the paper's.")
+@click.option("--rules", type=FILE, help="A YAML file of rules in place of the paper's; one that holds [] drops nothing.")
 @click.option("--everything", is_flag=True, help="Compare also what the rules drop, to see what they cost.")
 @click.option("--draws", type=click.IntRange(min=2), default=2, show_default=True, help="Noise draws for each image that properties are measured on.")
 @click.option("--max-channels", type=click.IntRange(min=1), help="Of the whole pyramid.")
 @click.option("--max-gflops", type=click.FloatRange(min=0, min_open=True), help="Of the denoiser up to the last activation, for one image.")
 @click.option("--members", type=click.IntRange(min=1), default=6, show_default=True, help="Activations in the recipe, at most.")
 @click.option("--checkpoint-path", type=click.Path(exists=True, path_type=Path), help="A diffusers folder or a .safetensors file, not the published weights.")
-@click.option("--random-weights", is_flag=True, help="An untrained network of the same shape (seed 0), to see what comes from training.")
+@click.option("--random-weights", is_flag=True, help="An untrained network of a known checkpoint's shape (seed 0), to see what comes from training.")
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of noise and splits.")
 @click.option("--paper", is_flag=True, is_eager=True, expose_value=False, callback=_paper, help="Print the commands for the tables of the paper, and stop.")
@@ -94,8 +94,8 @@ def select(
         raise click.UsageError("--task chooses among the package's own scenes; with --images, --masks or --keypoints say what is compared.")
     if (masks or keypoints) and not images:
         raise click.UsageError("--masks and --keypoints need --images.")
-    if random_weights and settings["checkpoint_path"]:
-        raise click.UsageError("--random-weights builds a network without any file, and does not go with --checkpoint-path.")
+    if random_weights and (settings["checkpoint_path"] or checkpoint not in registry.list_checkpoints()):
+        raise click.UsageError("--random-weights builds a network of the package without any file, and goes neither with a folder nor with --checkpoint-path.")
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -130,6 +130,8 @@ def select(
         checkpoint, looked, out, pretrained=not random_weights, device=find_device(device), rules=loaded_rules, channels=max_channels, gflops=max_gflops,
         seed=seed, progress=progress, say=lambda text: click.echo(text, err=True), **settings,
     )  # fmt: skip
-    for step in chosen.steps:
-        click.echo(f"{step.id}: {chosen.metric} {step.score:.2f}, {step.gain:+.2f} ± {step.error:.2f}", err=True)
+    for i, step in enumerate(chosen.steps):
+        gain = f", {step.gain:+.2f} ± {step.error:.2f}" if i else ""
+        click.echo(f"{step.id}: {chosen.metric} {step.score:.2f}{gain}", err=True)
+    click.echo(f"to look at: {out / 'report.html'}", err=True)
     click.echo(out / "recipe.yaml")

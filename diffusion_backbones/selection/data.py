@@ -44,7 +44,7 @@ def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
         return Data(images, Segmentation(images, [_nearest(scene.classes, size) for scene in known.probe], seed), "the package's scenes, masks")
     if task == "keypoints":
         pairs = [
-            _match(p.source, p.target, p.source_points, p.target_points, p.target_box, size)
+            _match(p.source.size, to_tensor(p.source, size), p.target.size, to_tensor(p.target, size), p.source_points, p.target_points, p.target_box)
             for p in known.pairs
         ]  # fmt: skip
         return Data(images, Keypoints(pairs, seed), "the package's scenes, keypoints")
@@ -61,23 +61,27 @@ def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | Non
         size: Side of that square in pixels.
         masks: A folder with a ``.png`` for every image, of the same relative name and size; pixels are classes from 0, 255 is ignored.
         pairs: A JSON list of objects with ``source`` and ``target``, paths relative to ``images``; ``source_points`` and ``target_points``,
-            lists of [x, y] in pixels of the files; and, if wanted, ``target_box`` [x0, y0, x1, y1], by default the whole target.
+            equally long lists of [x, y] in pixels of the files; and, if wanted, ``target_box`` [x0, y0, x1, y1], by default the whole target.
+            Only the images that it names are opened, each once.
         seed: Of splits and warps.
 
     Raises:
         FileNotFoundError: No images, or a mask or an image of a pair is missing.
-        ValueError: Both masks and pairs, a mask of another size than its image or with more than one channel, or what the task cannot use.
+        ValueError: Both masks and pairs, a mask of another size than its image or with more than one channel, points that are none, or what the
+            task cannot use.
     """
     if masks and pairs:
         raise ValueError("compare on masks or on keypoints, one at a time")
+    if pairs:
+        rows, seen = _read(pairs), _Squares(images, size)
+        matches = [seen.match(row, f"{pairs}, pair {i}") for i, row in enumerate(rows)]
+        return Data([square for _, square in seen.opened.values()], Keypoints(matches, seed), f"{images}, keypoints {pairs}")
     found = files.find([images])
     pictures = [files.load(file.path) for file in found]
     tensors = [to_tensor(picture, size) for picture in pictures]
     if masks:
         labels = [_mask(masks / Path(file.name).with_suffix(".png"), picture, size) for file, picture in zip(found, pictures, strict=True)]
         return Data(tensors, Segmentation(tensors, labels, seed), f"{images}, masks {masks}")
-    if pairs:
-        return Data(tensors, Keypoints([_pair(images, row, size) for row in _read(pairs)], seed), f"{images}, keypoints {pairs}")
     return Data(tensors, Keypoints(warped(tensors, seed), seed), f"{images}, warps")
 
 
@@ -128,21 +132,49 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _pair(folder: Path, row: dict[str, Any], size: int) -> Match:
-    for key in ("source", "target"):
-        if not (folder / row[key]).is_file():
-            raise FileNotFoundError(f"{folder / row[key]} is missing, which a pair names")
-    source, target = (files.load(folder / row[key]) for key in ("source", "target"))
-    box = row.get("target_box") or (0, 0, *target.size)
-    return _match(source, target, np.array(row["source_points"], np.float32), np.array(row["target_points"], np.float32), box, size)
+class _Squares:
+    """The images that pairs name, each opened once however many pairs it is in.
+
+    Attributes:
+        opened: Name -> (width, height) of the file, and its square.
+    """
+
+    def __init__(self, folder: Path, size: int):
+        self.folder, self.size, self.opened = folder, size, dict[str, tuple[tuple[int, int], Tensor]]()
+
+    def __getitem__(self, name: str) -> tuple[tuple[int, int], Tensor]:
+        if name not in self.opened:
+            path = self.folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, which a pair names")
+            image = files.load(path)
+            self.opened[name] = image.size, to_tensor(image, self.size)
+        return self.opened[name]
+
+    def match(self, row: dict[str, Any], where: str) -> Match:
+        source, target = self[row["source"]], self[row["target"]]
+        at, to = (_points(row[key], f"{where}: {key}") for key in ("source_points", "target_points"))
+        if len(at) != len(to):
+            raise ValueError(f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the object")
+        box = _points(row.get("target_box") or (0, 0, *target[0]), f"{where}: target_box", 4)[0]
+        return _match(*source, *target, at, to, box)
 
 
-def _match(source: Image.Image, target: Image.Image, source_points: Any, target_points: Any, box: Any, size: int) -> Match:
+def _points(values: Any, where: str, columns: int = 2) -> Any:
+    try:
+        return np.array(values, np.float32).reshape(-1, columns)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} must be numbers, {columns} for each, got {values!r:.80}") from error
+
+
+def _match(
+    source_shape: tuple[int, int], source: Tensor, target_shape: tuple[int, int], target: Tensor, source_points: Any, target_points: Any, box: Any
+) -> Match:
     """Points go where their pixels go; those that are cut off are left out, in both images."""
-    moved = []
-    for image, points in ((source, source_points), (target, target_points)):
-        scale, left, top = _geometry(image.size, size)
+    moved, size = [], target.shape[-1]
+    for shape, points in ((source_shape, source_points), (target_shape, target_points)):
+        scale, left, top = _geometry(shape, size)
         moved.append((points.reshape(-1, 2) * scale - (left, top)).astype(np.float32))
     inside = np.all([((at >= 0) & (at < size)).all(1) for at in moved], 0)
-    extent = max(box[2] - box[0], box[3] - box[1]) * _geometry(target.size, size)[0]
-    return Match(to_tensor(source, size), to_tensor(target, size), moved[0][inside], moved[1][inside], float(extent))
+    extent = max(box[2] - box[0], box[3] - box[1]) * _geometry(target_shape, size)[0]
+    return Match(source, target, moved[0][inside], moved[1][inside], float(extent))

@@ -17,6 +17,8 @@ from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.recipe import closest
 from diffusion_backbones.selection.properties import Moments, Properties, Redundancy
 
+FEWEST = 4
+"""Images that properties can be told from: fewer do not tell a place's share from an image's."""
 EVERY = 120.0
 """Seconds after which the sums are written down, so that a killed run loses no more. Those of a large network are gigabytes."""
 
@@ -83,7 +85,7 @@ def measure(
         ValueError: Too few images or draws, images of other sizes, or no ids.
         KeyError: An id that the network does not compute.
     """
-    check(images, backbone.size_divisibility, minimum=4)
+    check(images, backbone.size_divisibility, minimum=FEWEST)
     if not ids:
         raise ValueError("no activation ids to measure")
     size = images[0].shape[-1]

@@ -36,7 +36,7 @@ class Properties:
         position: Share of the variance that the place in the image explains, whatever the image and the draw, 0 to 1.
         xy: How well x and y can be read off linearly in images that the readout has not seen: R², at most 1; below 0 is worse than a guess.
         locality: Share of the variance of the similarity between two places of an image that their distance explains, 0 to 1.
-        granularity: Half the mean wavelength of what the image explains, in pixels of the image.
+        granularity: Half a wavelength at the mean frequency of what the image explains, in pixels of the image.
         massive: Root mean square of the strongest channel by that of the median channel.
         similarity: (distance in pixels, mean cosine similarity) of two places of an image, near to far.
     """
@@ -50,6 +50,12 @@ class Properties:
     granularity: float
     massive: float
     similarity: tuple[tuple[float, float], ...]
+
+    @property
+    def noise_curve(self) -> list[tuple[float, float]]:
+        """(lower end of the octave in cycles per image, share of noise) where there is something."""
+        ends = (0.0, *(2.0**i for i in range(len(self.noise_bands) - 1)))
+        return [(low, share) for low, share in zip(ends, self.noise_bands, strict=True) if share is not None]
 
 
 def cosine_basis(n: int) -> Tensor:

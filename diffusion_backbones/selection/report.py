@@ -170,12 +170,13 @@ def data_uri(picture: Image.Image, format: str = "WEBP") -> str:
 def _row(selection: Selection, site: Site, picture: Image.Image) -> dict[str, Any]:
     score, cost = selection.scores.get(site.id), selection.reach[site.id]
     chosen = next((i + 1 for i, step in enumerate(selection.steps) if step.id == site.id), 0)
-    measured = {name: getattr(selection.measured.properties[site.id], name) for name in MEASURED}
+    found = selection.measured.properties[site.id]
+    measured = {name: getattr(found, name) for name in MEASURED}
     return {
         "id": site.id, "module": site.path, "channels": site.channels, "stride": site.stride, "gflops": cost.gflops, "parameters": cost.parameters,
         **{name: value if math.isfinite(value) else None for name, value in measured.items()}, "dropped": selection.dropped[site.id],
         "score": None if score is None else float(score.mean()), "spread": None if score is None else float(score.std(ddof=1)),
-        "chosen": chosen, "picture": data_uri(picture),
+        "chosen": chosen, "picture": data_uri(picture), "noise_curve": _curve(found.noise_curve), "similarity": _curve(found.similarity),
     }  # fmt: skip
 
 
@@ -188,6 +189,9 @@ def _stages(sites: Sequence[Site]) -> list[tuple[str, float, float]]:
     ends = [next((j for j in range(i, len(names)) if names[j] != names[i]), len(names)) for i in begins]
     return [(names[i], i / len(names) * WIDTH, j / len(names) * WIDTH) for i, j in zip(begins, ends, strict=True)]
 
+
+def _curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(at, round(value, 3)) for at, value in points]
 
 
 def _level(ids: Sequence[str], rows: Sequence[Mapping[str, Any]], picture: Image.Image) -> dict[str, Any]:

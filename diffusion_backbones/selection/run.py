@@ -7,6 +7,7 @@
       recipe.yaml           the choice: create_model(checkpoint, recipe="selection/recipe.yaml")
       card.md               its model card
       activations.csv       every activation: what it is, costs, is like, why it was dropped, what it scored
+      curves.csv            of each its noise by octave of frequency, and the similarity of two places by their distance
       redundancy.csv        similarity (linear CKA) of those that were measured
       measured.json         the properties, so that a second run need not measure again
       evidence/, pictures/  what the comparison and the report keep; may be removed
@@ -18,7 +19,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,21 @@ from PIL import Image
 from diffusion_backbones import cards
 from diffusion_backbones.activations import Site
 from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.costs import measure as count
 from diffusion_backbones.factory import architecture, create_model
 from diffusion_backbones.families import FAMILIES, Configs
 from diffusion_backbones.recipe import Level, Recipe
 from diffusion_backbones.registry import Declaration
 from diffusion_backbones.selection import pictures, report
 from diffusion_backbones.selection import rules as filtering
-from diffusion_backbones.selection.choose import Step, choose
+from diffusion_backbones.selection.choose import Step, affordable, choose
 from diffusion_backbones.selection.compare import Evidence, scores
 from diffusion_backbones.selection.data import Data
-from diffusion_backbones.selection.measure import Measured, candidates, matching, measure
+from diffusion_backbones.selection.measure import FEWEST, Measured, candidates, check, matching, measure
 from diffusion_backbones.selection.properties import Properties
 from diffusion_backbones.selection.reach import Reach, reach
 from diffusion_backbones.selection.rules import Rule
+from diffusion_backbones.selection.tasks import Task
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -143,13 +146,17 @@ def select(
     blank = create_model(checkpoint, checkpoint_path=folder, recipe=whole, device="meta")
     sites = matching(sites, ids)
     ids = [site.id for site in sites]
-    if not everything:
-        filtering.check(filtering.by_name(filter_rules, ids))
-    costs = reach(blank, ids, size)
     looked_at = data.images[:properties_from]
-    work = max(cost.gflops for cost in costs.values()) * (draws * len(looked_at) + sum(len(look) for look in data.task.looks)) / 1000
-    passes = f"{len(looked_at)} images x {draws} noise draws and {len(data.task.looks)} looks"
-    say(f"{len(ids)} activations of {checkpoint}; {passes}: {work:,.1f} TFLOPs in the denoiser")
+    check(looked_at, blank.size_divisibility, minimum=FEWEST)
+    left = {id: "" for id in ids} if everything else filtering.by_name(filter_rules, ids)
+    filtering.check(left)
+    costs = reach(blank, ids, size)
+
+    def cost(choice: Sequence[Site]) -> float:
+        return max(costs[site.id].gflops for site in choice)
+
+    affordable([site for site in sites if not left[site.id]], channels, cost, gflops)
+    say(f"{len(ids)} activations of {checkpoint}, {_estimate(blank, size, len(looked_at), draws, data.task, [s for s in sites if not left[s.id]])}")
 
     backbone = create_model(
         checkpoint, pretrained=pretrained and not checkpoint_path, checkpoint_path=checkpoint_path, recipe=whole, timestep=timestep, prompt=prompt,
@@ -159,24 +166,24 @@ def select(
         "checkpoint": checkpoint, "weights": dict(backbone.provenance), "timestep": timestep, "prompt": prompt or "", "size": size, "seed": seed,
         "data": data.source, "images": _digest(data),
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    evidence = Evidence(out / "evidence", key)
     measured = _measured(out / "measured.json", backbone, data, ids, {**key, "draws": draws, "measured_on": len(looked_at), "ids": ids}, progress)
     dropped = filtering.apply(filter_rules, measured.properties)
     if not everything:
         filtering.check(dropped)
     survivors = [site for site in sites if not dropped[site.id]]
     compared = ids if everything else [site.id for site in survivors]
-    say(f"{len(survivors)} of {len(ids)} pass the filter; comparing {len(compared)} on {data.source}")
+    affordable(survivors or sites, channels, cost, gflops)
+    unseen = "; --everything compares the others too and tells what the filter loses" if len(compared) < len(ids) else ""
+    say(f"{len(survivors)} of {len(ids)} pass the filter; comparing {len(compared)} on {data.source}{unseen}")
 
-    evidence = Evidence(out / "evidence", key)
     evidence.gather(backbone, data.task, compared, lambda items: progress(items, "looking"))
     alone = scores(data.task, evidence, compared, lambda items: progress(items, "scoring"))
     if everything:
         best = sorted(ids, key=lambda id: -float(alone[id].mean()))[:10]
-        say(f"of the best 10 of all {len(ids)} the filter keeps {sum(not dropped[id] for id in best)}; the best of all is {best[0]}")
-
-    def cost(choice: Sequence[Site]) -> float:
-        return max(costs[site.id].gflops for site in choice)
+        kept = sum(not dropped[id] for id in best)
+        advice = "; rules that are [] choose among all, in the same folder and without looking again" if kept < len(best) else ""
+        say(f"of the best {len(best)} of all {len(ids)} the filter keeps {kept}; the best of all is {best[0]}{advice}")
 
     steps = choose(
         survivors or sites, alone, lambda together: data.task.score([evidence[id] for id in together]),
@@ -197,6 +204,19 @@ def select(
     return selection
 
 
+def _estimate(blank: DiffusionBackbone, size: int, images: int, draws: int, task: Task, compared: Sequence[Site]) -> str:
+    """What it will cost, in words, before it begins."""
+    one = count(replace(blank.declaration, recipe=replace(blank.declaration.recipe, input_size=size)), blank.configs)
+    looked = sum(len(look) for look in task.looks)
+    denoiser = report.number(one.denoiser_gflops * (draws * images + looked) / 1000)
+    encoder = report.number(one.encoder_gflops * (images + looked) / 1000)
+    disk = report.number(sum(task.kept(site.channels) for site in compared) / 1e9)
+    return (
+        f"{images} images x {draws} noise draws and {len(task.looks)} looks: {denoiser} TFLOPs in the denoiser, {encoder} in the image encoder, "
+        f"and at most {disk} GB on the disk"
+    )
+
+
 def write(selection: Selection, out: Path) -> None:
     """The recipe, its card and the tables."""
     selection.recipe.to_yaml(out / "recipe.yaml")
@@ -213,6 +233,13 @@ def write(selection: Selection, out: Path) -> None:
             scored = ["", ""] if score is None else [f"{score.mean():.2f}", f"{score.std(ddof=1):.2f}"]
             row = [site.id, site.path, site.channels, site.stride, f"{cost.gflops:.2f}", cost.parameters, 4 * cost.parameters, *properties]
             writer.writerow([*row, selection.dropped[site.id], *scored, chosen.get(site.id, "")])
+    with (out / "curves.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "curve", "at", "value"])
+        for site in selection.sites:
+            found = selection.measured.properties[site.id]
+            writer.writerows([site.id, "noise, from cycles per image", f"{at:g}", f"{value:.4g}"] for at, value in found.noise_curve)
+            writer.writerows([site.id, "similarity, at pixels", f"{at:g}", f"{value:.4g}"] for at, value in found.similarity)
     with (out / "redundancy.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         ids = [site.id for site in selection.sites]

@@ -46,6 +46,10 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def kept(self, channels: int) -> int:
+        """Bytes that :meth:`reduce` gives for an activation of so many channels, all looks together."""
+
+    @abstractmethod
     def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
         """(SPLITS,) scores of activations together.
 
@@ -94,6 +98,9 @@ class Segmentation(Task):
         read = F.grid_sample(act.float(), grid[None, None], align_corners=False, padding_mode="border")[0, :, 0]
         return read.T.cpu().numpy().astype(np.float16)
 
+    def kept(self, channels: int) -> int:
+        return 2 * len(self.looks) * POINTS * channels
+
     def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
         features = np.concatenate(members, 2, dtype=np.float32)
         return np.array([self._probe(features, train) for train in self.splits])
@@ -135,6 +142,19 @@ class Match:
     extent: float
 
 
+class _Pairs(Sequence[Tensor]):
+    """(2, 3, S, S) each, put together when it is looked at: pairs share their images, and nothing is held twice."""
+
+    def __init__(self, matches: Sequence[Match]):
+        self.matches = matches
+
+    def __len__(self) -> int:
+        return len(self.matches)
+
+    def __getitem__(self, index: int) -> Tensor:                           # type: ignore[override]  # nobody slices looks
+        return torch.stack([self.matches[index].source, self.matches[index].target])
+
+
 class Keypoints(Task):
     """Matched points: each goes to the most similar place of the other image, by cosine; nothing is trained.
 
@@ -159,7 +179,7 @@ class Keypoints(Task):
                 counts = f"{len(match.source_points)} source and {len(match.target_points)} target points"
                 raise ValueError(f"pair {i} has {counts}; they must be equally many, 1 or more")
         self.matches = list(matches)
-        self.looks = [torch.stack([match.source, match.target]) for match in matches]
+        self.looks = _Pairs(matches)
         self.points = max(len(match.source_points) for match in matches)
         self.side = min(FINEST, self.looks[0].shape[-1] // 4)
         order = np.random.default_rng(seed).permutation(len(matches))
@@ -171,6 +191,9 @@ class Keypoints(Task):
         queries = F.grid_sample(source[None], (points / (size / 2) - 1)[None, None], align_corners=False, padding_mode="border")[0, :, 0]
         similar = F.normalize(queries, dim=0).T @ F.normalize(target.flatten(1), dim=0)
         return F.pad(similar, (0, 0, 0, self.points - len(points))).cpu().numpy().astype(np.float16)
+
+    def kept(self, channels: int) -> int:
+        return 2 * len(self.looks) * self.points * self.side**2
 
     def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
         best = sum(member.astype(np.float32) for member in members).argmax(-1)      # type: ignore[union-attr]
