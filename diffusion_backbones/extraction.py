@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_backbones import images, tensors
+from diffusion_backbones import images, memory, tensors
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.images import ImageFile
 from diffusion_backbones.version import __version__
@@ -211,8 +211,8 @@ class _Writer:
         try:
             with torch.inference_mode():
                 return [level.to(self.dtype).cpu() for level in self.backbone(x.to(self.device))]
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if memory.ran_out(error):
                 return []
             raise
 
