@@ -344,7 +344,7 @@ def _build(
     whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}
     denoiser = family.truncate(denoiser, paths)
     encoder = family.image_encoder.truncate(encoder)
-    rounded = quantised.names(denoiser, options.weight_dtype)
+    rounded = quantised.names(denoiser, probe.called(checkpoint.family, configs, paths)) if options.weight_dtype else frozenset()
     if empty:
         memory.check([(denoiser, dtype), (encoder, encoder_dtype)], device, declaration.name, rounded)
     else:

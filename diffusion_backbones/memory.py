@@ -33,7 +33,8 @@ def check(parts: list[tuple[nn.Module, torch.dtype]], device: torch.device, name
     asked = parts[0][1]
     settings = {f"dtype={_name(dtype)!r}": weights([(network, dtype) for network, _ in parts], rounded) for dtype in SMALLER.get(asked, ())}
     if not rounded:
-        settings["weight_dtype='int8'"] = weights(parts, quantised.names(parts[0][0], "int8"))
+        denoiser = parts[0][0]
+        settings["weight_dtype='int8'"] = weights(parts, quantised.names(denoiser, dict(denoiser.named_modules())))
     fitting = [f"{setting} takes {_gb(size)}, which fits" for setting, size in settings.items() if size <= room]
     least = f"{_gb(min([needed, *settings.values()]))} is the least that one setting gives; docs/memory.md says how to quantise and to offload"
     raise MemoryError(f"{name} needs {_gb(needed)} for its weights in {_name(asked)}, and {device} has {_gb(room)}; {fitting[0] if fitting else least}")

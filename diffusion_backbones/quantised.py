@@ -36,11 +36,15 @@ def check(weight_dtype: Any, trainable: Any) -> str | None:
     return name
 
 
-def names(network: nn.Module, weight_dtype: str | None) -> frozenset[str]:
-    """Which tensors of a network's ``state_dict`` are kept in eight bits; none without a ``weight_dtype``."""
-    if not weight_dtype:
-        return frozenset()
-    return frozenset(f"{path}.weight" for path, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+def names(network: nn.Module, called: Collection[str]) -> frozenset[str]:
+    """Which tensors of a network's ``state_dict`` can be kept in eight bits: weights of linear and convolutional layers that run as such.
+
+    Args:
+        network: The denoiser.
+        called: As :func:`diffusion_backbones.probe.called` says.
+    """
+    layers = {path for path, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    return frozenset(f"{path}.weight" for path in layers & set(called))
 
 
 def int8(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import diffusion_backbones as db
-from diffusion_backbones import images, memory, quantised
+from diffusion_backbones import images, memory
 
 
 class Bytes(NamedTuple):
@@ -42,13 +42,13 @@ class Bytes(NamedTuple):
 
 def measure(name: str, dtype: torch.dtype) -> Bytes:
     """The bytes of a registered backbone, on ``meta``."""
-    backbone = db.create_model(name, device="meta", dtype=dtype)
+    backbone, rounded = (db.create_model(name, device="meta", dtype=dtype, weight_dtype=weight_dtype) for weight_dtype in (None, "int8"))
     denoiser, encoder = backbone.denoiser, next(backbone.encoder.parameters(), torch.empty(0, dtype=dtype)).dtype
     blocks = [size(block, dtype) for child in denoiser.children() if isinstance(child, (nn.ModuleList, nn.Sequential)) for block in child]
     return Bytes(
         encoder=size(backbone.encoder, encoder),
         denoiser=size(denoiser, dtype),
-        int8=memory.weights([(denoiser, dtype)], quantised.names(denoiser, "int8")),
+        int8=sum(held(tensor) for tensor in rounded.denoiser.state_dict().values()),
         block=max(blocks),
         outside=size(denoiser, dtype) - sum(blocks),
     )
@@ -56,6 +56,11 @@ def measure(name: str, dtype: torch.dtype) -> Bytes:
 
 def size(network: nn.Module, dtype: torch.dtype) -> int:
     return memory.weights([(network, dtype)])
+
+
+def held(tensor: Any) -> int:
+    """Bytes of a tensor, or of what torchao makes one of."""
+    return sum(getattr(tensor, part).nbytes for part in tensor.tensor_data_names) if hasattr(tensor, "tensor_data_names") else tensor.nbytes
 
 
 @torch.inference_mode()

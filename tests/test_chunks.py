@@ -124,10 +124,10 @@ def test_a_default_for_frameworks_that_pass_no_keywords(x, seen, backbone):
             build()
 
 
-def test_chunks_compile_to_one_graph(backbone, x):
+def test_chunks_compile_to_one_graph(x):
+    backbone = db.create_model("tinysd_gdf", pretrained=True, ensemble=2, chunk=2)
     torch._dynamo.reset()
-    compiled = torch.compile(backbone, fullgraph=True, backend="eager")
-    close(compiled(x, ensemble=2, chunk=2), backbone(x, ensemble=2))
+    close(torch.compile(backbone, fullgraph=True, backend="eager")(x), backbone(x, chunk=6))
 
 
 def test_what_is_kept_does_not_grow_with_the_ensemble(backbone, x):
@@ -155,7 +155,7 @@ def test_one_image_at_several_timesteps_is_encoded_once(backbone, x):
     encodes = []
     handle = backbone.encoder.encoder.register_forward_hook(lambda *args: encodes.append(1))
     z = backbone.encode(x[:1])
-    maps = backbone.forward_latents(z.repeat(3, 1, 1, 1), timestep=[51, 261, 501], chunk=2)
+    maps = backbone.forward_latents(z.repeat(3, 1, 1, 1), (64, 96), timestep=[51, 261, 501], chunk=2)
     handle.remove()
     assert encodes == [1]
     for i, timestep in enumerate((51, 261, 501)):
