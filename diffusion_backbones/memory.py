@@ -142,7 +142,7 @@ def _explain(backbone: DiffusionBackbone, part: str, x: Tensor, error: BaseExcep
     if draws and draws[0] > 1:
         asked, rows = f"{draws[0]} noise draws of {asked}", draws[0] * b
     network = backbone.encoder if part == "image encoder" else backbone.denoiser
-    dtype = next(network.parameters(), x).dtype
+    dtype = next((p.dtype for p in network.parameters() if p.dtype.itemsize > 1), x.dtype)          # weights of one byte are only stored so
     less = []
     if rows > 1:
         less.append(f"chunk={rows // 2}" if part == "denoiser" else f"{_count(b // 2, 'image')} at a time")
