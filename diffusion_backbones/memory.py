@@ -14,7 +14,8 @@ from diffusion_backbones import quantised
 if TYPE_CHECKING:
     from diffusion_backbones.backbone import DiffusionBackbone
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SMALLER = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16)}
 """What else one may ask for."""
