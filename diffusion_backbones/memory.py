@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from diffusion_backbones import quantised
 if TYPE_CHECKING:
     from diffusion_backbones.backbone import DiffusionBackbone
 
-P = ParamSpec("P")
-R = TypeVar("R")
+M = TypeVar("M", bound=Callable[..., Any])
 
 SMALLER = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16)}
 """What else one may ask for."""
@@ -75,10 +74,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS))
 
 
-Method = Callable[Concatenate["DiffusionBackbone", Tensor, P], R]
-
-
-def explained(part: str) -> Callable[[Method[P, R]], Method[P, R]]:
+def explained(part: str) -> Callable[[M], M]:
     """Decorates a method of a backbone: when the device runs out of memory in it, the error becomes an :class:`OutOfMemory`.
 
     A compiled graph is left as it is, and raises what the device does.
@@ -88,9 +84,9 @@ def explained(part: str) -> Callable[[Method[P, R]], Method[P, R]]:
             (draws, B, C, h, w) of the denoiser.
     """
 
-    def decorate(method: Method[P, R]) -> Method[P, R]:
+    def decorate(method: M) -> M:
         @functools.wraps(method)
-        def call(self: DiffusionBackbone, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        def call(self: DiffusionBackbone, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return method(self, x, *args, **kwargs)
             try:
@@ -102,7 +98,7 @@ def explained(part: str) -> Callable[[Method[P, R]], Method[P, R]]:
                     raise
                 raise OutOfMemory(_explain(self, part, x, error)) from error
 
-        return call
+        return cast(M, call)
 
     return decorate
 
