@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, finetuning, postops, probe, pyramid
+from diffusion_backbones import calls, capture, chunks, finetuning, memory, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
@@ -59,6 +59,8 @@ class DiffusionBackbone(TimmInterface):
     * ``noise``: ``"fixed"``, ``"random"``, ``"none"``, or a tensor of the latents' shape, (C, h, w) or (B, C, h, w).
     * ``generator``: for ``noise="random"``.
     * ``ensemble``: number of noise draws to average.
+    * ``chunk``: how many noisy latents, draws times images, the denoiser is run on at once; all by default. The features are the same,
+      and the memory of a call no longer grows with its ensemble.
     * ``latents``: (B, C, h, w) clean latents in place of the image.
 
     Attributes:
@@ -67,6 +69,8 @@ class DiffusionBackbone(TimmInterface):
         declaration: Name, checkpoint and recipe.
         input_format: How the images that it takes were normalised.
         levels: Channels, stride and source of every native level, fine to coarse.
+        chunk: The default of calls.
+        weight_dtype: ``"int8"`` if the denoiser's weights are kept so.
         provenance: Where the weights came from; ``commit`` for the hub, empty for random weights.
         num_features: Channels of the coarsest map.
         pretrained_cfg: What ``timm.data.resolve_model_data_config`` reads.
@@ -90,6 +94,8 @@ class DiffusionBackbone(TimmInterface):
         trainable: bool | str = False,
         lora_rank: int = finetuning.RANK,
         input_format: InputFormat = SYMMETRIC,
+        chunk: int | None = None,
+        weight_dtype: str | None = None,
     ):
         super().__init__()
         recipe = declaration.recipe
@@ -99,10 +105,11 @@ class DiffusionBackbone(TimmInterface):
         self.encoder, self.denoiser = encoder, denoiser
         self.prompter = prompter or Prompter(declaration.checkpoint.family, configs, None, recipe.prompt_padding)
         self.latent_stride = self.family.latent_stride(configs)
+        self._widest = max((site.channels / site.stride**2 for site in catalogue.all() if site.encoder), default=0)     # values of a map for every pixel
         self.forward_process = self.family.forward_process(configs)
         fixed = recipe.noise == "fixed"
         self.register_buffer("canvas", canvas(recipe.seed, recipe.ensemble, self.latent_channels) if fixed else None)
-        self.trainable, self.input_format = trainable, input_format
+        self.trainable, self.input_format, self.chunk, self.weight_dtype = trainable, input_format, chunk, weight_dtype
         unreached = self._unreached()
         self.conditioning = Conditioning(embeddings, finetuning.learned(embeddings, unreached, declaration.name) if trainable == "prompt" else ())
         if trainable == "lora":
@@ -190,6 +197,7 @@ class DiffusionBackbone(TimmInterface):
         self._no_image_for(self._read_for(chosen))
         return self._pyramid(z, self._check_latents(z, size), chosen, call, {})
 
+    @memory.explained("image encoder")
     def encode(self, x: Tensor) -> Tensor:
         """Images -> the clean latents that the recipe's denoiser is given noise on.
 
@@ -202,6 +210,7 @@ class DiffusionBackbone(TimmInterface):
         calls.check_image(x, self.input_format)
         x, d = self.input_format.to_symmetric(x), self.size_divisibility
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
+        memory.check_maps(self.encoder, x, self._widest, self.declaration.name)
         z = self.family.image_encoder.encode(self.encoder, x.to(_dtype(self.encoder)))
         if self.declaration.recipe.scaled:
             shift, factor = self.family.image_encoder.scaling(self.family.encoder_config(self.configs))
@@ -244,7 +253,8 @@ class DiffusionBackbone(TimmInterface):
         Args:
             x: As in :meth:`forward`.
             ids: As in :meth:`forward_activations`; none of an image encoder, and no attention map, which is no map of an image.
-            visit: Called with the site and its map (B, C, h, w), ensemble draws one after another along the batch, once for every id, in forward order.
+            visit: Called with the site and its map (B, C, h, w), ensemble draws one after another along the batch, once for every id, in forward order;
+                with ``chunk``, once for every id of every chunk.
             **call: See the class.
 
         Raises:
@@ -264,14 +274,17 @@ class DiffusionBackbone(TimmInterface):
         self._run(z, size, sites, call, visit=give)
 
     def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any], fine: Mapping[str, Tensor]) -> list[Tensor]:
-        maps_out = self._channels_and_strides()
-        needed = sorted({maps_out[i][2] for i in indices})
-        sites = self._read_for(indices)
-        inner = [site for site in sites if not site.encoder]
+        inner = [site for site in self._read_for(indices) if not site.encoder]
         acts = {**fine, **postops.apply(self.declaration.recipe, inner, self._run(z, size, self._needed(inner), call))}
+        return self._levels(z, size, indices, acts)
+
+    @memory.explained("pyramid")
+    def _levels(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], acts: Mapping[str, Tensor]) -> list[Tensor]:
+        """Activations -> some of the maps that :meth:`forward` returns."""
+        maps_out, sites = self._channels_and_strides(), self._read_for(indices)
         height, width = (s * self.latent_stride for s in z.shape[-2:])
         maps = {site.id: pyramid.to_map(acts[site.id], site, height, width) for site in sites}
-        native = {i: pyramid.assemble(self.levels[i], maps, size) for i in needed}
+        native = {i: pyramid.assemble(self.levels[i], maps, size) for i in sorted({maps_out[i][2] for i in indices})}
         return [pyramid.resample(native[level], self.levels[level].stride, stride, size) for _, stride, level in (maps_out[i] for i in indices)]
 
     def _run(
@@ -283,7 +296,7 @@ class DiffusionBackbone(TimmInterface):
         average_heads: bool = False,
         visit: Callable[[Site, Tensor], None] | None = None,
     ) -> dict[str, Tensor]:
-        """Noise the latents, run the denoiser once, and read what it computed: averaged over the ensemble, or as it comes if somebody is to ``visit``."""
+        """Noise the latents, run the denoiser on them, and read what it computed: averaged over the ensemble, or as it comes if somebody is to ``visit``."""
         if not sites:
             return {}
         recipe, b = self.declaration.recipe, len(z)
@@ -291,26 +304,44 @@ class DiffusionBackbone(TimmInterface):
         ensemble = call.get("ensemble", recipe.ensemble if isinstance(rule, str) and rule != "none" else 1)
         canvas = self._canvas(ensemble, z.shape[-2], z.shape[-1]) if isinstance(rule, str) and rule == "fixed" else None
         noise = calls.draw(z, rule, ensemble, canvas, call.get("generator"))
-        z_t = calls.mix(z, noise, timestep, self.forward_process).to(_dtype(self.denoiser))
-        t = calls.timesteps(timestep, b, z.device).repeat(ensemble)
-        conditioning = {name: rows.repeat(ensemble, *[1] * (rows.ndim - 1)) for name, rows in self._conditioning(b, call).items()}
+        z_t = calls.mix(z, noise, timestep, self.forward_process).to(_dtype(self.denoiser)).view(ensemble, *z.shape)
+        t, conditioning = calls.timesteps(timestep, b, z.device), self._conditioning(b, call)
+        parts = []
+        for images, draws in chunks.pieces(ensemble, b, call.get("chunk", self.chunk)):
+            mean, given = chunks.Mean(ensemble), {name: rows[images] for name, rows in conditioning.items()}
+            for some in draws:
+                acts = self._denoise(z_t[some, images], size, t[images], given, sites, average_heads, visit)
+                mean.add(acts, len(t[images]))
+            parts.append(mean.take())
+        return chunks.join(parts)
+
+    @memory.explained("denoiser")
+    def _denoise(
+        self,
+        z_t: Tensor,
+        size: tuple[int, int],
+        t: Tensor,
+        conditioning: Mapping[str, Tensor],
+        sites: Sequence[Site],
+        average_heads: bool,
+        visit: Callable[[Site, Tensor], None] | None,
+    ) -> dict[str, Tensor]:
+        """(draws, B, C, h, w) noisy latents through the denoiser, all at once -> id -> (draws · B, ...), or nothing if somebody visits."""
+        draws = len(z_t)
+        t, conditioning = t.repeat(draws), {name: rows.repeat(draws, *[1] * (rows.ndim - 1)) for name, rows in conditioning.items()}
 
         def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
-            grid = (z.shape[-2] * self.latent_stride // site.stride, z.shape[-1] * self.latent_stride // site.stride)
+            grid = (z_t.shape[-2] * self.latent_stride // site.stride, z_t.shape[-1] * self.latent_stride // site.stride)
             return self.family.activation(self.denoiser, site, recorded, conditioning, grid, average_heads or site.layout == "tokens")
 
         stream = capture.Stream(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
         with self.recorder.recording(sites, stream) as recorded:
-            output = self.family.call(self.denoiser, z_t, t, conditioning, size)
-        acts: dict[str, Tensor] = {}
+            output = self.family.call(self.denoiser, z_t.flatten(0, 1), t, conditioning, size)
         if stream is not None:
             stream.close()
-            return acts
-        for site in sites:
-            act = activation(site, capture.read(recorded, site))
-            act = capture.tie(act, output) if self.trainable else act
-            acts[site.id] = act.view(ensemble, b, *act.shape[1:]).mean(0) if ensemble > 1 else act
-        return acts
+            return {}
+        acts = {site.id: activation(site, capture.read(recorded, site)) for site in sites}
+        return {id: capture.tie(act, output) for id, act in acts.items()} if self.trainable else acts
 
     # The parts of a call.
 

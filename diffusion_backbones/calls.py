@@ -18,7 +18,7 @@ EMBEDDINGS = (
 )
 TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
 """Those that a prompt is embedded in."""
-CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "latents")
+CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "chunk", "latents")
 
 
 def check_keywords(call: dict[str, Any], name: str) -> None:
@@ -26,16 +26,21 @@ def check_keywords(call: dict[str, Any], name: str) -> None:
 
     Raises:
         TypeError: An unknown keyword; the closest is named.
-        ValueError: An ensemble of less than one.
+        ValueError: An ensemble or chunk of less than one.
     """
     for key in [key for key, value in call.items() if value is None]:
         del call[key]
     for key in call:
         if key not in CALL:
             raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
-    ensemble = call.get("ensemble", 1)
-    if not isinstance(ensemble, int) or ensemble < 1:
-        raise ValueError(f"ensemble must be an integer from 1 up, got {ensemble!r}")
+    for key in ("ensemble", "chunk"):
+        check_count(key, call.get(key, 1))
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer from 1 up."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer from 1 up, got {value!r}")
 
 
 def check_image(x: Any, format: InputFormat) -> None:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import finetuning, inputs, memory, postops, probe, pyramid, tensors
+from diffusion_backbones import finetuning, inputs, memory, postops, probe, pyramid, quantised, tensors
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.calls import take
+from diffusion_backbones.calls import check_count, take
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family, left_out
 from diffusion_backbones.hub import HubRepo, open_checkpoint
@@ -48,12 +48,14 @@ def create_model(
     out_indices: int | Sequence[int] | None = None,
     out_strides: Sequence[int] | None = None,
     dtype: torch.dtype | str | None = None,
+    weight_dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trainable: bool | str = False,
     lora_rank: int | None = None,
     prompt_tokens: int | None = None,
     input_format: str | inputs.InputFormat | None = None,
     encoder_levels: bool = False,
+    chunk: int | None = None,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -72,6 +74,8 @@ def create_model(
         out_indices: Which levels; an integer n means the last n. Fewer levels are a shorter network.
         out_strides: Resample to these strides, without parameters, e.g. ``(4, 8, 16, 32)``; of the levels the nearest is taken.
         dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in float32.
+        weight_dtype: ``"int8"`` keeps the weights of the denoiser's linear and convolutional layers in eight bits, rounded as they are read, and
+            computes in ``dtype``; needs torchao. For what does not fit otherwise: it is slower, and changes the features. See docs/memory.md.
         device: Where; ``"meta"`` builds without memory.
         trainable: What is trained: nothing by default; True for the denoiser; ``"lora"`` for adapters in its attention, which needs
             peft; ``"prompt"`` for the embedded prompt.
@@ -82,6 +86,7 @@ def create_model(
             normalise by themselves.
         encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
             anyway, and not by upsampling.
+        chunk: How many noisy latents, draws times images, the denoiser is run on at once unless a call says otherwise; all by default.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -90,15 +95,17 @@ def create_model(
     Raises:
         KeyError: Unknown backbone, checkpoint or activation id; the closest are named.
         TypeError: Unknown keyword, or one that goes with another ``trainable``.
-        ImportError: ``trainable="lora"`` without peft.
+        ImportError: ``trainable="lora"`` without peft, or ``weight_dtype="int8"`` without torchao.
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
         FileNotFoundError: Nothing at a path, or not what is needed there.
     """
     finetuning.check(trainable, lora_rank, prompt_tokens)
+    if chunk is not None:
+        check_count("chunk", chunk)
     format = inputs.find(input_format) if input_format is not None else None
-    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels)
+    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, chunk, quantised.check(weight_dtype, trainable))
     settings = _overrides(overrides, features_only=features_only)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
@@ -289,6 +296,8 @@ class _Options(NamedTuple):
     prompt_tokens: int | None = None
     input_format: inputs.InputFormat | None = None
     encoder_levels: bool = False
+    chunk: int | None = None
+    weight_dtype: str | None = None
 
 
 def build(described: Described, trainable: bool | str = False) -> DiffusionBackbone:
@@ -335,26 +344,31 @@ def _build(
     whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}
     denoiser = family.truncate(denoiser, paths)
     encoder = family.image_encoder.truncate(encoder)
+    rounded = quantised.names(denoiser, probe.called(checkpoint.family, configs, paths)) if options.weight_dtype else frozenset()
     if empty:
-        memory.check([(denoiser, dtype), (encoder, encoder_dtype)], device, declaration.name)
+        memory.check([(denoiser, dtype), (encoder, encoder_dtype)], device, declaration.name, rounded)
     else:
         nn.Module.to(denoiser, dtype)               # not diffusers' own .to, which warns about layers that other networks have
         nn.Module.to(encoder, encoder_dtype)
+        quantised.round_(denoiser, rounded)
+
+    def store(name: str, tensor: Tensor) -> Tensor:
+        return quantised.int8(tensor) if name in rounded else tensor
 
     prompter = Prompter(checkpoint.family, configs, source, recipe.prompt_padding)
     if not empty:
         embeddings = family.blank_conditioning(configs)
     elif restored:
-        restored.load("denoiser", denoiser, whole["denoiser"], dtype, device)
+        restored.load("denoiser", denoiser, whole["denoiser"], dtype, device, store)
         restored.load("encoder", encoder, whole["encoder"], encoder_dtype, device)
         embeddings = restored.embeddings()
     else:
         assert source is not None
         embeddings = prompter([recipe.prompt])              # first, so that the text encoder is gone before the weights come
-        parts = [(family.denoiser, "denoiser", denoiser, dtype), (family.encoder, "encoder", encoder, encoder_dtype)]
-        for component, part, network, its_dtype in parts if family.encoder else parts[:1]:
+        parts = [(family.denoiser, "denoiser", denoiser, dtype, store), (family.encoder, "encoder", encoder, encoder_dtype, tensors.as_read)]
+        for component, part, network, its_dtype, keep in parts if family.encoder else parts[:1]:
             files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
-            tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}")
+            tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}", keep)
     if options.prompt_tokens:
         embeddings = finetuning.first_tokens(embeddings, options.prompt_tokens)
     if empty:
@@ -373,6 +387,8 @@ def _build(
             provenance=restored.provenance if restored else source.provenance if source else {},
             trainable=options.trainable,
             lora_rank=options.lora_rank or finetuning.RANK,
+            chunk=options.chunk,
+            weight_dtype=options.weight_dtype,
             input_format=options.input_format or (restored.input_format if restored else inputs.SYMMETRIC),
         )
     return backbone

@@ -50,6 +50,21 @@ def unreached(family: str, configs: Configs, sites: Sequence[Site]) -> set[str]:
     return {name for name, tensor in reachable.items() if tensor.grad is None}
 
 
+def called(family: str, configs: Configs, paths: list[str]) -> set[str]:
+    """The modules of a network cut behind ``paths`` that run as such. Of others a parent reads the weights, if anything does."""
+    denoiser, d = FAMILIES[family].truncate(build(family, configs), paths), FAMILIES[family].size_divisibility(configs)
+    names: list[str] = []
+    for name, module in denoiser.named_modules():
+        module.register_forward_hook(functools.partial(_note, names, name))
+    with torch.no_grad():
+        run(family, configs, denoiser, (2 * d, 2 * d))
+    return set(names)
+
+
+def _note(names: list[str], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    names.append(name)
+
+
 def site(family: str, configs: Configs, path: str) -> Site:
     """The site of a module path that no activation id names.
 

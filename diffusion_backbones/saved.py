@@ -76,9 +76,11 @@ class Saved(Described):
     def _part(self, prefix: str) -> tensors.TensorFiles:
         return self._files.renamed({name.removeprefix(prefix): name for name in self._files.shapes if name.startswith(prefix)})
 
-    def load(self, part: str, module: nn.Module, whole: tensors.Shapes, dtype: torch.dtype, device: torch.device) -> None:
+    def load(
+        self, part: str, module: nn.Module, whole: tensors.Shapes, dtype: torch.dtype, device: torch.device, store: tensors.Store = tensors.as_read
+    ) -> None:
         """Fill the ``denoiser`` or the ``encoder``; see :func:`diffusion_backbones.tensors.load`."""
-        tensors.load(module, self._part(f"{part}."), whole, dtype, device, f"{self.declaration.name} {part}")
+        tensors.load(module, self._part(f"{part}."), whole, dtype, device, f"{self.declaration.name} {part}", store)
 
     def embeddings(self) -> dict[str, Tensor]:
         """The prompt as it was embedded, (1, ...) each."""
@@ -90,13 +92,18 @@ def save(backbone: DiffusionBackbone, folder: Path) -> Path:
     """Write the compact folder. Every file appears whole or not at all, ``config.json`` last, so that a folder that has it is whole.
 
     Raises:
-        ValueError: The backbone has no weights, being on ``meta``.
+        ValueError: The backbone has no weights, being on ``meta``, or only rounded ones.
         OSError: The folder cannot be written.
     """
     from diffusion_backbones.cards import card
 
     if any(p.is_meta for p in backbone.parameters()):
         raise ValueError(f"{backbone.declaration.name} is on the meta device and has no weights to save; build it on another")
+    if backbone.weight_dtype:
+        raise ValueError(
+            f"{backbone.declaration.name} was made with weight_dtype={backbone.weight_dtype!r} and has rounded weights; a folder holds whole ones. Save it "
+            f"without, and give weight_dtype={backbone.weight_dtype!r} to create_model when it is loaded: weights are rounded one by one as they are read"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor for name, tensor in finetuning.merged_state(backbone).items() if name != "canvas"}       # its seed says it
     tensors.write(folder / WEIGHTS, state, {"format": "pt"})

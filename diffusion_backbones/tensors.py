@@ -25,6 +25,9 @@ from torch.overrides import TorchFunctionMode
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
 
+Store = Callable[[str, Tensor], Tensor]
+"""Name of a tensor, and the tensor as it was read -> what is kept of it."""
+
 MAP_FROM = 2**28
 """Size in bytes from which a file's weights are used where they are mapped."""
 
@@ -137,7 +140,20 @@ def unfilled() -> Iterator[None]:
         yield
 
 
-def load(module: nn.Module, files: TensorFiles, full: Shapes, dtype: torch.dtype | None, device: torch.device, what: str) -> None:
+def as_read(name: str, tensor: Tensor) -> Tensor:
+    """Keeps a tensor whole."""
+    return tensor
+
+
+def load(
+    module: nn.Module,
+    files: TensorFiles,
+    full: Shapes,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    what: str,
+    store: Store = as_read,
+) -> None:
     """Fill ``module`` (usually :func:`unfilled` and truncated) from files, strictly. No more than one tensor is held twice.
 
     Args:
@@ -147,13 +163,14 @@ def load(module: nn.Module, files: TensorFiles, full: Shapes, dtype: torch.dtype
         dtype: Of floating-point tensors; None keeps them as stored.
         device: Where they go.
         what: Names the network in errors.
+        store: Makes of each tensor, by its name, what is kept of it.
 
     Raises:
         ValueError: Tensors are missing, not of this network, or of another shape; the first five are named.
     """
     needed = list(module.state_dict())
     check(needed, files.shapes, full, what, str(files))
-    fill(module, files.read(needed, dtype, device))
+    fill(module, ((name, store(name, tensor)) for name, tensor in files.read(needed, dtype, device)))
 
 
 def check(needed: Iterable[str], found: Shapes, full: Shapes, what: str, where: str) -> None:

@@ -502,7 +502,7 @@ def test_too_little_memory_says_what_would_fit(tiny_folder, monkeypatch):
         db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
     assert db.create_model("dit_xl_256_ddae", checkpoint_path=folder, dtype="bfloat16")
     monkeypatch.setattr(memory, "available", lambda device: size)
-    with pytest.raises(MemoryError, match=r"is the least that a dtype gives; docs/memory.md says how"):
+    with pytest.raises(MemoryError, match=r"is the least that one setting gives; docs/memory.md says how"):
         db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
     db.create_model("dit_xl_256_ddae", device="meta")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_backbones import images
+from diffusion_backbones import images, memory
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.images import ImageFile
@@ -115,8 +115,8 @@ class Computer:
             with torch.inference_mode():
                 x = [item.x.to(self.device, non_blocking=later) for item in batch if item.x is not None]
                 pyramid = [level.to(self.dtype).to("cpu", non_blocking=later) for level in self.backbone(torch.stack(x))] if x else []
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if memory.ran_out(error):
                 return Output(done)
             raise
         return Output(done, pyramid, torch.cuda.current_stream(self.device).record_event().synchronize) if later else Output(done, pyramid)
