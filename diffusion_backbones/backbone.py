@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, finetuning, postops, probe, pyramid
+from diffusion_backbones import calls, capture, finetuning, folding, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
@@ -66,6 +66,7 @@ class DiffusionBackbone(TimmInterface):
         conditioning: The recipe's prompt, embedded.
         declaration: Name, checkpoint and recipe.
         input_format: How the images that it takes were normalised.
+        folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot change those.
         levels: Channels, stride and source of every native level, fine to coarse.
         provenance: Where the weights came from; ``commit`` for the hub, empty for random weights.
         num_features: Channels of the coarsest map.
@@ -97,6 +98,7 @@ class DiffusionBackbone(TimmInterface):
         self.levels, self.out_strides = tuple(levels), tuple(out_strides) if out_strides else None
         self.provenance = dict(provenance or {})
         self.encoder, self.denoiser = encoder, denoiser
+        self.folded = bool(folding.constants(denoiser))
         self.prompter = prompter or Prompter(declaration.checkpoint.family, configs, None, recipe.prompt_padding)
         self.latent_stride = self.family.latent_stride(configs)
         self.forward_process = self.family.forward_process(configs)
@@ -185,7 +187,7 @@ class DiffusionBackbone(TimmInterface):
         Returns:
             As :meth:`forward` of an image of that size.
         """
-        calls.check_keywords(call, self.declaration.name)
+        calls.check_keywords(call, self.declaration.name, self.folded)
         chosen = self._take(indices)
         self._no_image_for(self._read_for(chosen))
         return self._pyramid(z, self._check_latents(z, size), chosen, call, {})
@@ -316,7 +318,7 @@ class DiffusionBackbone(TimmInterface):
 
     def _input(self, x: Tensor | None, call: dict[str, Any], sites: Sequence[Site]) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
         """The clean latents of a call, the size in pixels of its image before padding, and what of ``sites`` is in the image encoder."""
-        calls.check_keywords(call, self.declaration.name)
+        calls.check_keywords(call, self.declaration.name, self.folded)
         z = call.pop("latents", None)
         if (x is None) == (z is None):
             raise TypeError("give either images x or latents=")
