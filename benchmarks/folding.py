@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["count", "time"])
     parser.add_argument("names", nargs="+")
+    parser.add_argument("--recipe", nargs="+", help="activation ids, where names are checkpoints")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
@@ -31,11 +32,11 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, given.dtype))
     for name in given.names:
-        print(count(name) if given.what == "count" else timed(name, given.size, given.rounds), flush=True)
+        print(count(name, given.recipe) if given.what == "count" else timed(name, given.recipe, given.size, given.rounds), flush=True)
 
 
-def count(name: str) -> str:
-    backbone = db.create_model(name, device="meta")
+def count(name: str, recipe: list[str] | None) -> str:
+    backbone = db.create_model(name, recipe=recipe, device="meta")
     denoiser = backbone.denoiser
     tensors.fill(denoiser, [(key, overlapping(tensor.shape)) for key, tensor in denoiser.state_dict().items()])
     backbone.family.fill_buffers(denoiser, torch.device("cpu"))
@@ -56,8 +57,8 @@ def overlapping(shape: Sequence[int]) -> Tensor:
     return (0.02 * torch.randn(sum(shape) + 1)).as_strided(tuple(shape), [1] * len(shape))
 
 
-def timed(name: str, size: int, rounds: int) -> str:
-    plain = db.create_model(name)
+def timed(name: str, recipe: list[str] | None, size: int, rounds: int) -> str:
+    plain = db.create_model(name, recipe=recipe)
     shared: dict[int, object] = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     folded = copy.deepcopy(plain, shared)
     fold(folded)

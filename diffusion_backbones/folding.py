@@ -187,11 +187,11 @@ def _keep(seen: list[_Output | None], module: nn.Module, args: Any, kwargs: Any,
 
 def _constant(one: list[_Output | None], two: list[_Output | None], elsewhere: list[_Output | None]) -> Constant | None:
     """What may stand in for a module, given its calls with one image, with two, and with two of another size; None if nothing may."""
-    if not one or not (len(one) == len(two) and one[0] and two[0]) or not (_all_equal(one) and _all_equal([*two, *elsewhere])):
+    if not one or not (len(one) == len(two) == len(elsewhere) and one[0] and two[0]) or not (_all_equal(one) and _all_equal([*two, *elsewhere])):
         return None
     pairs = list(zip(one[0].outputs, two[0].outputs, strict=True))
     axes = [None if a is None or b is None else _growing(a.shape, b.shape) for a, b in pairs]
-    counts = [_counted(a, b) for a, b in zip(one, two, strict=True)]
+    counts = [_counted(a, b, c) for a, b, c in zip(one, two, elsewhere, strict=True)]
     needed = any(axis is not None for axis in axes)
     if (needed and (counts[0] is None or len(set(counts)) > 1)) or not all(_same(a, b, axis) for (a, b), axis in zip(pairs, axes, strict=True)):
         return None
@@ -214,11 +214,11 @@ def _growing(one: torch.Size, two: torch.Size) -> int | None:
     return changed[0] if len(changed) == 1 and two[changed[0]] == 2 * one[changed[0]] else None
 
 
-def _counted(one: _Output | None, two: _Output | None) -> tuple[int | str, int, int] | None:
-    """The first argument that tells how many images there are."""
-    if one is None or two is None:
+def _counted(one: _Output | None, two: _Output | None, elsewhere: _Output | None) -> tuple[int | str, int, int] | None:
+    """The first argument that tells how many images there are, whatever their size."""
+    if one is None or two is None or elsewhere is None:
         return None
-    found = ((key, _growing(shape, two.given[key]), shape) for key, shape in one.given.items())
+    found = ((key, _growing(shape, two.given[key]), shape) for key, shape in one.given.items() if two.given[key] == elsewhere.given[key])
     return next(((key, axis, shape[axis]) for key, axis, shape in found if axis is not None), None)
 
 
