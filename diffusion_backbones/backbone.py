@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, chunks, finetuning, memory, postops, probe, pyramid
+from diffusion_backbones import calls, capture, chunks, finetuning, folding, memory, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
@@ -68,6 +68,7 @@ class DiffusionBackbone(TimmInterface):
         conditioning: The recipe's prompt, embedded.
         declaration: Name, checkpoint and recipe.
         input_format: How the images that it takes were normalised.
+        folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot change those.
         levels: Channels, stride and source of every native level, fine to coarse.
         chunk: The default of calls.
         weight_dtype: ``"int8"`` if the denoiser's weights are kept so.
@@ -103,6 +104,7 @@ class DiffusionBackbone(TimmInterface):
         self.levels, self.out_strides = tuple(levels), tuple(out_strides) if out_strides else None
         self.provenance = dict(provenance or {})
         self.encoder, self.denoiser = encoder, denoiser
+        self.folded = bool(folding.constants(denoiser))
         self.prompter = prompter or Prompter(declaration.checkpoint.family, configs, None, recipe.prompt_padding)
         self.latent_stride = self.family.latent_stride(configs)
         self._widest = max((site.channels / site.stride**2 for site in catalogue.all() if site.encoder), default=0)     # values of a map for every pixel
@@ -192,7 +194,7 @@ class DiffusionBackbone(TimmInterface):
         Returns:
             As :meth:`forward` of an image of that size.
         """
-        calls.check_keywords(call, self.declaration.name)
+        calls.check_keywords(call, self.declaration.name, self.folded)
         chosen = self._take(indices)
         self._no_image_for(self._read_for(chosen))
         return self._pyramid(z, self._check_latents(z, size), chosen, call, {})
@@ -347,7 +349,7 @@ class DiffusionBackbone(TimmInterface):
 
     def _input(self, x: Tensor | None, call: dict[str, Any], sites: Sequence[Site]) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
         """The clean latents of a call, the size in pixels of its image before padding, and what of ``sites`` is in the image encoder."""
-        calls.check_keywords(call, self.declaration.name)
+        calls.check_keywords(call, self.declaration.name, self.folded)
         z = call.pop("latents", None)
         if (x is None) == (z is None):
             raise TypeError("give either images x or latents=")

@@ -18,14 +18,16 @@ EMBEDDINGS = (
 )
 TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
 """Those that a prompt is embedded in."""
-CALL = ("prompt", *EMBEDDINGS, "timestep", "noise", "generator", "ensemble", "chunk", "latents")
+FOLDED = ("prompt", *EMBEDDINGS, "timestep")
+"""What is constant in a folded backbone."""
+CALL = (*FOLDED, "noise", "generator", "ensemble", "chunk", "latents")
 
 
-def check_keywords(call: dict[str, Any], name: str) -> None:
+def check_keywords(call: dict[str, Any], name: str, folded: bool = False) -> None:
     """Drop keywords that are None, as timm does.
 
     Raises:
-        TypeError: An unknown keyword; the closest is named.
+        TypeError: An unknown keyword; the closest is named. One that a folded backbone has no weights for.
         ValueError: An ensemble or chunk of less than one.
     """
     for key in [key for key, value in call.items() if value is None]:
@@ -33,6 +35,11 @@ def check_keywords(call: dict[str, Any], name: str) -> None:
     for key in call:
         if key not in CALL:
             raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
+    if fixed := [key for key in call if key in FOLDED and folded]:
+        raise TypeError(
+            f"{name} was built with fold=True, which keeps no weights for another prompt or timestep, so a call cannot change {', '.join(fixed)}; "
+            "build it without fold=True, or with the prompt= and timestep= that it is to have"
+        )
     for key in ("ensemble", "chunk"):
         check_count(key, call.get(key, 1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import finetuning, inputs, memory, postops, probe, pyramid, quantised, tensors
+from diffusion_backbones import finetuning, folding, inputs, memory, postops, probe, pyramid, quantised, tensors
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import check_count, take
@@ -56,6 +56,7 @@ def create_model(
     input_format: str | inputs.InputFormat | None = None,
     encoder_levels: bool = False,
     chunk: int | None = None,
+    fold: bool = False,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -87,6 +88,8 @@ def create_model(
         encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
             anyway, and not by upsampling.
         chunk: How many noisy latents, draws times images, the denoiser is run on at once unless a call says otherwise; all by default.
+        fold: Keep the values of what depends on the prompt and the timestep alone, and drop its weights. The features stay the same; calls can no
+            longer change prompt or timestep. Weights are folded on the CPU, so that ``device`` never holds what is dropped.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -94,7 +97,7 @@ def create_model(
 
     Raises:
         KeyError: Unknown backbone, checkpoint or activation id; the closest are named.
-        TypeError: Unknown keyword, or one that goes with another ``trainable``.
+        TypeError: Unknown keyword, or one that goes with another ``trainable``; ``fold`` with anything trainable.
         ImportError: ``trainable="lora"`` without peft, or ``weight_dtype="int8"`` without torchao.
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
@@ -105,7 +108,7 @@ def create_model(
     if chunk is not None:
         check_count("chunk", chunk)
     format = inputs.find(input_format) if input_format is not None else None
-    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, chunk, quantised.check(weight_dtype, trainable))
+    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, chunk, quantised.check(weight_dtype, trainable), fold)
     settings = _overrides(overrides, features_only=features_only)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
@@ -116,7 +119,8 @@ def create_model(
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not place.source:
         Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
-    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, options)
+    folded = place.restored.folded if place.restored else {}
+    return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, options, folded)
 
 
 def architecture(name: str, checkpoint_path: str | Path | None = None) -> tuple[Checkpoint, Configs]:
@@ -298,13 +302,15 @@ class _Options(NamedTuple):
     encoder_levels: bool = False
     chunk: int | None = None
     weight_dtype: str | None = None
+    fold: bool = False
 
 
 def build(described: Described, trainable: bool | str = False) -> DiffusionBackbone:
     """A described backbone on torch's default device, in its default dtype: with random weights, or on ``meta`` without any."""
     place = Place(described.declaration.checkpoint, described.declaration)
     strides = _strides(described.out_strides)
-    return _build(described.declaration, described.configs, place, None, strides, None, None, _Options(trainable, input_format=described.input_format))
+    options = _Options(trainable, input_format=described.input_format)
+    return _build(described.declaration, described.configs, place, None, strides, None, None, options, described.folded)
 
 
 def _build(
@@ -316,11 +322,13 @@ def _build(
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     options: _Options,
+    folded: Mapping[str, Any],
 ) -> DiffusionBackbone:
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
     family = FAMILIES[checkpoint.family]
     configs = _without(configs, recipe, family)
     device = torch.device(device) if device is not None else torch.get_default_device()
+    folding.check(options.fold, folded, options.trainable, device, declaration.name)
     dtype = _dtype(dtype)
     encoder_dtype = torch.float32 if dtype == torch.float16 and not checkpoint.encoder_float16 else dtype
     source, restored = place.source, place.restored
@@ -337,30 +345,34 @@ def _build(
         finetuning.check_prompt(family, configs, options.prompt_tokens, any(site.id.endswith("cross-map") for site in sites), declaration.name)
     paths = [path for site in postops.needed(recipe, sites) for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
+    fold = options.fold and not folded
+    home = torch.device("cpu") if fold and empty else device            # so that the device never holds what is dropped
 
     with tensors.unfilled() if empty else device:
         denoiser = family.build_denoiser(configs[family.denoiser])
         encoder = family.image_encoder.build(family.encoder_config(configs))
+        folding.restore(denoiser, folded)
     whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}
     denoiser = family.truncate(denoiser, paths)
     encoder = family.image_encoder.truncate(encoder)
     rounded = quantised.names(denoiser, probe.called(checkpoint.family, configs, paths)) if options.weight_dtype else frozenset()
+    at_once = frozenset() if fold else rounded                          # values are folded from whole weights
     if empty:
-        memory.check([(denoiser, dtype), (encoder, encoder_dtype)], device, declaration.name, rounded)
+        memory.check([(denoiser, dtype), (encoder, encoder_dtype)], home, declaration.name, at_once)
     else:
         nn.Module.to(denoiser, dtype)               # not diffusers' own .to, which warns about layers that other networks have
         nn.Module.to(encoder, encoder_dtype)
-        quantised.round_(denoiser, rounded)
+        quantised.round_(denoiser, at_once)
 
     def store(name: str, tensor: Tensor) -> Tensor:
-        return quantised.int8(tensor) if name in rounded else tensor
+        return quantised.int8(tensor) if name in at_once else tensor
 
     prompter = Prompter(checkpoint.family, configs, source, recipe.prompt_padding)
     if not empty:
         embeddings = family.blank_conditioning(configs)
     elif restored:
-        restored.load("denoiser", denoiser, whole["denoiser"], dtype, device, store)
-        restored.load("encoder", encoder, whole["encoder"], encoder_dtype, device)
+        restored.load("denoiser", denoiser, whole["denoiser"], dtype, home, store)
+        restored.load("encoder", encoder, whole["encoder"], encoder_dtype, home)
         embeddings = restored.embeddings()
     else:
         assert source is not None
@@ -368,11 +380,19 @@ def _build(
         parts = [(family.denoiser, "denoiser", denoiser, dtype, store), (family.encoder, "encoder", encoder, encoder_dtype, tensors.as_read)]
         for component, part, network, its_dtype, keep in parts if family.encoder else parts[:1]:
             files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
-            tensors.load(network, files, whole[part], its_dtype, device, f"{checkpoint.name} {component}", keep)
+            tensors.load(network, files, whole[part], its_dtype, home, f"{checkpoint.name} {component}", keep)
     if options.prompt_tokens:
         embeddings = finetuning.first_tokens(embeddings, options.prompt_tokens)
+    conditioning = {name: _like(embeddings[name], device, dtype) for name in family.conditioning_shapes(configs)}
     if empty:
-        family.fill_buffers(denoiser, device)
+        family.fill_buffers(denoiser, home)
+    if fold:
+        folding.fold(denoiser, family, configs, conditioning, recipe.timestep, [*catalogue.all(), *sites])
+        rounded &= set(denoiser.state_dict())
+        quantised.round_(denoiser, rounded)
+        memory.check([(denoiser, dtype), (encoder, encoder_dtype)], device, declaration.name, rounded)
+        nn.Module.to(denoiser, device)
+        nn.Module.to(encoder, device)
     with torch.device(device):
         backbone = DiffusionBackbone(
             declaration,
@@ -381,7 +401,7 @@ def _build(
             encoder,
             levels,
             catalogue,
-            {name: _like(embeddings[name], device, dtype) for name in family.conditioning_shapes(configs)},
+            conditioning,
             out_strides=out_strides or (restored.out_strides if restored else None),
             prompter=prompter,
             provenance=restored.provenance if restored else source.provenance if source else {},

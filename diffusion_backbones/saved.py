@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import finetuning, tensors
+from diffusion_backbones import finetuning, folding, tensors
 from diffusion_backbones.families import Configs
 from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.recipe import Checkpoint, Level, Recipe
@@ -57,6 +57,7 @@ class Described:
             self.provenance: dict[str, str] = data["provenance"]
             self.out_strides: list[int] | None = data["out_strides"]
             self.input_format = InputFormat.from_dict(data["input_format"]) if "input_format" in data else SYMMETRIC
+            self.folded: Mapping[str, Any] = dict(data.get("folded", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{where} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again.") from error
@@ -126,7 +127,7 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
 
     import diffusion_backbones
 
-    declaration = kept(backbone)
+    declaration, folded = kept(backbone), folding.describe(backbone.denoiser)
     return {
         "library_name": LIBRARY,
         "format": FORMAT,
@@ -135,6 +136,7 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
         "recipe": declaration.recipe.to_dict(),
         "out_strides": backbone.out_strides,
         **({"input_format": backbone.input_format._asdict()} if backbone.input_format != SYMMETRIC else {}),
+        **({"folded": folded} if folded else {}),
         "configs": {name: config and dict(config) for name, config in backbone.configs.items()},
         "provenance": backbone.provenance,
         "versions": {"diffusion_backbones": diffusion_backbones.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__},

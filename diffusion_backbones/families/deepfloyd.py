@@ -43,10 +43,10 @@ class DeepFloyd(UNet):
         return {"prompt_embeds": (TOKENS, configs["unet"]["encoder_hid_dim"])}
 
     def truncate(self, denoiser: nn.Module, paths: list[str]) -> nn.Module:
-        from diffusion_backbones.truncate import Bypass
+        from diffusion_backbones.truncate import Bypass, StandIn
 
         cut = super().truncate(denoiser, paths)
-        if not any("add_k_proj" in name for name, _ in cut.named_parameters()):
+        if all(isinstance(module, StandIn) for path, module in cut.named_modules() if path.endswith("add_k_proj")):
             cut.encoder_hid_proj = Bypass()                                     # runs first, for attention alone
         return cut
 
