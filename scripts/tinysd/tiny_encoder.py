@@ -3,6 +3,8 @@
     python scripts/tinysd/data.py build/tinysd
     python scripts/tinysd/tiny_encoder.py build/tinysd           # goes on from where it was interrupted, then writes the encoder
 
+``train.py`` writes the folder of the checkpoint anew, so this comes after it.
+
 A convolutional network (the encoder of diffusers' ``AutoencoderTiny``) learns to give the mode of the VAE's posterior, scaled as the U-Net takes it. The VAE
 is the one in the package. It sees whole scenes and not crops: its group norms and its attention are over the whole image.
 """
