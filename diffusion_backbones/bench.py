@@ -268,7 +268,7 @@ def _whole(setting: Setting) -> DiffusionBackbone:
     torch.manual_seed(0)                                                     # the weights of Setting.build
     whole = create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
     if whole.family.encoder:
-        whole.encoder.encoder.register_forward_pre_hook(_contiguous)
+        whole.encoder.get_submodule("encoder").register_forward_pre_hook(_contiguous)
     return whole
 
 

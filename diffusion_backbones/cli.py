@@ -7,6 +7,7 @@ Exit status: 0; 1 for failures; 2 for wrong usage, unknown names included; 130 a
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -392,8 +393,8 @@ def bench(
 
     where = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
     if call := timings[0].parts.get("call"):
-        encoder, denoiser = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
-        where = f"of the time: image encoder {encoder:.1%}, denoiser {denoiser:.1%}, the rest {1 - encoder - denoiser:.1%}\n{where}"
+        encoding, denoising = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
+        where = f"of the time: image encoder {encoding:.1%}, denoiser {denoising:.1%}, the rest {1 - encoding - denoising:.1%}\n{where}"
     head = ["way", "ms/image", "images/s", "speed", "GFLOPs", "of matmul", "loaded in s", "GB"]
     _print(head, [cells(row) for row in found], found if as_json else None, where)
 
@@ -435,7 +436,7 @@ def compare(
     count = len(photos) or len(load_scenes().scenes)
     found = compare.deviations(exact, other, (prepare(picture)[None].to(device) for picture in pictures))
     if table:
-        command = " ".join(["diffusion-backbones compare", name, *map(str, images), "--encoder", encoder, *(["--size", str(size)] if size else [])])
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         compare.write(found, table, backbone=exact.declaration.name, encoder=encoder, images=count, command=command)
     rows = [[row.level, str(row.channels), str(row.stride), f"{row.error:.4f}", f"{row.cosine:.4f}"] for row in found]
     _print(["level", "channels", "stride", "relative error", "cosine"], rows, [asdict(row) for row in found] if as_json else None, f"{count} images")

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import ROOT, Training
+
+from diffusion_backbones import tensors
 
 CHECKPOINT = ROOT / "diffusion_backbones/configs/tinysd"
 TARGET = CHECKPOINT / "vae/tiny"
@@ -83,8 +84,8 @@ def export(encoder: nn.Module, target: Path) -> Iterator[Path]:
     """Write it as a diffusers network of which only the encoder is there, in float16; yields the files."""
     tiny = AutoencoderTiny(**TINY)
     tiny.save_config(target)
-    state = {f"encoder.{name}": tensor.half().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(state, target / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    state = {f"encoder.{name}": tensor.half() for name, tensor in encoder.state_dict().items()}
+    tensors.write(target / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
     yield from sorted(target.iterdir())
 
 
