@@ -169,6 +169,8 @@ class Catalogue(Mapping[str, Site]):
                 return replace(self._paths[id], id=id)
             if self._probe is not None:
                 return self._probe(id)
+        if parsed.stage == "encoder" and not any(site.encoder for site in self._sites.values()):
+            raise KeyError(f"{self.network} has no activation {id!r}: its image encoder has none that can be read, as a tiny encoder has not")
         near = difflib.get_close_matches(id, [*self._sites, *self._paths], n=3, cutoff=0.4)
         raise KeyError(f"{self.network} has no activation {id!r}. The closest it has: {', '.join(near)}. `diffusion-backbones activations` lists them all.")
 

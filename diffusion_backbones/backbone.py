@@ -213,9 +213,10 @@ class DiffusionBackbone(TimmInterface):
         x, d = self.input_format.to_symmetric(x), self.size_divisibility
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
         memory.check_maps(self.encoder, x, self._widest, self.declaration.name)
-        z = self.family.image_encoder.encode(self.encoder, x.to(_dtype(self.encoder)))
+        kind = self.family.image_encoder(self.configs)
+        z = kind.encode(self.encoder, x.to(_dtype(self.encoder)))
         if self.declaration.recipe.scaled:
-            shift, factor = self.family.image_encoder.scaling(self.family.encoder_config(self.configs))
+            shift, factor = kind.scaling(self.family.encoder_config(self.configs))
             z = (z - shift) * factor
         return z
 

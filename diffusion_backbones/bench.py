@@ -130,7 +130,7 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     whole.denoiser.load_state_dict(backbone.denoiser.state_dict(), strict=False, assign=True)          # shared, not twice in memory
     exact = "encoder" not in setting.options
     if exact:
-        whole.encoder = backbone.encoder
+        whole.encoder.load_state_dict(backbone.encoder.state_dict(), assign=True)
     latents = {"x": None, "latents": backbone.encode(x)} if backbone.family.encoder else {}
     given = {"x": x} if exact else latents
     same = {BACKBONE: partial(backbone.forward_activations, ids=ids, **given), HOOKS: partial(whole.forward_activations, ids=ids, **given)}
@@ -266,7 +266,15 @@ def _whole(setting: Setting) -> DiffusionBackbone:
     last = [site.id for site in (catalogue[id] for id in catalogue) if not site.encoder and site.layout in ("map", "tokens")][-1]
     recipe = replace(recipe, levels=(Level((last,)),))
     torch.manual_seed(0)                                                     # the weights of Setting.build
-    return create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
+    whole = create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
+    if whole.family.encoder:
+        whole.encoder.get_submodule("encoder").register_forward_pre_hook(_contiguous)
+    return whole
+
+
+def _contiguous(module: torch.nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Images as a pipeline gives them to a stock encoder, and not in the layout that the backbone chooses."""
+    return tuple(x.contiguous() for x in images)
 
 
 def _check(same: Mapping[str, Callable[[], dict[str, Tensor]]], tolerance: float) -> None:

@@ -17,12 +17,14 @@ from diffusion_backbones.activations import Site
 from diffusion_backbones.costs import Costs, costs
 from diffusion_backbones.families import FAMILIES, Config, Configs, left_out
 from diffusion_backbones.families.base import is_flow
-from diffusion_backbones.recipe import Checkpoint, Paper, Recipe
+from diffusion_backbones.families.encoders import DistilledEncoder
+from diffusion_backbones.recipe import Checkpoint, Paper, Recipe, TinyEncoder
 from diffusion_backbones.registry import Declaration, package_configs
 
 RESULTS = Path(__file__).with_name("results.csv")
 SPEED = Path(__file__).with_name("speed.csv")
 """What ``diffusion-backbones bench --csv`` measured."""
+DEVIATIONS = Path(__file__).with_name("deviations.csv")
 HUB = "https://huggingface.co"
 
 
@@ -46,6 +48,7 @@ def card(declaration: Declaration, saved: Configs | None = None, how: str = "") 
         f"# {declaration.name}\n\n{summary(declaration, maps)}",
         section("Levels", _levels(maps, size)),
         section("Details", _details(declaration, configs, cost)),
+        section("Tiny encoder", _tiny_encoder(declaration, configs, cost)),
         section("Usage", usage(how or (USAGE_OF_FOLDER if saved else USAGE), declaration, maps)),
         section("Published results", _results(declaration)),
         section("Speed", _speed(declaration)),
@@ -206,6 +209,8 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
         ("Compute", f"{compute}, for one image of {cost.size} × {cost.size}; a multiply-add counts as two"),
         ("Size in memory", memory(cost)),
     ]
+    if checkpoint.tiny_encoder and _in_place(declaration, configs):
+        rows.append(("Image encoder", f"{_named(checkpoint.tiny_encoder)}, in place of the checkpoint's own"))
     if not checkpoint.encoder_float16:
         rows.append(("float16", OVERFLOWS))
     if recipe.source:
@@ -246,10 +251,10 @@ def accepts(checkpoint: Checkpoint, configs: Configs) -> str:
 def latents(checkpoint: Checkpoint, configs: Configs, scaled: bool = True) -> str:
     """What an image becomes before noise is added."""
     family = FAMILIES[checkpoint.family]
-    shift, factor = family.image_encoder.scaling(family.encoder_config(configs))
+    shift, factor = family.image_encoder(configs).scaling(family.encoder_config(configs))
     moved = f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}" if (shift, factor) != (0, 1) else "as they are"
     where = f"{family.latent_channels(configs)} channels at stride {family.latent_stride(configs)}"
-    return f"{where}, {family.image_encoder.reading}, {moved if scaled else 'not scaled'}"
+    return f"{where}, {family.image_encoder(configs).reading}, {moved if scaled else 'not scaled'}"
 
 
 def memory(cost: Costs) -> str:
@@ -355,6 +360,40 @@ Arguments are those of diffusion_backbones.create_model, except that pretrained 
 >>> [tuple(level.shape) for level in backbone(torch.rand(1, 3, {size}, {size}) * 2 - 1)]
 {shapes(maps, size)}
 """
+
+
+def _tiny_encoder(declaration: Declaration, configs: Configs, cost: Costs) -> str:
+    tiny = declaration.checkpoint.tiny_encoder
+    if not tiny or not cost.tiny_encoder_gflops or _in_place(declaration, configs):
+        return ""
+    head = (
+        f'`create_model("{declaration.name}", pretrained=True, encoder="tiny")` takes {_named(tiny)} in place of the image encoder: '
+        f"{gflops(cost.tiny_encoder_gflops)} GFLOPs and not {gflops(cost.encoder_gflops)}. **Its features are other ones.**"
+    )
+    rows = deviations().get(declaration.name, [])
+    if not rows:
+        command = f"`diffusion-backbones compare {declaration.name} IMAGES --encoder tiny`"
+        return f"{head} How far they are from the exact ones was not measured here; {command} does."
+    columns = {"level": "level", "channels": "channels", "stride": "stride", "error": "relative error", "cosine": "cosine similarity"}
+    measured = f"How far they are from the exact ones, on {rows[0]['images']} images (`{rows[0]['command']}`):"
+    return "\n\n".join([f"{head} {measured}", table(list(columns.values()), [[row[column] for column in columns] for row in rows])])
+
+
+def _named(tiny: TinyEncoder) -> str:
+    where = f"[{tiny.file.repo}]({HUB}/{tiny.file.repo})" if tiny.file else "the one in the package"
+    return f"{where} ({tiny.license})"
+
+
+def _in_place(declaration: Declaration, configs: Configs) -> bool:
+    """Whether the image encoder with these configs is a tiny one."""
+    return isinstance(FAMILIES[declaration.checkpoint.family].image_encoder(configs), DistilledEncoder)
+
+
+@functools.cache
+def deviations() -> dict[str, list[dict[str, str]]]:
+    """How far features with a tiny encoder are from the exact ones, by backbone, as ``diffusion-backbones compare --csv`` wrote it."""
+    with DEVIATIONS.open(newline="") as file:
+        return {name: list(group) for name, group in itertools.groupby(csv.DictReader(file), lambda row: row["backbone"])}
 
 
 @functools.cache

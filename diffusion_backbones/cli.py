@@ -7,7 +7,9 @@ Exit status: 0; 1 for failures; 2 for wrong usage, unknown names included; 130 a
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,11 +94,13 @@ def main(traceback: bool) -> None:
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
       diffusion-backbones select tinysd -o selection/
       diffusion-backbones bench tinysd_gdf
+      diffusion-backbones compare tinysd_gdf --encoder tiny
       diffusion-backbones card sd15_gdf
     """
 
 
 main.add_command(select)
+encoder_option = click.option("--encoder", type=click.Choice(["tiny"]), help="A distilled image encoder in place of the exact one: faster, and other features.")
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
 
 
@@ -226,6 +230,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--random-weights", is_flag=True, help="Random weights (seed 0), to try things without a download."),
         click.option("--prompt", help="In place of the recipe's."),
         click.option("--timestep", type=int, help="In place of the recipe's."),
+        encoder_option,
     ]
     for option in reversed(options):
         function = option(function)
@@ -365,10 +370,13 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a call.")
 @click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
+@encoder_option
 @click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
 @json_option
-def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, load: bool, table: Path | None, as_json: bool) -> None:
+def bench(
+    name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, encoder: str | None, load: bool, table: Path | None, as_json: bool
+) -> None:
     """How fast a backbone is here, and how much memory it takes.
 
     Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole network read with hooks, and
@@ -379,11 +387,12 @@ def bench(name: str, device: str, dtype: str, batch: int, size: int | None, roun
     \b
     Examples:
       diffusion-backbones bench tinysd_gdf
+      diffusion-backbones bench sd15_gdf --encoder tiny --rounds 2
       diffusion-backbones bench sd15_gdf --device cuda --dtype bfloat16 --batch 8 --load --csv speed.csv
     """
     from diffusion_backbones import bench
 
-    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load)
+    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load, {"encoder": encoder} if encoder else {})
     try:
         timings = bench.bench(setting, say=lambda text: click.echo(text, err=True))
     except OSError as error:
@@ -400,10 +409,53 @@ def bench(name: str, device: str, dtype: str, batch: int, size: int | None, roun
 
     where = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
     if call := timings[0].parts.get("call"):
-        encoder, denoiser = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
-        where = f"of the time: image encoder {encoder:.1%}, denoiser {denoiser:.1%}, the rest {1 - encoder - denoiser:.1%}\n{where}"
+        encoding, denoising = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
+        where = f"of the time: image encoder {encoding:.1%}, denoiser {denoising:.1%}, the rest {1 - encoding - denoising:.1%}\n{where}"
     head = ["way", "ms/image", "images/s", "speed", "GFLOPs", "of matmul", "loaded in s", "GB"]
     _print(head, [cells(row) for row in found], found if as_json else None, where)
+
+
+@main.command()
+@click.argument("name", type=Name(places=True))
+@click.argument("images", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@model_options
+@click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows into this file, in place of those of the same backbone.")
+@json_option
+def compare(
+    name: str, images: Sequence[Path], size: int | None, levels: tuple[int, ...] | None, encoder: str | None, table: Path | None, as_json: bool, **model: Any
+) -> None:
+    """How far the features with --encoder tiny are from the exact ones.
+
+    IMAGES are files and folders; without any they are the new drawn scenes of the evaluation set in the package. One line each for the latents and
+    every level: channels, stride, relative error (the norm of the difference as a share of the norm), and the mean cosine similarity of the features
+    at a place.
+
+    \b
+    Examples:
+      diffusion-backbones compare tinysd_gdf --encoder tiny
+      diffusion-backbones compare sd15_gdf photos/ --encoder tiny --size 512
+    """
+    from diffusion_backbones import images as files
+
+    if encoder is None:
+        raise click.UsageError("say what is compared with the exact features: --encoder tiny.")
+    _check_random(name, model)
+    photos = [file.path for file in files.find(images)]
+
+    from diffusion_backbones import compare
+    from diffusion_backbones.scenes import load_scenes
+
+    exact, other = (_build(name, levels, None, encoder=which, **model).backbone for which in (None, encoder))
+    prepare = files.transform(exact.pretrained_cfg, size)
+    device = next(exact.denoiser.parameters()).device
+    pictures = map(files.load, photos) if photos else [scene.image for scene in load_scenes().scenes]
+    count = len(photos) or len(load_scenes().scenes)
+    found = compare.deviations(exact, other, (prepare(picture)[None].to(device) for picture in pictures))
+    if table:
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        compare.write(found, table, backbone=exact.declaration.name, encoder=encoder, images=count, command=command)
+    rows = [[row.level, str(row.channels), str(row.stride), f"{row.error:.4f}", f"{row.cosine:.4f}"] for row in found]
+    _print(["level", "channels", "stride", "relative error", "cosine"], rows, [asdict(row) for row in found] if as_json else None, f"{count} images")
 
 
 # What the verbs share.
@@ -449,7 +501,8 @@ def _build(
     )
     if random_weights:
         click.echo(UNTRAINED, err=True)
-    return Built(backbone, {"random": f"seed 0 on {where.type}"} if random_weights else None)
+    described = {"random": f"seed 0 on {where.type}"} | ({"encoder": settings["encoder"]} if settings.get("encoder") else {})
+    return Built(backbone, described if random_weights else None)
 
 
 def find_device(name: str) -> torch.device:

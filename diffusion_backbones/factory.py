@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import finetuning, folding, inputs, memory, postops, probe, pyramid, quantised, tensors
+from diffusion_backbones import finetuning, folding, inputs, memory, postops, probe, pyramid, quantised, tensors, tiny_encoder
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import check_count, take
 from diffusion_backbones.conditioning import Prompter
-from diffusion_backbones.families import FAMILIES, Configs, Family, left_out
+from diffusion_backbones.families import FAMILIES, Config, Configs, Family, left_out
 from diffusion_backbones.hub import HubRepo, open_checkpoint
 from diffusion_backbones.ldm import SingleFile, is_single_file
 from diffusion_backbones.recipe import Checkpoint, License, Recipe, closest
-from diffusion_backbones.registry import CONFIGS, Declaration, get_checkpoint, get_declaration, is_model, package_configs
+from diffusion_backbones.registry import CONFIGS, Declaration, get_checkpoint, get_declaration, is_model, package_configs, packaged
 from diffusion_backbones.saved import Described, Saved, is_saved
-from diffusion_backbones.sources import Folder, Source, WithDenoiser
+from diffusion_backbones.sources import Folder, Source, WithComponent
 
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
 FOREIGN: dict[str, Callable[[Any], str]] = {
@@ -57,6 +57,7 @@ def create_model(
     encoder_levels: bool = False,
     chunk: int | None = None,
     fold: bool = False,
+    encoder: str | None = None,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -90,6 +91,8 @@ def create_model(
         chunk: How many noisy latents, draws times images, the denoiser is run on at once unless a call says otherwise; all by default.
         fold: Keep the values of what depends on the prompt and the timestep alone, and drop its weights. The features stay the same; calls can no
             longer change prompt or timestep. Weights are folded on the CPU, so that ``device`` never holds what is dropped.
+        encoder: ``"tiny"`` takes, in place of the checkpoint's image encoder, one that was distilled from it, where one is declared: about a ninth of
+            its operations, and other features. ``diffusion-backbones compare`` measures how far they are from the exact ones.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -97,7 +100,8 @@ def create_model(
 
     Raises:
         KeyError: Unknown backbone, checkpoint or activation id; the closest are named.
-        TypeError: Unknown keyword, or one that goes with another ``trainable``; ``fold`` with anything trainable.
+        TypeError: Unknown keyword, one that goes with another ``trainable``, or one that would change what a saved backbone is; ``fold`` with
+            anything trainable.
         ImportError: ``trainable="lora"`` without peft, or ``weight_dtype="int8"`` without torchao.
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
@@ -112,6 +116,8 @@ def create_model(
     settings = _overrides(overrides, features_only=features_only)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
+    if encoder is not None:
+        place = _with_encoder(place, encoder, pretrained, cache_dir)
     configs = place.configs()
     declaration = place.declaration or _custom(place.checkpoint, configs, recipe)
     if place.restored and settings:
@@ -147,7 +153,7 @@ def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN:
-            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", *_Options._fields]
+            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "encoder", *_Options._fields]
             raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
         elif reason := FOREIGN[key](value):
             raise ValueError(reason)
@@ -168,17 +174,20 @@ def _strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Place:
-    """What a name stands for: a checkpoint, perhaps the recipe that goes with it, and perhaps where its weights are."""
+    """What a name stands for: a checkpoint, perhaps the recipe that goes with it, where its weights are, and the config of another image encoder."""
 
     checkpoint: Checkpoint
     declaration: Declaration | None = None
     source: Source | None = None
     restored: Saved | None = None
+    encoder: Config | None = None
 
     def configs(self) -> Configs:
         if self.restored:
             return self.restored.configs
-        return self.source.configs(FAMILIES[self.checkpoint.family]) if self.source else package_configs(self.checkpoint)
+        family = FAMILIES[self.checkpoint.family]
+        configs = self.source.configs(family) if self.source else package_configs(self.checkpoint)
+        return {**configs, family.encoder: self.encoder} if self.encoder else configs
 
 
 def _find(name: str, has_recipe: bool, checkpoint_path: str | Path | None, pretrained: bool, cache_dir: Any) -> Place:
@@ -286,7 +295,23 @@ def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Pl
             f"{checkpoint.hub_id}, or give a diffusers folder."
         )
     base = place.source or _open_published(replace(checkpoint, denoiser=None), cache_dir)
-    return replace(place, source=WithDenoiser(base, FAMILIES[checkpoint.family].denoiser, partial(Path, path), {"path": str(path)}))
+    return replace(place, source=WithComponent(base, FAMILIES[checkpoint.family].denoiser, partial(Path, path), {"path": str(path)}))
+
+
+def _with_encoder(place: Place, encoder: str, pretrained: bool, cache_dir: Any) -> Place:
+    """The same place with the tiny encoder of its checkpoint in front."""
+    if place.restored:
+        raise TypeError(f"a saved backbone keeps its image encoder, and encoder={encoder!r} would change it")
+    checkpoint, family = place.checkpoint, FAMILIES[place.checkpoint.family]
+    tiny, source = tiny_encoder.find(checkpoint, encoder), None
+    if place.source:
+        if tiny.file and not pretrained:
+            raise FileNotFoundError(f"the tiny encoder of {checkpoint.name} is in {tiny.file.repo} on the hub; add pretrained=True to take it from there")
+        source = tiny_encoder.source(tiny, place.source, family, cache_dir)
+    config = (source and source.config) or packaged(tiny)
+    checkpoint = replace(checkpoint, encoder_float16=True)                  # it is the checkpoint's own encoder that overflows
+    declaration = place.declaration and replace(place.declaration, checkpoint=checkpoint)
+    return Place(checkpoint, declaration, source, encoder=tiny_encoder.fitted(config, family, place.configs(), checkpoint.name))
 
 
 # Building.
@@ -345,16 +370,16 @@ def _build(
         finetuning.check_prompt(family, configs, options.prompt_tokens, any(site.id.endswith("cross-map") for site in sites), declaration.name)
     paths = [path for site in postops.needed(recipe, sites) for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
-    fold = options.fold and not folded
+    kind, fold = family.image_encoder(configs), options.fold and not folded
     home = torch.device("cpu") if fold and empty else device            # so that the device never holds what is dropped
 
     with tensors.unfilled() if empty else device:
         denoiser = family.build_denoiser(configs[family.denoiser])
-        encoder = family.image_encoder.build(family.encoder_config(configs))
+        encoder = kind.build(family.encoder_config(configs))
         folding.restore(denoiser, folded)
     whole = {"denoiser": tensors.shapes(denoiser), "encoder": tensors.shapes(encoder)}
     denoiser = family.truncate(denoiser, paths)
-    encoder = family.image_encoder.truncate(encoder)
+    encoder = kind.truncate(encoder)
     rounded = quantised.names(denoiser, probe.called(checkpoint.family, configs, paths)) if options.weight_dtype else frozenset()
     at_once = frozenset() if fold else rounded                          # values are folded from whole weights
     if empty:

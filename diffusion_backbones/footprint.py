@@ -66,7 +66,7 @@ def pipeline(folder: Path, declaration: Declaration, x: Tensor, dtype: str, devi
         parts = {name: _read(kind, folder / name, getattr(torch, dtype)).to(device) for name, kind in kinds.items()}
         count.loaded(parts.values())
         denoiser, x = parts[family.denoiser], x.to(device)
-        z = family.image_encoder.encode(parts[family.encoder], x) if family.encoder else x
+        z = family.image_encoder(configs).encode(parts[family.encoder], x) if family.encoder else x
         with torch.device(device):
             conditioning = {name: t.repeat(len(x), *[1] * (t.ndim - 1)) for name, t in family.blank_conditioning(configs).items()}
         conditioning = {name: t.to(z.dtype) if t.is_floating_point() else t for name, t in conditioning.items()}
@@ -88,7 +88,7 @@ def components(declaration: Declaration, configs: Configs, device: str) -> Itera
     family = FAMILIES[declaration.checkpoint.family]
     builders: dict[str, Callable[[], nn.Module]] = {family.denoiser: partial(family.build_denoiser, configs[family.denoiser])}
     if family.encoder:
-        builders[family.encoder] = partial(family.image_encoder.build, family.encoder_config(configs))
+        builders[family.encoder] = partial(family.image_encoder(configs).build, family.encoder_config(configs))
     for name in family.text_encoder_names(configs):
         builders[name] = partial(_text_encoder, configs[name])
     for name, build in builders.items():

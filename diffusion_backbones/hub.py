@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as _HTTPError  # type: ignore[attr-defined]  # of the HTTP client that this version uses
 
 from diffusion_backbones.families import FAMILIES, Config
-from diffusion_backbones.recipe import Checkpoint
-from diffusion_backbones.sources import Folder, Source, WithDenoiser, digest
+from diffusion_backbones.recipe import Checkpoint, HubFile
+from diffusion_backbones.sources import Folder, Source, WithComponent, digest
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +125,15 @@ def open_checkpoint(checkpoint: Checkpoint, cache_dir: str | Path | None = None)
     base = _open_first(checkpoint, cache_dir)
     if not checkpoint.denoiser:
         return base
-    repo = HubRepo(checkpoint.denoiser.repo, checkpoint.denoiser.revision, cache_dir)
-    beside = str(PurePosixPath(checkpoint.denoiser.filename).with_name("config.json"))
+    return replaced(base, family.denoiser, checkpoint.denoiser, cache_dir)
+
+
+def replaced(base: Source, component: str, file: HubFile, cache_dir: str | Path | None) -> WithComponent:
+    """A source with the weights of one network from a file on the hub, and with the config that lies beside that file, if one does."""
+    repo = HubRepo(file.repo, file.revision, cache_dir)
+    beside = str(PurePosixPath(file.filename).with_name("config.json"))
     config = repo.json(beside) if beside in repo.names() else None
-    return WithDenoiser(base, family.denoiser, partial(repo.file, checkpoint.denoiser.filename), repo.provenance, config)
+    return WithComponent(base, component, partial(repo.file, file.filename), repo.provenance, config)
 
 
 def _open_first(checkpoint: Checkpoint, cache_dir: str | Path | None) -> HubRepo:

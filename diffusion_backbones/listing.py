@@ -174,6 +174,8 @@ def _costs(declaration: Declaration) -> Iterator[tuple[str, str]]:
     operations = f"denoiser {draws}{cards.gflops(cost.denoiser_gflops)} GFLOPs, image encoder {cards.gflops(cost.encoder_gflops)} GFLOPs"
     yield "parameters", f"denoiser {kept} kept of {whole}, image encoder {encoder}"
     yield "operations", f"{operations}, for one image of {cost.size} x {cost.size}"
+    if cost.tiny_encoder_gflops:
+        yield "", f"with encoder='tiny': image encoder {cards.gflops(cost.tiny_encoder_gflops)} GFLOPs, {cards.millions(cost.tiny_encoder_parameters)}"
     yield "to read", cards.memory(cost)
 
 

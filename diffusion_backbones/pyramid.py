@@ -69,7 +69,8 @@ def fine(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelIn
         there = [site for site in sites if site.encoder and site.stride == stride and site.id.endswith("res-out")]
         if not there:
             known = sorted({site.stride for site in sites if site.encoder})
-            raise ValueError(f"encoder_levels=True: no map of the image encoder has stride {stride}; it has {known or 'none that can be read'}")
+            said = known or "none that can be read, as a tiny encoder has not"
+            raise ValueError(f"encoder_levels=True: no map of the image encoder has stride {stride}; it has {said}")
         found.append(LevelInfo((there[-1],)))
     return tuple(found)
 

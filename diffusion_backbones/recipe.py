@@ -104,6 +104,28 @@ class HubFile:
 
 
 @dataclass(frozen=True)
+class TinyEncoder:
+    """diffusers' ``AutoencoderTiny``, distilled from the image encoder of a checkpoint: its latents are close to those, scaled as the denoiser takes them.
+
+    Args:
+        configs: Folder below ``diffusion_backbones/configs`` with its architecture.
+        license: Licence of its weights.
+        file: Its weights, with their ``config.json`` beside them, or None if they travel in the package.
+        source: Where it is said which checkpoints it fits.
+    """
+
+    configs: str
+    license: License
+    file: HubFile | None = None
+    source: str = ""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TinyEncoder:
+        """Inverse of ``dataclasses.asdict``."""
+        return cls(**{**data, "license": License(**data["license"]), "file": HubFile(**data["file"]) if data["file"] else None})
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One published set of weights, and everything that is a fact about it rather than about how it is read.
 
@@ -122,6 +144,7 @@ class Checkpoint:
         status: A sentence about where the weights come from, such as a repository that was removed or replaced; it is told when they cannot be read.
         gated: Whether the hub asks for the licence to be accepted first.
         denoiser: A file that replaces the denoiser's weights; the rest then comes from ``hub_id``.
+        tiny_encoder: What ``create_model(encoder="tiny")`` takes in place of its own image encoder, if there is one.
         encoder_float16: False where the image encoder overflows in float16; it then runs in float32.
         unverified: Facts above that no source at hand confirms, one sentence each.
     """
@@ -139,6 +162,7 @@ class Checkpoint:
     status: str = ""
     gated: bool = False
     denoiser: HubFile | None = None
+    tiny_encoder: TinyEncoder | None = None
     encoder_float16: bool = True
     unverified: tuple[str, ...] = ()
 
@@ -152,7 +176,8 @@ class Checkpoint:
         check_fields(cls, data, "a checkpoint")
         kinds = {"license": License, "paper": Paper, "denoiser": HubFile}
         values: dict[str, Any] = {k: kinds[k](**v) if k in kinds and v else tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
+        tiny = data.get("tiny_encoder")
+        return cls(**{**values, "tiny_encoder": TinyEncoder.from_dict(tiny) if tiny else None})
 
 
 @dataclass(frozen=True)

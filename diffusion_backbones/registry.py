@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.inputs import SYMMETRIC, InputFormat
-from diffusion_backbones.recipe import Checkpoint, Recipe, closest
+from diffusion_backbones.recipe import Checkpoint, Recipe, TinyEncoder, closest
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -212,3 +212,9 @@ def package_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     if (index := folder / "model_index.json").is_file():
         paths["model_index"] = index
     return {name: json.loads(path.read_text()) for name, path in paths.items()}
+
+
+def packaged(tiny: TinyEncoder) -> dict[str, Any]:
+    """The ``config.json`` of a tiny encoder, as the package has it."""
+    config: dict[str, Any] = json.loads((CONFIGS / tiny.configs / "config.json").read_text())
+    return config

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files come from: a diffusers folder, or another place with the denoiser's weights on top.
+"""Where a checkpoint's files come from: a diffusers folder, or another place with the weights of one network on top.
 
 Every place answers the same questions (:class:`Source`), so nothing behind it knows which it was. Repositories are in
 :mod:`diffusion_backbones.hub`, single files in :mod:`diffusion_backbones.ldm`.
@@ -157,24 +157,24 @@ class Folder:
         return str(self.path)
 
 
-class WithDenoiser:
-    """Another source with the denoiser's weights taken from one file, as CleanDIFT and PixArt publish them.
+class WithComponent:
+    """Another source with the weights of one network taken from one file, as those of CleanDIFT's and PixArt's denoisers are published.
 
     Args:
         base: Where everything else comes from.
-        component: Name of the denoiser.
+        component: Name of the network.
         file: Gives the path of its weights; called when they are read.
         provenance: Where that file comes from.
-        config: The denoiser's own config; None if it is that of ``base``.
+        config: Its own config; None if it is that of ``base``.
     """
 
     def __init__(self, base: Source, component: str, file: Callable[[], Path], provenance: Mapping[str, str], config: Config | None = None):
-        self.base, self.component, self._file, self._config = base, component, file, config
+        self.base, self.component, self._file, self.config = base, component, file, config
         self.provenance = base.provenance | {f"{component}_{k}": v for k, v in provenance.items()}
 
     def configs(self, family: Family) -> Configs:
         configs = self.base.configs(family)
-        return {**configs, self.component: self._config} if self._config else configs
+        return {**configs, self.component: self.config} if self.config else configs
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
         return TensorFiles([self._file()], _modern) if component == self.component else self.base.tensors(component, half)

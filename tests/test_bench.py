@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench, "_encode_each", lambda whole, backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
     with pytest.raises(RuntimeError, match="an encode for each draw: .* differs by 1 of the largest value"):
         bench.bench(bench.Setting("tinysd_dift", size=64, rounds=1))
+
+
+def test_a_tiny_encoder_is_timed_beside_the_exact_one():
+    setting = bench.Setting("tinysd_gdf", size=64, rounds=1, options={"encoder": "tiny"})
+    ours, latents, hooks = bench.bench(setting)
+    cost = db.costs.measure(replace(db.get_declaration("tinysd_gdf"), recipe=db.get_declaration("tinysd_gdf").recipe.override(input_size=64)))
+    assert ours.gflops == pytest.approx(latents.gflops + cost.tiny_encoder_gflops, rel=1e-3)
+    assert "encoder=tiny" in bench.rows([ours, latents, hooks], setting, 1.0)[0]["options"]
 
 
 def test_an_ensemble_is_encoded_once(monkeypatch):

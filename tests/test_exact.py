@@ -124,7 +124,7 @@ def test_timestep_noise_level_and_latent_scale_are_as_published(name):
     recipe = declaration.recipe
     assert (recipe.timestep, recipe.noise) == (timestep, noise)
     backbone = db.create_model(name, device="meta")
-    shift, factor = backbone.family.image_encoder.scaling(backbone.configs["vae"])
+    shift, factor = backbone.family.image_encoder(backbone.configs).scaling(backbone.configs["vae"])
     assert (shift, factor if recipe.scaled else 1.0) == (0.0, scale)
     if level:
         alpha, sigma = backbone.forward_process.levels(timestep)

@@ -16,6 +16,7 @@ import timm
 import tiny
 import torch
 import transformers
+from diffusers import AutoencoderTiny
 from hub import GRANTED, Hub
 from huggingface_hub import constants
 
@@ -187,6 +188,24 @@ def test_cleandift_takes_its_unet_from_its_own_repository(hub, sd15, tiny_folder
     assert backbone.provenance == {"repo": sd15, "commit": SD15.revision, "unet_repo": cleandift.repo, "unet_commit": commit}
     torch.testing.assert_close(backbone.denoiser.conv_in.weight, tuned.conv_in.weight)
     assert torch.equal(next(backbone.encoder.parameters()), next(tiny.build("sd15")["vae"].parameters()))
+
+
+def test_a_tiny_encoder_comes_from_its_own_repository(hub, sd15, tmp_path):
+    file = SD15.tiny_encoder.file
+    torch.manual_seed(0)
+    whole = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).eval()
+    whole.save_pretrained(tmp_path / "published")
+    commit = hub.add(file.repo, tmp_path / "published")
+    with pytest.raises(ConnectionError, match="madebyollin/taesdxl is not on the hub"):
+        db.create_model("sdxl_gdf", pretrained=True, encoder="tiny", checkpoint_path=tiny.folder("sdxl", tmp_path / "sdxl"))
+    backbone = db.create_model("sd15_gdf", pretrained=True, encoder="tiny")
+    assert hub.downloaded(file.repo) == {"config.json", file.filename}
+    assert hub.downloaded(sd15) == CONFIGS | TEXT | {f"unet/{WEIGHTS}"}, "the encoder that is replaced is not downloaded"
+    assert backbone.provenance == {"repo": sd15, "commit": SD15.revision, "vae_repo": file.repo, "vae_commit": commit}
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.encode(x), whole.encode(x).latents, rtol=1e-5, atol=1e-5)
+    assert not any(name.startswith("decoder") for name in backbone.encoder.state_dict())
 
 
 def test_cleandift_on_meta_downloads_no_weight(hub, sd15):

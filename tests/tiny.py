@@ -155,7 +155,7 @@ def build(name: str, seed: int = 0) -> dict[str, Any]:
     c, family = configs(name), FAMILIES[get_checkpoint(name).family]
     out: dict[str, Any] = {family.denoiser: family.build_denoiser(c[family.denoiser]).eval()}
     if family.encoder:
-        out["vae"] = family.image_encoder.build(c["vae"]).eval()
+        out["vae"] = family.image_encoder(c).build(c["vae"]).eval()
     for text in family.text_encoder_names(c):
         cls = getattr(transformers, c[text]["architectures"][0])
         out[text] = cls(cls.config_class(**{k: v for k, v in c[text].items() if k != "architectures"})).eval()

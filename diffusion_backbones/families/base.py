@@ -107,7 +107,7 @@ class Family(ABC):
 
     def activations(self, configs: Configs, network: str) -> Catalogue:
         """Those of the image encoder and those of :meth:`catalogue`."""
-        return Catalogue([*self.image_encoder.sites(self.encoder_config(configs)), *self.catalogue(configs, network).all()], network)
+        return Catalogue([*self.image_encoder(configs).sites(self.encoder_config(configs)), *self.catalogue(configs, network).all()], network)
 
     def levels(self, configs: Configs, recipe: Recipe, catalogue: Catalogue) -> list[tuple[Site, ...]]:
         """The sites of every level of a recipe, fine to coarse.
@@ -175,12 +175,11 @@ class Family(ABC):
         config: Config = configs[self.encoder] if self.encoder else {}
         return config
 
-    @property
-    def image_encoder(self) -> ImageEncoder:
+    def image_encoder(self, configs: Configs) -> ImageEncoder:
         """The kind of image encoder in front of the denoiser."""
-        from diffusion_backbones.families.encoders import KLEncoder
+        from diffusion_backbones.families.encoders import kind
 
-        return KLEncoder()
+        return kind(self.encoder_config(configs))
 
     def forward_process(self, configs: Configs) -> ForwardProcess:
         """How noise is mixed into clean latents."""
@@ -196,9 +195,7 @@ class Family(ABC):
 
     def latent_stride(self, configs: Configs) -> int:
         """Pixels per latent position."""
-        if not self.encoder:
-            return 1
-        return int(2 ** (len(configs[self.encoder]["block_out_channels"]) - 1))
+        return self.image_encoder(configs).stride(self.encoder_config(configs))
 
     def native_size(self, configs: Configs) -> int:
         """Side in pixels of the square images that the denoiser's config states."""

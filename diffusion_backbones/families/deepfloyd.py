@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.families.base import Config, Configs, Family, LoadText
-from diffusion_backbones.families.encoders import ImageEncoder, Pixels
 from diffusion_backbones.families.unet import UNet, sites
 
 if TYPE_CHECKING:
@@ -34,10 +33,6 @@ class DeepFloyd(UNet):
         config = configs["unet"]
         heads = [width // config["attention_head_dim"] for width in config["block_out_channels"]]            # the config states channels of a head
         return Catalogue(sites({**config, "attention_head_dim": heads}, 1), network)
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return Pixels()
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (TOKENS, configs["unet"]["encoder_hid_dim"])}

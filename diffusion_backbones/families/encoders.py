@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_backbones.activations import Site
@@ -29,6 +30,9 @@ class ImageEncoder(Protocol):
     def scaling(self, config: Config) -> tuple[float, float]:
         """(shift, factor): the denoiser was trained on (z - shift) * factor."""
 
+    def stride(self, config: Config) -> int:
+        """Pixels per latent position."""
+
     def sites(self, config: Config) -> list[Site]:
         """The maps that it computes on the way and that have an id, fine to coarse."""
 
@@ -51,6 +55,9 @@ class Pixels:
 
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, 1.0
+
+    def stride(self, config: Config) -> int:
+        return 1
 
     def sites(self, config: Config) -> list[Site]:
         return []
@@ -79,6 +86,9 @@ class DCEncoder:
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, config["scaling_factor"]
 
+    def stride(self, config: Config) -> int:
+        return _halved(config["encoder_block_out_channels"])
+
     def sites(self, config: Config) -> list[Site]:
         return []
 
@@ -101,12 +111,15 @@ class KLEncoder:
         return kept
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
-        z: Tensor = encoder.encode(x, return_dict=False)[0].mode()
-        return z
+        z: Tensor = encoder.encode(channels_innermost(x), return_dict=False)[0].mode()
+        return z.contiguous()
 
     def scaling(self, config: Config) -> tuple[float, float]:
         # diffusers' default for configs written before the key existed, as SD 1.x's is
         return config.get("shift_factor") or 0.0, config.get("scaling_factor") or 0.18215
+
+    def stride(self, config: Config) -> int:
+        return _halved(config["block_out_channels"])
 
     def sites(self, config: Config) -> list[Site]:
         """Residual blocks at stride 1, 2, 4 ... and what takes one to the next."""
@@ -144,6 +157,10 @@ class PatchKLEncoder(KLEncoder):
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, 1.0
 
+    def stride(self, config: Config) -> int:
+        """Of patches: noise is mixed into latents that are already gathered, 128 channels at 16 pixels."""
+        return super().stride(config) * int(config.get("patch_size", (2, 2))[0])
+
 
 class FrameKLEncoder(KLEncoder):
     """The encoder half of diffusers' ``AutoencoderKLQwenImage``, which is one for video: an image is its first frame."""
@@ -173,6 +190,85 @@ class FrameKLEncoder(KLEncoder):
     def scaling(self, config: Config) -> tuple[float, float]:
         return 0.0, 1.0
 
+    def stride(self, config: Config) -> int:
+        return int(2 ** len(config["temperal_downsample"]))
+
     def sites(self, config: Config) -> list[Site]:
         """None: its maps have an axis of frames."""
         return []
+
+
+class DistilledEncoder:
+    """The encoder half of diffusers' ``AutoencoderTiny``, which is distilled to give latents scaled as a denoiser takes them.
+
+    They are brought back to those of the encoder that it stands for, so that all that follows is as behind that one. Its config has the scaling of
+    that encoder, where :func:`diffusion_backbones.tiny_encoder.config` put it; published ones say 1 and 0.
+    """
+
+    reading = "as the tiny encoder gives them"
+
+    def build(self, config: Config) -> nn.Module:
+        from diffusers import AutoencoderTiny
+
+        derived = "block_out_channels"                  # diffusers writes it into files, and complains when it reads it there
+        vae: nn.Module = AutoencoderTiny.from_config({key: value for key, value in config.items() if key != derived})
+        return vae
+
+    def truncate(self, encoder: Any) -> nn.Module:
+        encoder.decoder = None
+        kept: nn.Module = encoder
+        return kept
+
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        shift, factor = self.scaling(encoder.config)
+        z: Tensor = encoder.encode(channels_innermost(x), return_dict=False)[0]
+        return (z / factor + shift).contiguous()
+
+    def scaling(self, config: Config) -> tuple[float, float]:
+        return config.get("shift_factor", 0.0), config.get("scaling_factor", 1.0)
+
+    def stride(self, config: Config) -> int:
+        return _halved(config["encoder_block_out_channels"])
+
+    def sites(self, config: Config) -> list[Site]:
+        """None: no recipe reads its maps, and no id names them."""
+        return []
+
+
+KINDS: dict[str, ImageEncoder] = {
+    "AutoencoderKL": KLEncoder(),
+    "AutoencoderKLFlux2": PatchKLEncoder(),
+    "AutoencoderKLQwenImage": FrameKLEncoder(),
+    "AutoencoderDC": DCEncoder(),
+    "AutoencoderTiny": DistilledEncoder(),
+}
+"""Class in diffusers -> how it is used."""
+
+
+def kind(config: Config) -> ImageEncoder:
+    """How the encoder with a config is used; an empty one is of networks that work on pixels.
+
+    Raises:
+        ValueError: It is of a class that is not known here.
+    """
+    if not config:
+        return Pixels()
+    name = config.get("_class_name")
+    if name not in KINDS:
+        raise ValueError(f"the image encoder is of class {name!r}, by its config.json; known are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """The same images; on the CPU laid out with the channels of a pixel side by side, as every map behind them then is.
+
+    The convolutions are an eighth faster so (``docs/encoder.md``). The weights stay as they are.
+    """
+    import torch
+
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+def _halved(widths: Sequence[int]) -> int:
+    """Pixels per position behind blocks of these widths, between which height and width are halved."""
+    return int(2 ** (len(widths) - 1))

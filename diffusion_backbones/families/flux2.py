@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.families.base import Config, Configs, LoadText
-from diffusion_backbones.families.encoders import ImageEncoder, PatchKLEncoder
 from diffusion_backbones.families.joint import Inner, double_block, joint_map
 from diffusion_backbones.families.transformer import Transformer, width
 
@@ -26,14 +25,6 @@ class Flux2(Transformer):
     """The family of ``Flux2Transformer2DModel``. All blocks of a kind share one modulation, and single blocks have one layer for q, k, v and the MLP."""
 
     networks = ("Flux2Transformer2DModel",)
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return PatchKLEncoder()
-
-    def latent_stride(self, configs: Configs) -> int:
-        """Of patches: noise is mixed into latents that are already gathered, 128 channels at 16 pixels."""
-        return super().latent_stride(configs) * int(configs["vae"].get("patch_size", (2, 2))[0])
 
     def patch(self, configs: Configs) -> int:
         return 1

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.families.base import Config, Configs, LoadText
-from diffusion_backbones.families.encoders import ImageEncoder, Pixels
 from diffusion_backbones.families.unet import UNet, plain_attention, sites
 
 if TYPE_CHECKING:
@@ -26,10 +25,6 @@ class PixelUNet(UNet):
         heads = [width // each if each else 1 for width in config["block_out_channels"]]
         mid = plain_attention if config.get("add_attention", True) else _nothing
         return Catalogue(sites({**config, "attention_head_dim": heads, "mid_block_type": "UNetMidBlock2D"}, 1, mid), network)
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return Pixels()
 
     def latent_channels(self, configs: Configs) -> int:
         return int(configs["unet"].get("in_channels", 3))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.families.base import Config, Configs, LoadText
-from diffusion_backbones.families.encoders import FrameKLEncoder, ImageEncoder
 from diffusion_backbones.families.joint import Inner, double_block, joint_map
 from diffusion_backbones.families.transformer import Transformer, accepted, width
 
@@ -27,13 +26,6 @@ class Qwen(Transformer):
     def recognises(self, config: Config) -> bool:
         """Networks that paint several layers of one image want more than latents and a text, and are not of this family."""
         return super().recognises(config) and not (config.get("use_layer3d_rope") or config.get("use_additional_t_cond"))
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return FrameKLEncoder()
-
-    def latent_stride(self, configs: Configs) -> int:
-        return int(2 ** len(configs["vae"]["temperal_downsample"]))
 
     def latent_channels(self, configs: Configs) -> int:
         return int(configs["transformer"]["in_channels"]) // self.patch(configs) ** 2

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.families.base import Config, Configs, LoadText
-from diffusion_backbones.families.encoders import DCEncoder, ImageEncoder
 from diffusion_backbones.families.transformer import Transformer, width
 
 if TYPE_CHECKING:
@@ -22,13 +21,6 @@ class Sana(Transformer):
     """The family of ``SanaTransformer2DModel``. Its self-attention is linear: no softmax, and weights that are none the less shares."""
 
     networks = ("SanaTransformer2DModel",)
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return DCEncoder()
-
-    def latent_stride(self, configs: Configs) -> int:
-        return int(2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1))
 
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
         config, stride = configs["transformer"], self.size_divisibility(configs)

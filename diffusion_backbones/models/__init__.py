@@ -18,11 +18,12 @@ from diffusion_backbones.models import (
     sdxl,
     ssd,
     stable_diffusion,
+    tiny_encoders,
     tinysd,
     z_image,
 )
 
 __all__ = [
     "auraflow", "cleandift", "ddpm", "deepfloyd", "dit", "flux", "flux2", "hunyuan", "lumina", "papers", "pixart", "qwen", "sana",
-    "sd3", "sdxl", "ssd", "stable_diffusion", "tinysd", "z_image",
+    "sd3", "sdxl", "ssd", "stable_diffusion", "tiny_encoders", "tinysd", "z_image",
 ]

@@ -1,6 +1,7 @@
 """FLUX.1 of Black Forest Labs."""
 
 from diffusion_backbones.models import papers
+from diffusion_backbones.models.tiny_encoders import TAEF1
 from diffusion_backbones.recipe import Checkpoint, License, Recipe
 from diffusion_backbones.registry import register_checkpoint, register_model
 
@@ -12,6 +13,7 @@ FLUX_DEV = register_checkpoint(Checkpoint(
     license=License("other", name="flux-1-dev-non-commercial-license", link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"),
     paper=papers.FLUX,
     input_size=1024,
+    tiny_encoder=TAEF1,
     family="flux",
     gated=True,
     encoder_float16=False,
@@ -25,6 +27,7 @@ FLUX_SCHNELL = register_checkpoint(Checkpoint(
     license=License("apache-2.0"),
     paper=papers.FLUX,
     input_size=1024,
+    tiny_encoder=TAEF1,
     family="flux",
     gated=True,
     encoder_float16=False,

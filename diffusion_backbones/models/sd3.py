@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5."""
 
 from diffusion_backbones.models import papers
+from diffusion_backbones.models.tiny_encoders import TAESD3
 from diffusion_backbones.recipe import Checkpoint, License, Recipe
 from diffusion_backbones.registry import register_checkpoint, register_model
 
@@ -16,6 +17,7 @@ SD3_MEDIUM = register_checkpoint(Checkpoint(
     license=_license("stabilityai/stable-diffusion-3-medium"),
     paper=papers.SD3,
     input_size=1024,
+    tiny_encoder=TAESD3,
     family="sd3",
     gated=True,
     encoder_float16=False,
@@ -29,6 +31,7 @@ SD35_MEDIUM = register_checkpoint(Checkpoint(
     license=_license("stabilityai/stable-diffusion-3.5-medium"),
     paper=papers.SD3,
     input_size=1024,
+    tiny_encoder=TAESD3,
     family="sd3",
     gated=True,
     encoder_float16=False,
@@ -43,6 +46,7 @@ SD35_LARGE = register_checkpoint(Checkpoint(
     license=_license("stabilityai/stable-diffusion-3.5-large"),
     paper=papers.SD3,
     input_size=1024,
+    tiny_encoder=TAESD3,
     family="sd3",
     gated=True,
     encoder_float16=False,
@@ -55,6 +59,7 @@ SD35_LARGE_TURBO = register_checkpoint(Checkpoint(
     license=_license("stabilityai/stable-diffusion-3.5-large-turbo"),
     paper=papers.SD3,
     input_size=1024,
+    tiny_encoder=TAESD3,
     family="sd3",
     gated=True,
     encoder_float16=False,

@@ -1,6 +1,7 @@
 """Stable Diffusion XL and the checkpoints that share its topology: SDXL-Turbo and Playground v2."""
 
 from diffusion_backbones.models import papers
+from diffusion_backbones.models.tiny_encoders import TAESDXL
 from diffusion_backbones.recipe import Checkpoint, License, Recipe
 from diffusion_backbones.registry import register_checkpoint, register_model
 
@@ -12,6 +13,7 @@ SDXL = register_checkpoint(Checkpoint(
     license=License("openrail++", link="https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"),
     paper=papers.SDXL,
     input_size=1024,
+    tiny_encoder=TAESDXL,
     encoder_float16=False,
 ))
 
@@ -24,6 +26,7 @@ SDXL_TURBO = register_checkpoint(Checkpoint(
     license=License("other", name="sai-nc-community", link="https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md"),
     paper=papers.ADD,
     input_size=512,
+    tiny_encoder=TAESDXL,
     encoder_float16=False,
 ))
 
@@ -38,6 +41,7 @@ PGV2 = register_checkpoint(Checkpoint(
     ),
     paper=papers.PLAYGROUND,
     input_size=1024,
+    tiny_encoder=TAESDXL,
     encoder_float16=False,
     unverified=(
         "Its scheduler config was read in a duplicate repository; its VAE and text encoder configs are taken to be SDXL's.",

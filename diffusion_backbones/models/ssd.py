@@ -1,6 +1,7 @@
 """Segmind's SSD-1B, a distilled Stable Diffusion XL with fewer transformer blocks."""
 
 from diffusion_backbones.models import papers
+from diffusion_backbones.models.tiny_encoders import TAESDXL
 from diffusion_backbones.recipe import Checkpoint, License, Recipe
 from diffusion_backbones.registry import register_checkpoint, register_model
 
@@ -12,6 +13,7 @@ SSD_1B = register_checkpoint(Checkpoint(
     license=License("apache-2.0", link="https://github.com/segmind/SSD-1B/blob/e7fd132c1759674f822d67b9b047b85762094213/LICENSE"),
     paper=papers.SSD,
     input_size=1024,
+    tiny_encoder=TAESDXL,
     encoder_float16=False,
     unverified=(
         "Its U-Net config is put together from public code that agrees with the sizes of the weight files; the file itself was not read.",

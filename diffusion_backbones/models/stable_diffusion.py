@@ -1,6 +1,7 @@
 """Stable Diffusion 1.3 to 2.1 and SD-Turbo, and the recipes published for them."""
 
 from diffusion_backbones.models import papers
+from diffusion_backbones.models.tiny_encoders import TAESD
 from diffusion_backbones.recipe import Checkpoint, License, Paper, Recipe
 from diffusion_backbones.registry import register_checkpoint, register_model
 
@@ -17,6 +18,7 @@ SD13 = register_checkpoint(Checkpoint(
     license=_OPENRAIL_M,
     paper=papers.LDM,
     input_size=512,
+    tiny_encoder=TAESD,
     unverified=("Its repository was not listed: whether it holds .safetensors, which alone are read, is open.",),
 ))
 
@@ -29,6 +31,7 @@ SD14 = register_checkpoint(Checkpoint(
     license=_OPENRAIL_M,
     paper=papers.LDM,
     input_size=512,
+    tiny_encoder=TAESD,
 ))
 
 SD15 = register_checkpoint(Checkpoint(
@@ -41,6 +44,7 @@ SD15 = register_checkpoint(Checkpoint(
     license=_OPENRAIL_M,
     paper=papers.LDM,
     input_size=512,
+    tiny_encoder=TAESD,
 ))
 
 SD21 = register_checkpoint(Checkpoint(
@@ -53,6 +57,7 @@ SD21 = register_checkpoint(Checkpoint(
     license=_OPENRAIL_PP,
     paper=papers.LDM,
     input_size=768,
+    tiny_encoder=TAESD,
     unverified=(_MIRRORS_UNVERIFIED,),
 ))
 
@@ -66,6 +71,7 @@ SD21_BASE = register_checkpoint(Checkpoint(
     license=_OPENRAIL_PP,
     paper=papers.LDM,
     input_size=512,
+    tiny_encoder=TAESD,
     unverified=(_MIRRORS_UNVERIFIED,),
 ))
 
@@ -78,6 +84,7 @@ SD_TURBO = register_checkpoint(Checkpoint(
     license=License("other", name="stability-ai-community", link="https://huggingface.co/stabilityai/sd-turbo/blob/main/LICENSE.md", verified=False),
     paper=papers.ADD,
     input_size=512,
+    tiny_encoder=TAESD,
     unverified=(
         "Its card carries no licence tag; the licence of November 2023 was for non-commercial research and today's text was not read.",
         "Its U-Net and VAE configs were read from copies written by diffusers, not from the repository.",

@@ -1,7 +1,7 @@
 """tinysd: a small trained checkpoint inside the package, with the topology of Stable Diffusion 1.x."""
 
 from diffusion_backbones.models import stable_diffusion  # noqa: F401  (its recipes are read below)
-from diffusion_backbones.recipe import Checkpoint, License
+from diffusion_backbones.recipe import Checkpoint, License, TinyEncoder
 from diffusion_backbones.registry import get_declaration, register_checkpoint, register_model
 
 TINYSD = register_checkpoint(Checkpoint(
@@ -11,6 +11,7 @@ TINYSD = register_checkpoint(Checkpoint(
     license=License("apache-2.0"),
     paper=None,
     input_size=256,
+    tiny_encoder=TinyEncoder("tinysd/vae/tiny", License("apache-2.0"), source="docs/tinysd.md"),
     status="Trained from scratch for this package on drawn scenes: data, training, figures and limits are in docs/tinysd.md",
 ))
 

@@ -1,6 +1,7 @@
 """Z-Image-Turbo of Tongyi-MAI. No recipe was published for it: read it with ``recipe=``."""
 
 from diffusion_backbones.models import papers
+from diffusion_backbones.models.tiny_encoders import TAEF1
 from diffusion_backbones.recipe import Checkpoint, License
 from diffusion_backbones.registry import register_checkpoint
 
@@ -11,6 +12,7 @@ Z_IMAGE_TURBO = register_checkpoint(Checkpoint(
     license=License("apache-2.0"),
     paper=papers.Z_IMAGE,
     input_size=1024,
+    tiny_encoder=TAEF1,
     family="z_image",
     encoder_float16=False,
 ))
