@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, finetuning, postops, probe, pyramid
+from diffusion_backbones import calls, capture, compiling, finetuning, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
@@ -70,6 +70,7 @@ class DiffusionBackbone(TimmInterface):
         provenance: Where the weights came from; ``commit`` for the hub, empty for random weights.
         num_features: Channels of the coarsest map.
         pretrained_cfg: What ``timm.data.resolve_model_data_config`` reads.
+        compiled: Whether, and in which mode of ``torch.compile``, the networks are compiled.
     """
 
     canvas: Tensor | None
@@ -202,7 +203,9 @@ class DiffusionBackbone(TimmInterface):
         calls.check_image(x, self.input_format)
         x, d = self.input_format.to_symmetric(x), self.size_divisibility
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
-        z = self.family.image_encoder.encode(self.encoder, x.to(_dtype(self.encoder)))
+        x = compiling.settle(self, x.to(_dtype(self.encoder)))
+        with compiling.running(self):
+            z = self.family.image_encoder.encode(self.encoder, x)
         if self.declaration.recipe.scaled:
             shift, factor = self.family.image_encoder.scaling(self.family.encoder_config(self.configs))
             z = (z - shift) * factor
@@ -230,8 +233,9 @@ class DiffusionBackbone(TimmInterface):
         inner = [site for site in sites if not site.encoder]
         self.encoder_recorder.watch(self.encoder, [site for site in sites if site.encoder])
         self.recorder.watch(self.denoiser, inner)
-        z, size, acts = self._input(x, call, sites)
-        acts |= self._run(z, size, inner, call, average_heads)
+        with compiling.eagerly(self):
+            z, size, acts = self._input(x, call, sites)
+            acts |= self._run(z, size, inner, call, average_heads)
         if not as_maps:
             return acts
         height, width = (s * self.latent_stride for s in z.shape[-2:])
@@ -261,7 +265,8 @@ class DiffusionBackbone(TimmInterface):
         def give(site: Site, act: Tensor) -> None:
             visit(site, pyramid.assemble(LevelInfo((site,)), {site.id: pyramid.to_map(act, site, height, width)}, size))
 
-        self._run(z, size, sites, call, visit=give)
+        with compiling.eagerly(self):
+            self._run(z, size, sites, call, visit=give)
 
     def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any], fine: Mapping[str, Tensor]) -> list[Tensor]:
         maps_out = self._channels_and_strides()
@@ -294,13 +299,14 @@ class DiffusionBackbone(TimmInterface):
         z_t = calls.mix(z, noise, timestep, self.forward_process).to(_dtype(self.denoiser))
         t = calls.timesteps(timestep, b, z.device).repeat(ensemble)
         conditioning = {name: rows.repeat(ensemble, *[1] * (rows.ndim - 1)) for name, rows in self._conditioning(b, call).items()}
+        z_t = compiling.settle(self, z_t, t, *conditioning.values())
 
         def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
             grid = (z.shape[-2] * self.latent_stride // site.stride, z.shape[-1] * self.latent_stride // site.stride)
             return self.family.activation(self.denoiser, site, recorded, conditioning, grid, average_heads or site.layout == "tokens")
 
         stream = capture.Stream(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
-        with self.recorder.recording(sites, stream) as recorded:
+        with compiling.running(self), self.recorder.recording(sites, stream) as recorded:
             output = self.family.call(self.denoiser, z_t, t, conditioning, size)
         acts: dict[str, Tensor] = {}
         if stream is not None:
@@ -309,6 +315,7 @@ class DiffusionBackbone(TimmInterface):
         for site in sites:
             act = activation(site, capture.read(recorded, site))
             act = capture.tie(act, output) if self.trainable else act
+            act = act.clone() if self.compiled in compiling.CUDA_GRAPHS else act            # the graph's next run writes to the same memory
             acts[site.id] = act.view(ensemble, b, *act.shape[1:]).mean(0) if ensemble > 1 else act
         return acts
 
@@ -404,6 +411,8 @@ class DiffusionBackbone(TimmInterface):
         self.family.truncate(self.denoiser, [path for site in self._needed(self._sites(self.levels)) for path in site.modules])
         self.num_features = self._channels_and_strides()[-1][0]
         self._unfreeze(self._unreached())
+        if self.compiled:
+            compiling.compile_in_place(self, self.compiled)
         return kept
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
@@ -413,7 +422,13 @@ class DiffusionBackbone(TimmInterface):
         self.denoiser.train(self.training and self.trainable != "prompt")
         return self
 
-    # Saving.
+    # Copying and saving.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles of a compiled backbone are compiled anew, when they are first called."""
+        super().__setstate__(state)
+        if self.compiled:
+            compiling.compile_in_place(self, self.compiled)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what was kept: weights, embedded prompt, recipe, configs and card. Returns the folder.

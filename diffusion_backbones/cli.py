@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from diffusion_backbones import cards, listing, registry
+from diffusion_backbones.exporting_cli import export
 from diffusion_backbones.selection.cli import select
 from diffusion_backbones.version import __version__
 
@@ -92,11 +93,13 @@ def main(traceback: bool) -> None:
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
       diffusion-backbones select tinysd -o selection/
       diffusion-backbones bench tinysd_gdf
+      diffusion-backbones export sd15_gdf -o backbone.pt2
       diffusion-backbones card sd15_gdf
     """
 
 
 main.add_command(select)
+main.add_command(export)
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
 
 
@@ -334,10 +337,11 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a call.")
 @click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
+@click.option("--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it compiled, with create_model(compile=), and as it is beside that.")
 @click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
 @json_option
-def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, load: bool, table: Path | None, as_json: bool) -> None:
+def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, compile: str | None, load: bool, table: Path | None, as_json: bool) -> None:
     """How fast a backbone is here, and how much memory it takes.
 
     Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole network read with hooks, and
@@ -352,7 +356,7 @@ def bench(name: str, device: str, dtype: str, batch: int, size: int | None, roun
     """
     from diffusion_backbones import bench
 
-    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load)
+    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load, {"compile": compile} if compile else {})
     try:
         timings = bench.bench(setting, say=lambda text: click.echo(text, err=True))
     except OSError as error:

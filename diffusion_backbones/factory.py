@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import finetuning, inputs, memory, postops, probe, pyramid, tensors
+from diffusion_backbones import compiling, finetuning, inputs, memory, postops, probe, pyramid, tensors
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import take
@@ -54,6 +54,7 @@ def create_model(
     prompt_tokens: int | None = None,
     input_format: str | inputs.InputFormat | None = None,
     encoder_levels: bool = False,
+    compile: bool | str = False,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -82,6 +83,9 @@ def create_model(
             normalise by themselves.
         encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
             anyway, and not by upsampling.
+        compile: Compile the image encoder and the denoiser when they are first called, which takes a minute or several and changes no feature.
+            ``"freeze"`` makes constants of the weights, which on a CPU is faster still and holds for one batch and size; other strings are modes of
+            ``torch.compile``, such as ``"reduce-overhead"`` for CUDA graphs. Nothing is compiled on ``meta``.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -94,11 +98,12 @@ def create_model(
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
-        FileNotFoundError: Nothing at a path, or not what is needed there.
+        FileNotFoundError: Nothing at a path, or not what is needed there; ``compile`` for the CPU without a C++ compiler.
     """
+    compiling.check(compile, torch.device(device) if device is not None else torch.get_default_device(), trainable)
     finetuning.check(trainable, lora_rank, prompt_tokens)
     format = inputs.find(input_format) if input_format is not None else None
-    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels)
+    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, compile)
     settings = _overrides(overrides, features_only=features_only)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
@@ -289,6 +294,7 @@ class _Options(NamedTuple):
     prompt_tokens: int | None = None
     input_format: inputs.InputFormat | None = None
     encoder_levels: bool = False
+    compile: bool | str = False
 
 
 def build(described: Described, trainable: bool | str = False) -> DiffusionBackbone:
@@ -375,6 +381,8 @@ def _build(
             lora_rank=options.lora_rank or finetuning.RANK,
             input_format=options.input_format or (restored.input_format if restored else inputs.SYMMETRIC),
         )
+    if options.compile:
+        compiling.compile_in_place(backbone, options.compile)
     return backbone
 
 
