@@ -291,7 +291,7 @@ class DiffusionBackbone(TimmInterface):
         """Noise the latents, run the denoiser once, and read what it computed: averaged over the ensemble, or as it comes if somebody is to ``visit``."""
         if not sites:
             return {}
-        recipe, b = self.declaration.recipe, len(z)
+        recipe, b = self.declaration.recipe, z.shape[0]                  # len() would be a constant of an exported file
         rule, timestep = call.get("noise", recipe.noise), call.get("timestep", recipe.timestep)
         ensemble = call.get("ensemble", recipe.ensemble if isinstance(rule, str) and rule != "none" else 1)
         canvas = self._canvas(ensemble, z.shape[-2], z.shape[-1]) if isinstance(rule, str) and rule == "fixed" else None

@@ -337,11 +337,13 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a call.")
 @click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
-@click.option("--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it compiled, with create_model(compile=), and as it is beside that.")
+@click.option("--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it compiled, as create_model(compile=MODE) does, and as it is.")
 @click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
 @json_option
-def bench(name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, compile: str | None, load: bool, table: Path | None, as_json: bool) -> None:
+def bench(
+    name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, compile: str | None, load: bool, table: Path | None, as_json: bool
+) -> None:
     """How fast a backbone is here, and how much memory it takes.
 
     Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole network read with hooks, and

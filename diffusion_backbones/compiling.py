@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +74,7 @@ def compile_in_place(backbone: DiffusionBackbone, mode: bool | str, backend: str
     own = "isolate_recompiles" in inspect.signature(torch.compile).parameters           # PyTorch before counted all networks of a process together
     further: dict[str, Any] = {"isolate_recompiles": True} if own else {}
     static = {"dynamic": False} if mode == FREEZE else {"mode": None if mode is True else mode}
-    for network in _networks(backbone):
+    for network in networks(backbone):
         if not any(parameter.is_meta for parameter in network.parameters()):
             network.to(memory_format=torch.channels_last)           # in which inductor computes convolutions; else it would copy weights in every call
             network.compile(fullgraph=True, backend=backend, **static, **further)
@@ -86,7 +86,20 @@ def _refuse(module: nn.Module, *_: Any) -> None:
     raise ValueError(f"the weights of this {type(module).__name__} are constants of compiled code, and others would change nothing; create it without compile=")
 
 
-def _networks(backbone: DiffusionBackbone) -> Iterator[nn.Module]:
+@contextmanager
+def channels_last(backbone: DiffusionBackbone) -> Iterator[None]:
+    """Within the ``with`` block, the weights of convolutions are stored as inductor reads them; a compiled backbone has them so for good."""
+    for network in networks(backbone):
+        network.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if not backbone.compiled:
+            for network in networks(backbone):
+                network.to(memory_format=torch.contiguous_format)
+
+
+def networks(backbone: DiffusionBackbone) -> Iterator[nn.Module]:
     """What costs time."""
     if backbone.family.encoder:
         yield backbone.encoder.get_submodule("encoder")

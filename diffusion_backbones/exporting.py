@@ -87,14 +87,14 @@ def export(
     data = describe(backbone, size, batch, dynamic)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:          # what cannot be written says so now
         part = Path(folder) / path.name
-        program = trace(backbone, size, batch, dynamic)
         if onnx:
-            _write_onnx(program, part, data)
-        elif compiled:
-            configs = {"aot_inductor.metadata": data, "freezing": not dynamic and batch is not None}     # weights in the layout that is read fastest
-            torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=configs)
+            _write_onnx(trace(backbone, size, batch, dynamic), part, data)
+        elif not compiled:
+            torch.export.save(trace(backbone, size, batch, dynamic), part, extra_files={METADATA: json.dumps(data)})
         else:
-            torch.export.save(program, part, extra_files={METADATA: json.dumps(data)})
+            configs = {"aot_inductor.metadata": data, "freezing": not dynamic and batch is not None}     # weights in the layout that is read fastest
+            with compiling.channels_last(backbone):
+                torch._inductor.aoti_compile_and_package(trace(backbone, size, batch, dynamic), package_path=str(part), inductor_configs=configs)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):                  # the weights of a large ONNX file first
             file.replace(path.with_name(file.name))
     return data

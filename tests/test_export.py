@@ -54,19 +54,34 @@ def run_without_the_package(path, batches, tmp_path):
     return torch.load(tmp_path / "maps.pt"), json.loads(run.stdout.splitlines()[-1])
 
 
-def test_a_compiled_file_of_any_size_and_batch(backbone, tmp_path):
-    path = tmp_path / "new" / "backbone.pt2"
-    result = CliRunner().invoke(main, ["export", "tinysd_gdf", "-o", str(path), "--dynamic", "--device", "cpu"])
-    assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == str(path)
-    assert "(B, 3, H, W) float32, RGB in [-1, 1]" in result.stdout
+def small(**settings):
+    """So small that compiling it takes seconds."""
+    torch.manual_seed(0)
+    return db.create_model("ddpm_cifar10_32", recipe=["down-level0-repeat0-res-out"], **settings)
+
+
+def test_a_compiled_file_of_any_size_and_batch(tmp_path):
+    path, backbone = tmp_path / "new" / "backbone.pt2", small()
+    said = db.export(backbone, path, dynamic=True)
     assert [file.name for file in path.parent.iterdir()] == ["backbone.pt2"]
-    batches = [images(1, 64, 64), images(2, 128, 64), images(5, 64, 192)]
+    batches = [images(1, 32, 32), images(2, 64, 32), images(5, 32, 96)]
     maps, about = run_without_the_package(path, batches, tmp_path)
     for x, found in zip(batches, maps, strict=True):
         same(found, backbone(x))
+    assert said.items() <= about.items()
+
+
+def test_the_command(backbone, tmp_path):
+    path = tmp_path / "new" / "program.pt2"
+    result = CliRunner().invoke(main, ["export", "tinysd_gdf", "-o", str(path), "--program", "--levels", "0,2", "--size", "64", "128", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == str(path)
+    assert "(B, 3, H, W) float32, RGB in [-1, 1]" in result.stdout
+    x = images(3, 64, 128)
+    [maps], about = run_without_the_package(path, [x], tmp_path)
+    same(maps, backbone(x, indices=[0, 2]))
     assert about["name"] == "tinysd_gdf"
-    assert (about["channels"], about["strides"], about["size"]) == ("48 96 224", "8 16 32", "H and W multiples of 64, up to 2048")
+    assert (about["channels"], about["strides"], about["size"], about["batch"]) == ("48 224", "8 32", "64 x 128", "1 to 32")
 
 
 @pytest.mark.parametrize("settings", [{"size": (100, 72)}, {"size": (64, 64), "batch": 2}, {"dynamic": True}], ids=str)
@@ -95,6 +110,17 @@ def test_onnx(settings, backbone, tmp_path):
         x = images(n, *settings.get("size", (64 * n, 64)))
         maps = session.run(["level0", "level1", "level2"], {"image": x.numpy()})
         same([torch.from_numpy(m) for m in maps], backbone(x))
+
+
+def test_a_compiled_file_of_one_size_and_batch_leaves_the_backbone_as_it_was(tmp_path):
+    backbone, x = small(), images(2, 30, 40)
+    expected = backbone(x)
+    db.export(backbone, tmp_path / "backbone.pt2", size=(30, 40), batch=2)
+    [maps], about = run_without_the_package(tmp_path / "backbone.pt2", [x], tmp_path)
+    same(maps, expected)
+    same(backbone(x), expected)
+    assert (about["size"], about["batch"]) == ("30 x 40", "2")
+    assert all(p.is_contiguous() for p in backbone.parameters())
 
 
 def test_a_compiled_backbone_is_exported_as_it_is_written(tmp_path, backbone):
