@@ -25,6 +25,7 @@ from diffusion_backbones.version import __version__
 
 if TYPE_CHECKING:
     from diffusion_backbones.backbone import DiffusionBackbone
+    from diffusion_backbones.exporting import export
     from diffusion_backbones.factory import create_model
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "create_model",
+    "export",
     "get_checkpoint",
     "get_declaration",
     "get_pretrained_cfg",
@@ -51,7 +53,7 @@ __all__ = [
     "register_model",
 ]
 
-_LAZY = {"create_model": "factory", "DiffusionBackbone": "backbone"}     # what needs torch and diffusers
+_LAZY = {"create_model": "factory", "export": "exporting", "DiffusionBackbone": "backbone"}     # what needs torch and diffusers
 
 
 def __getattr__(name: str) -> Any:

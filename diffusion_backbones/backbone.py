@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_backbones import calls, capture, chunks, finetuning, folding, memory, postops, probe, pyramid
+from diffusion_backbones import calls, capture, chunks, compiling, finetuning, folding, memory, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
 from diffusion_backbones.conditioning import Prompter
 from diffusion_backbones.families import FAMILIES, Configs, Family
@@ -75,6 +75,7 @@ class DiffusionBackbone(TimmInterface):
         provenance: Where the weights came from; ``commit`` for the hub, empty for random weights.
         num_features: Channels of the coarsest map.
         pretrained_cfg: What ``timm.data.resolve_model_data_config`` reads.
+        compiled: Whether, and in which mode of ``torch.compile``, the networks are compiled.
     """
 
     canvas: Tensor | None
@@ -213,8 +214,9 @@ class DiffusionBackbone(TimmInterface):
         x, d = self.input_format.to_symmetric(x), self.size_divisibility
         x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
         memory.check_maps(self.encoder, x, self._widest, self.declaration.name)
-        kind = self.family.image_encoder(self.configs)
-        z = kind.encode(self.encoder, x.to(_dtype(self.encoder)))
+        kind, x = self.family.image_encoder(self.configs), compiling.settle(self, x.to(_dtype(self.encoder)))
+        with compiling.running(self):
+            z = kind.encode(self.encoder, x)
         if self.declaration.recipe.scaled:
             shift, factor = kind.scaling(self.family.encoder_config(self.configs))
             z = (z - shift) * factor
@@ -242,8 +244,9 @@ class DiffusionBackbone(TimmInterface):
         inner = [site for site in sites if not site.encoder]
         self.encoder_recorder.watch(self.encoder, [site for site in sites if site.encoder])
         self.recorder.watch(self.denoiser, inner)
-        z, size, acts = self._input(x, call, sites)
-        acts |= self._run(z, size, inner, call, average_heads)
+        with compiling.eagerly(self):
+            z, size, acts = self._input(x, call, sites)
+            acts |= self._run(z, size, inner, call, average_heads)
         if not as_maps:
             return acts
         height, width = (s * self.latent_stride for s in z.shape[-2:])
@@ -274,7 +277,8 @@ class DiffusionBackbone(TimmInterface):
         def give(site: Site, act: Tensor) -> None:
             visit(site, pyramid.assemble(LevelInfo((site,)), {site.id: pyramid.to_map(act, site, height, width)}, size))
 
-        self._run(z, size, sites, call, visit=give)
+        with compiling.eagerly(self):
+            self._run(z, size, sites, call, visit=give)
 
     def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any], fine: Mapping[str, Tensor]) -> list[Tensor]:
         inner = [site for site in self._read_for(indices) if not site.encoder]
@@ -302,7 +306,7 @@ class DiffusionBackbone(TimmInterface):
         """Noise the latents, run the denoiser on them, and read what it computed: averaged over the ensemble, or as it comes if somebody is to ``visit``."""
         if not sites:
             return {}
-        recipe, b = self.declaration.recipe, len(z)
+        recipe, b = self.declaration.recipe, z.shape[0]                  # len() would be a constant of an exported file
         rule, timestep = call.get("noise", recipe.noise), call.get("timestep", recipe.timestep)
         ensemble = call.get("ensemble", recipe.ensemble if isinstance(rule, str) and rule != "none" else 1)
         canvas = self._canvas(ensemble, z.shape[-2], z.shape[-1]) if isinstance(rule, str) and rule == "fixed" else None
@@ -314,7 +318,7 @@ class DiffusionBackbone(TimmInterface):
             mean, given = chunks.Mean(ensemble), {name: rows[images] for name, rows in conditioning.items()}
             for some in draws:
                 acts = self._denoise(z_t[some, images], size, t[images], given, sites, average_heads, visit)
-                mean.add(acts, len(t[images]))
+                mean.add(acts, t[images].shape[0])
             parts.append(mean.take())
         return chunks.join(parts)
 
@@ -330,20 +334,23 @@ class DiffusionBackbone(TimmInterface):
         visit: Callable[[Site, Tensor], None] | None,
     ) -> dict[str, Tensor]:
         """(draws, B, C, h, w) noisy latents through the denoiser, all at once -> id -> (draws · B, ...), or nothing if somebody visits."""
-        draws = len(z_t)
+        draws = z_t.shape[0]
         t, conditioning = t.repeat(draws), {name: rows.repeat(draws, *[1] * (rows.ndim - 1)) for name, rows in conditioning.items()}
+        z_t = compiling.settle(self, z_t.flatten(0, 1), t, *conditioning.values())
 
         def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
             grid = (z_t.shape[-2] * self.latent_stride // site.stride, z_t.shape[-1] * self.latent_stride // site.stride)
             return self.family.activation(self.denoiser, site, recorded, conditioning, grid, average_heads or site.layout == "tokens")
 
         stream = capture.Stream(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
-        with self.recorder.recording(sites, stream) as recorded:
-            output = self.family.call(self.denoiser, z_t.flatten(0, 1), t, conditioning, size)
+        with compiling.running(self), self.recorder.recording(sites, stream) as recorded:
+            output = self.family.call(self.denoiser, z_t, t, conditioning, size)
         if stream is not None:
             stream.close()
             return {}
         acts = {site.id: activation(site, capture.read(recorded, site)) for site in sites}
+        if self.compiled in compiling.CUDA_GRAPHS:
+            acts = {id: act.clone() for id, act in acts.items()}            # the graph's next run writes to the same memory
         return {id: capture.tie(act, output) for id, act in acts.items()} if self.trainable else acts
 
     # The parts of a call.
@@ -438,6 +445,8 @@ class DiffusionBackbone(TimmInterface):
         self.family.truncate(self.denoiser, [path for site in self._needed(self._sites(self.levels)) for path in site.modules])
         self.num_features = self._channels_and_strides()[-1][0]
         self._unfreeze(self._unreached())
+        if self.compiled:
+            compiling.compile_in_place(self, self.compiled)
         return kept
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
@@ -447,7 +456,13 @@ class DiffusionBackbone(TimmInterface):
         self.denoiser.train(self.training and self.trainable != "prompt")
         return self
 
-    # Saving.
+    # Copying and saving.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles of a compiled backbone are compiled anew, when they are first called."""
+        super().__setstate__(state)
+        if self.compiled:
+            compiling.compile_in_place(self, self.compiled)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what was kept: weights, embedded prompt, recipe, configs and card. Returns the folder.

@@ -32,6 +32,7 @@ from diffusion_backbones.recipe import Level
 from diffusion_backbones.registry import get_declaration, package_configs
 
 BACKBONE, LATENTS, HOOKS, ENCODES = "backbone", "backbone, latents given", "whole network, read with hooks", "an encode for each draw"
+EAGER = "backbone, not compiled"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference between two ways, as a share of the largest value."""
 
@@ -127,11 +128,13 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     backbone, x = setting.build(), setting.images()
     recipe, ids = backbone.declaration.recipe, backbone.declaration.recipe.ids
     whole = _whole(setting)
-    whole.denoiser.load_state_dict(backbone.denoiser.state_dict(), strict=False, assign=True)          # shared, not twice in memory
+    compiled = bool(setting.options.get("compile"))
+    plain = replace(setting, options={**setting.options, "compile": False}).build() if compiled else backbone
+    whole.denoiser.load_state_dict(plain.denoiser.state_dict(), strict=False, assign=True)          # shared, not twice in memory
     exact = "encoder" not in setting.options
     if exact:
-        whole.encoder.load_state_dict(backbone.encoder.state_dict(), assign=True)
-    latents = {"x": None, "latents": backbone.encode(x)} if backbone.family.encoder else {}
+        whole.encoder.load_state_dict(plain.encoder.state_dict(), assign=True)
+    latents = {"x": None, "latents": plain.encode(x)} if backbone.family.encoder else {}
     given = {"x": x} if exact else latents
     same = {BACKBONE: partial(backbone.forward_activations, ids=ids, **given), HOOKS: partial(whole.forward_activations, ids=ids, **given)}
     ways: dict[str, Callable[[], Any]] = {BACKBONE: partial(backbone, x)}
@@ -142,6 +145,11 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
         ways[ENCODES] = partial(_encode_each, whole, backbone, x, ids)
         if exact:
             same[ENCODES] = ways[ENCODES]
+    if compiled:
+        ways[EAGER] = partial(plain, x)
+        began = time.perf_counter()
+        _check({BACKBONE: lambda: _named(ways[EAGER]()), "compiled": lambda: _named(ways[BACKBONE]())}, TOLERANCE[setting.dtype])
+        say(f"Compiled in {time.perf_counter() - began:.0f} s.")
     ways[HOOKS] = partial(whole.forward_activations, x, ids)
     _check(same, TOLERANCE[setting.dtype])
     say(f"{' / '.join(ways)}: the same features{'' if exact else ' of the same latents'}. Timing {setting.rounds} rounds.")
@@ -152,7 +160,7 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     inside = {} if "compile" in setting.options else {BACKBONE: parts(backbone, x)}
     footprints = {}
     if setting.load:
-        del whole, ways, same
+        del whole, plain, ways, same
         shape = (backbone.declaration, x.cpu(), setting.dtype, setting.device)
         options = {key: value for key, value in setting.options.items() if key == "compile"}          # others are in the folder
         with footprint.written(backbone, setting.dtype, say) as (saved, pipeline):
@@ -275,6 +283,10 @@ def _whole(setting: Setting) -> DiffusionBackbone:
 def _contiguous(module: torch.nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Images as a pipeline gives them to a stock encoder, and not in the layout that the backbone chooses."""
     return tuple(x.contiguous() for x in images)
+
+
+def _named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"level {i}": level for i, level in enumerate(maps)}
 
 
 def _check(same: Mapping[str, Callable[[], dict[str, Tensor]]], tolerance: float) -> None:

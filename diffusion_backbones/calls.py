@@ -131,7 +131,7 @@ def mix(z: Tensor, noise: Tensor | None, timestep: Any, process: ForwardProcess)
     """(B, C, h, w) clean latents -> (ensemble · B, C, h, w) noisy ones, draw by draw."""
     if noise is None:
         return z
-    alpha, sigma = process.levels(timesteps(timestep, len(z), z.device) if isinstance(timestep, (Tensor, list, tuple)) else timestep)
+    alpha, sigma = process.levels(timesteps(timestep, z.shape[0], z.device) if isinstance(timestep, (Tensor, list, tuple)) else timestep)
     return (alpha * z + sigma * noise).flatten(0, 1)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from diffusion_backbones import cards, checkpoint_cards, listing, registry
+from diffusion_backbones.exporting_cli import export
 from diffusion_backbones.selection.cli import select
 from diffusion_backbones.version import __version__
 
@@ -95,11 +96,13 @@ def main(traceback: bool) -> None:
       diffusion-backbones select tinysd -o selection/
       diffusion-backbones bench tinysd_gdf
       diffusion-backbones compare tinysd_gdf --encoder tiny
+      diffusion-backbones export sd15_gdf -o backbone.pt2
       diffusion-backbones card sd15_gdf
     """
 
 
 main.add_command(select)
+main.add_command(export)
 encoder_option = click.option("--encoder", type=click.Choice(["tiny"]), help="A distilled image encoder in place of the exact one: faster, and other features.")
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for machines.")
 
@@ -371,11 +374,13 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 @click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
 @encoder_option
+@click.option("--fold", is_flag=True, help="Without the weights of what is constant, as create_model(fold=True) does.")
+@click.option("--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it compiled, as create_model(compile=MODE) does, and as it is.")
 @click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
 @json_option
 def bench(
-    name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, encoder: str | None, load: bool, table: Path | None, as_json: bool
+    name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, load: bool, table: Path | None, as_json: bool, **options: Any
 ) -> None:
     """How fast a backbone is here, and how much memory it takes.
 
@@ -392,7 +397,8 @@ def bench(
     """
     from diffusion_backbones import bench
 
-    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load, {"encoder": encoder} if encoder else {})
+    chosen = {key: value for key, value in options.items() if value}
+    setting = bench.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load, chosen)
     try:
         timings = bench.bench(setting, say=lambda text: click.echo(text, err=True))
     except OSError as error:

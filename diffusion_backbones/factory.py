@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones import finetuning, folding, inputs, memory, postops, probe, pyramid, quantised, tensors, tiny_encoder
+from diffusion_backbones import compiling, finetuning, folding, inputs, memory, postops, probe, pyramid, quantised, tensors, tiny_encoder
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import check_count, take
@@ -58,6 +58,7 @@ def create_model(
     chunk: int | None = None,
     fold: bool = False,
     encoder: str | None = None,
+    compile: bool | str = False,
     features_only: bool = True,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **overrides: Any,
@@ -93,6 +94,9 @@ def create_model(
             longer change prompt or timestep. Weights are folded on the CPU, so that ``device`` never holds what is dropped.
         encoder: ``"tiny"`` takes, in place of the checkpoint's image encoder, one that was distilled from it, where one is declared: about a ninth of
             its operations, and other features. ``diffusion-backbones compare`` measures how far they are from the exact ones.
+        compile: Compile the image encoder and the denoiser when they are first called, which takes a minute or several and changes no feature.
+            ``"freeze"`` makes constants of the weights, which on a CPU is faster still and holds for one batch and size; other strings are modes of
+            ``torch.compile``, such as ``"reduce-overhead"`` for CUDA graphs. Nothing is compiled on ``meta``.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
@@ -106,13 +110,14 @@ def create_model(
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
-        FileNotFoundError: Nothing at a path, or not what is needed there.
+        FileNotFoundError: Nothing at a path, or not what is needed there; ``compile`` for the CPU without a C++ compiler.
     """
+    compiling.check(compile, torch.device(device) if device is not None else torch.get_default_device(), trainable)
     finetuning.check(trainable, lora_rank, prompt_tokens)
     if chunk is not None:
         check_count("chunk", chunk)
     format = inputs.find(input_format) if input_format is not None else None
-    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, chunk, quantised.check(weight_dtype, trainable), fold)
+    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, chunk, quantised.check(weight_dtype, trainable), fold, compile)
     settings = _overrides(overrides, features_only=features_only)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
@@ -328,6 +333,7 @@ class _Options(NamedTuple):
     chunk: int | None = None
     weight_dtype: str | None = None
     fold: bool = False
+    compile: bool | str = False
 
 
 def build(described: Described, trainable: bool | str = False) -> DiffusionBackbone:
@@ -436,6 +442,8 @@ def _build(
             weight_dtype=options.weight_dtype,
             input_format=options.input_format or (restored.input_format if restored else inputs.SYMMETRIC),
         )
+    if options.compile:
+        compiling.compile_in_place(backbone, options.compile)
     return backbone
 
 

@@ -19,6 +19,7 @@ class TimmInterface(nn.Module):
     num_classes, in_chans = 0, 3
     declaration: Declaration
     denoiser: nn.Module
+    compiled: bool | str = False
 
     @property
     @abstractmethod
@@ -81,7 +82,9 @@ class TimmInterface(nn.Module):
             raise ValueError(f"{self.declaration.name} has no classifier to reset to {num_classes} classes; put a head on its pyramid")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory in the denoiser while it is trained."""
+        """Trade compute for memory in the denoiser while it is trained. A compiled one is a ``ValueError``: its graph can no longer be cut into checkpoints."""
+        if enable and self.compiled:
+            raise ValueError(f"{self.declaration.name} is compiled, and what a compiled network keeps for its gradients is fixed; create it without compile=")
         (self.denoiser.enable_gradient_checkpointing if enable else self.denoiser.disable_gradient_checkpointing)()  # type: ignore[operator]
 
     def group_matcher(self, coarse: bool = False) -> Any:

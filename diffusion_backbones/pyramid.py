@@ -93,7 +93,7 @@ def to_map(x: Tensor, site: Site, height: int, width: int) -> Tensor:
     h, w = height // site.stride, width // site.stride
     if site.layout == "tokens":
         assert x.shape[1] == h * w, f"{site.id}: {x.shape[1]} tokens are not {h} x {w}"
-        x = x.transpose(1, 2).reshape(len(x), -1, h, w)
+        x = x.transpose(1, 2).reshape(x.shape[0], -1, h, w)
     assert x.shape[-2:] == (h, w), f"{site.id}: {tuple(x.shape)} is not {h} x {w}"
     return x
 

@@ -47,6 +47,7 @@ class Family(ABC):
         networks: Class names that its denoisers have in their configs.
         registers: Learned tokens that stand before those of the text.
         reads_pipeline: Whether ``model_index.json`` matters, which names the pipeline's class.
+        one_graph: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and exported.
     """
 
     denoiser: str
@@ -54,6 +55,7 @@ class Family(ABC):
     networks: tuple[str, ...]
     registers = 0
     reads_pipeline = False
+    one_graph = True
 
     @abstractmethod
     def catalogue(self, configs: Configs, network: str) -> Catalogue:

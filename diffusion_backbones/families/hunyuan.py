@@ -51,8 +51,8 @@ class Hunyuan(Transformer):
     def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         patch, added = denoiser.config.patch_size, {}
         if denoiser.config.use_style_cond_and_image_meta_size:                  # version 1.1 and before
-            sizes = z.new_tensor([*size, *size, 0, 0]).repeat(len(z), 1)      # original size, target size, crop corner
-            added = {"image_meta_size": sizes, "style": timestep.new_zeros(len(z)).long()}
+            sizes = z.new_tensor([*size, *size, 0, 0]).repeat(z.shape[0], 1)      # original size, target size, crop corner
+            added = {"image_meta_size": sizes, "style": timestep.new_zeros(z.shape[0]).long()}
         output: Tensor = denoiser(
             z,
             timestep.to(z),                                 # in the latents' dtype, which the embedding of the timestep takes over

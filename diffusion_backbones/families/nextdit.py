@@ -53,6 +53,7 @@ class NextDiT(Transformer):
 
     tokens: int
     image: str
+    one_graph = False                   # lengths of texts are read on the host
 
     @abstractmethod
     def layout(self, config: Config) -> Layout:

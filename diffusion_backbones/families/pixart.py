@@ -47,7 +47,7 @@ class PixArt(Transformer):
     def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if denoiser.use_additional_conditions:
-            added = {"resolution": z.new_tensor([size]).expand(len(z), 2), "aspect_ratio": z.new_full((len(z), 1), size[0] / size[1])}
+            added = {"resolution": z.new_tensor([size]).expand(z.shape[0], 2), "aspect_ratio": z.new_full((z.shape[0], 1), size[0] / size[1])}
         output: Tensor = denoiser(
             z,
             encoder_hidden_states=conditioning["prompt_embeds"],

@@ -62,7 +62,7 @@ class UNet(Family):
     def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         added = None
         if "pooled_prompt_embeds" in conditioning:
-            ids = z.new_tensor([*size, 0, 0, *size]).expand(len(z), 6)          # original size, crop corner, target size
+            ids = z.new_tensor([*size, 0, 0, *size]).expand(z.shape[0], 6)          # original size, crop corner, target size
             added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": ids}
         output: Tensor = denoiser(z, timestep, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
         return output
