@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import detectron2_source  # noqa: F401  # before detectron2 itself
+import mmdet_source  # noqa: F401  # before mmdet itself
 
 # isort: split
 import detectron2
 import detectron2.config
 import detectron2.modeling
+import mmdet.models
+import mmdet.registry
+import numpy as np
 import segmentation_models_pytorch
 import tiny
 import torch
@@ -28,8 +32,11 @@ import torch.nn.functional as F
 import transformers
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import ConfigDict
-from mmengine.structures import PixelData
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData, PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
@@ -99,6 +106,60 @@ def mmseg(cfg: dict[str, Any], backbone: Mapping[str, Any]) -> Decoder:
     def predict(pixels: Tensor) -> Tensor:
         data = model.data_preprocessor(dict(inputs=list(pixels.flip(1))), False)
         return model(**data, mode="predict")[0].seg_logits.data
+
+    return Decoder(model, model.backbone, tuple, loss, predict)
+
+
+def mmdetection(backbone: Mapping[str, Any]) -> Decoder:
+    info, width = original(**backbone).feature_info, 16
+    channels, strides = info.channels(), info.reduction()
+    anchors = dict(type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=[*strides, 2 * strides[-1]])
+    nms = dict(type="nms", iou_threshold=0.7)
+    few = dict(nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0)
+
+    def extractor(size: int) -> dict[str, Any]:
+        layer = dict(type="RoIAlign", output_size=size, sampling_ratio=0, use_torchvision=True)
+        return dict(type="SingleRoIExtractor", roi_layer=layer, out_channels=width, featmap_strides=strides)
+
+    def assign(high: float, low: float, with_truth: bool, **more: Any) -> dict[str, Any]:
+        assigner = dict(type="MaxIoUAssigner", pos_iou_thr=high, neg_iou_thr=low, min_pos_iou=low)
+        sampler = dict(type="RandomSampler", num=32, pos_fraction=0.5, add_gt_as_proposals=with_truth)
+        return dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False, **more)
+
+    cfg = dict(
+        type="MaskRCNN",
+        data_preprocessor=dict(type="DetDataPreprocessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_mask=True, pad_size_divisor=32),
+        backbone=dict(type="DiffusionBackbone", **backbone),
+        neck=dict(type="FPN", in_channels=channels, out_channels=width, num_outs=len(channels) + 1),
+        rpn_head=dict(type="RPNHead", in_channels=width, feat_channels=width, anchor_generator=anchors),
+        roi_head=dict(
+            type="StandardRoIHead",
+            bbox_roi_extractor=extractor(7),
+            bbox_head=dict(type="Shared2FCBBoxHead", in_channels=width, fc_out_channels=width, roi_feat_size=7, num_classes=1),
+            mask_roi_extractor=extractor(14),
+            mask_head=dict(type="FCNMaskHead", num_convs=1, in_channels=width, conv_out_channels=8, num_classes=1),
+        ),
+        train_cfg=dict(rpn=assign(0.7, 0.3, False, allowed_border=-1), rpn_proposal=few, rcnn=assign(0.5, 0.5, True, mask_size=28)),
+        test_cfg=dict(rpn=few, rcnn=dict(score_thr=0.0, nms=nms, max_per_img=3, mask_thr_binary=0.5)),
+    )
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = mmdet.registry.MODELS.build(ConfigDict(cfg))
+
+    def prepared(pixels: Tensor, labels: Tensor, training: bool) -> dict[str, Any]:
+        samples = []
+        for label in labels:
+            size = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), tuple(label.shape))
+            sample = DetDataSample(metainfo=size | {"scale_factor": (1.0, 1.0)})
+            masks = BitmapMasks(label[None].numpy().astype(np.uint8), *label.shape)
+            sample.gt_instances = InstanceData(bboxes=masks_to_boxes(label[None]), labels=torch.zeros(1, dtype=torch.long), masks=masks)
+            samples.append(sample)
+        return model.data_preprocessor(dict(inputs=list(pixels.flip(1)), data_samples=samples), training)
+
+    def loss(pixels: Tensor, labels: Tensor) -> Tensor:
+        return model.parse_losses(model(**prepared(pixels, labels, True), mode="loss"))[0]
+
+    def predict(pixels: Tensor) -> Tensor:
+        return model(**prepared(pixels, torch.ones_like(pixels[:, 0], dtype=torch.long), False), mode="predict")[0].pred_instances.masks
 
     return Decoder(model, model.backbone, tuple, loss, predict)
 
@@ -173,7 +234,8 @@ LIBRARIES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Decoder]]] = 
     "segmentation_models_pytorch": ("segmentation_models_pytorch", "Unet", smp),
     "torchvision": ("torchvision", "MaskRCNN", torchvision),
     "transformers": ("transformers", "UperNet", uper_net),
-    "OpenMMLab": ("onedl-mmsegmentation", "UPerHead", openmmlab),
+    "mmsegmentation": ("onedl-mmsegmentation", "UPerHead", openmmlab),
+    "mmdetection": ("onedl-mmdetection", "MaskRCNN", mmdetection),
     "detectron2": ("detectron2", "GeneralizedRCNN with FPN and masks", detectron),
 }
 

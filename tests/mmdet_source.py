@@ -1,7 +1,7 @@
 """Importing this makes mmdet importable: the one that is installed, or else onedl-mmdetection from a folder.
 
-Its dependencies want an older numpy, and it needs operators of mmcv that onedl-mmcv on PyPI has not compiled. RetinaNet uses one of them,
-non-maximum suppression, which is torchvision's here.
+Its dependencies want an older numpy, and it needs operators of mmcv that onedl-mmcv on PyPI has not compiled. Mask R-CNN and RetinaNet use two of them,
+which are torchvision's here: non-maximum suppression and RoIAlign. That with a gradient mmcv itself takes from torchvision, with ``use_torchvision=True``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ class Operators(types.ModuleType):
         """(N, 4) and (N,) -> the indices that stay, by falling score."""
         assert offset == 0
         return torchvision.ops.nms(boxes, scores, iou_threshold)
+
+    def roi_align_forward(self, maps: torch.Tensor, rois: torch.Tensor, output: torch.Tensor, *argmax: torch.Tensor, **how: Any) -> None:
+        """Pool by averages, into ``output``. There is no backward: it is for the masks that are learned from."""
+        assert how["pool_mode"] == 1
+        size = (how["aligned_height"], how["aligned_width"])
+        output.copy_(torchvision.ops.roi_align(maps, rois, size, how["spatial_scale"], how["sampling_ratio"], how["aligned"]))
 
 
 if importlib.util.find_spec("mmdet") is None:

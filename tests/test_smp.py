@@ -81,6 +81,13 @@ def test_dpt_trains_through_timm(tiny_folder, frozen, kind):
     assert all(torch.equal(a, b) for a, b in zip(model.encoder(x)[0], expected, strict=True))
 
 
+def test_a_recipe_with_the_strides_of_smp_goes_through_timm_alone():
+    model, x = smp.Unet("tu-tinysd_odise", encoder_weights=True, classes=4), images()
+    trains(model, model.encoder.model, x)
+    expected = db.create_model("tinysd_odise", pretrained=True)(x)[:4]
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder(x)[2:], expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_those_of_the_backbone(frozen, kind):
     """At an odd size: the native levels where it has them, and what out_strides gives elsewhere."""
