@@ -460,7 +460,7 @@ class DiffusionBackbone(TimmInterface):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles of a compiled backbone are compiled anew, when they are first called."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.compiled:
             compiling.compile_in_place(self, self.compiled)
 

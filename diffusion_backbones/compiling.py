@@ -79,7 +79,7 @@ def compile_in_place(backbone: DiffusionBackbone, mode: bool | str, backend: str
             network.to(memory_format=torch.channels_last)           # in which inductor computes convolutions; else it would copy weights in every call
             network.compile(fullgraph=True, backend=backend, **static, **further)
             if mode == FREEZE:
-                network.register_load_state_dict_pre_hook(_refuse)
+                network.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
 
 def _refuse(module: nn.Module, *_: Any) -> None:

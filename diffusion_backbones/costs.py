@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.families import FAMILIES, Config, Configs, left_out
-from diffusion_backbones.recipe import Checkpoint, Recipe
+from diffusion_backbones.recipe import Checkpoint, Level, Recipe
 from diffusion_backbones.registry import Declaration, package_configs, packaged
 
 FILE = Path(__file__).with_name("costs.json")
@@ -58,7 +58,7 @@ class Costs:
 def entire(checkpoint: Checkpoint) -> Declaration:
     """A checkpoint's whole network as something that has costs: read at the last of its activations, which nobody recommends."""
     *_, last = FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), checkpoint.name).all()
-    return Declaration(checkpoint.name, checkpoint, Recipe("entire", levels=(last.id,)))
+    return Declaration(checkpoint.name, checkpoint, Recipe("entire", levels=(Level((last.id,)),)))
 
 
 def costs(declaration: Declaration, configs: Configs | None = None) -> Costs:

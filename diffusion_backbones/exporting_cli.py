@@ -30,6 +30,7 @@ PATH = click.Path(exists=True, path_type=Path)
 @click.pass_context
 def export(
     context: click.Context,
+    /,
     name: str,
     out: Path,
     size: tuple[int, int] | None,
