@@ -136,7 +136,7 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
         whole.encoder.load_state_dict(plain.encoder.state_dict(), assign=True)
     latents: dict[str, Any] = {"x": None, "latents": plain.encode(x)} if backbone.family.encoder else {}
     given: dict[str, Any] = {"x": x} if exact else latents
-    same: dict[str, Callable[[], Any]] = {BACKBONE: partial(backbone.forward_activations, ids=ids, **given), HOOKS: partial(whole.forward_activations, ids=ids, **given)}
+    same: dict[str, Callable[[], Any]] = {way: partial(model.forward_activations, ids=ids, **given) for way, model in ((BACKBONE, backbone), (HOOKS, whole))}
     ways: dict[str, Callable[[], Any]] = {BACKBONE: partial(backbone, x)}
     if latents and not any(site.encoder for level in backbone.levels for site in level.sites):
         ways[LATENTS] = partial(backbone, **latents)
