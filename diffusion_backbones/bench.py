@@ -274,15 +274,7 @@ def _whole(setting: Setting) -> DiffusionBackbone:
     last = [site.id for site in (catalogue[id] for id in catalogue) if not site.encoder and site.layout in ("map", "tokens")][-1]
     recipe = replace(recipe, levels=(Level((last,)),))
     torch.manual_seed(0)                                                     # the weights of Setting.build
-    whole = create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
-    if whole.family.encoder:
-        whole.encoder.get_submodule("encoder").register_forward_pre_hook(_contiguous)
-    return whole
-
-
-def _contiguous(module: torch.nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Images as a pipeline gives them to a stock encoder, and not in the layout that the backbone chooses."""
-    return tuple(x.contiguous() for x in images)
+    return create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
 
 
 def _named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
