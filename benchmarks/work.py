@@ -3,8 +3,8 @@
     python benchmarks/work.py measure sd15_gdf [--device cuda --dtype bfloat16] [--only size|batch|levels]      # appends to docs/speed_work.csv
     python benchmarks/work.py plot                                                                             # docs/speed_*.png, from that and speed.csv
 
-Random weights, one warm-up, then the least of ``--rounds`` calls; each size, batch and level is timed once in every round, so that what else the machine
-does falls on all. Batches are at 256 pixels, levels at the backbone's own size. What does not fit is left out, and said.
+Random weights. What takes less than five seconds is run again, ``--rounds`` times, and the least counts; of what takes longer, the first run. Batches
+are at 256 pixels, levels at the backbone's own size. What does not fit is left out, and said.
 """
 
 from __future__ import annotations
@@ -53,19 +53,20 @@ def measure(setting: bench.Setting, kinds: list[str], largest: int) -> None:
             part = db.create_model(setting.name, out_indices=range(len(backbone.levels))[-count:], dtype=setting.dtype, device=setting.device)
             jobs["levels", count] = partial(part, images(setting.side, 1)), gflops(setting.side, part)
     product = bench.matmul_gflops(setting.device, setting.dtype)
-    rows = []
     for (kind, amount), (run, work) in jobs.items():
         try:
-            seconds = min(bench.alternate({"": run}, setting.rounds, setting.device)[""])
+            seconds = bench.once(run, setting.device)
+            if seconds < 5:
+                seconds = min(bench.once(run, setting.device) for _ in range(setting.rounds))
         except (torch.OutOfMemoryError, MemoryError) as error:
             print(f"{kind} {amount} is left out: {error}")
             continue
-        rows.append({
+        row = {
             "date": datetime.date.today().isoformat(), "hardware": bench.hardware(setting.device), "backbone": setting.name, "dtype": setting.dtype,
             "kind": kind, "amount": amount, "seconds": seconds, "gflops": work, "share_of_matmul": work / seconds / product, "torch": torch.__version__,
-        })  # fmt: skip
-        print({key: rows[-1][key] for key in ("kind", "amount", "seconds", "gflops", "share_of_matmul")}, flush=True)
-        bench.write(rows[-1:], TABLE)
+        }  # fmt: skip
+        print({key: row[key] for key in ("kind", "amount", "seconds", "gflops", "share_of_matmul")}, flush=True)
+        bench.write([row], TABLE)
 
 
 def plot() -> None:

@@ -201,12 +201,18 @@ def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = 
     times: dict[str, list[float]] = {way: [] for way in ways}
     for i in range(rounds + 1):
         for way, run in ways.items():
-            began = time.perf_counter()
-            run()
-            _wait(device)
+            seconds = once(run, device)
             if i:
-                times[way].append(time.perf_counter() - began)
+                times[way].append(seconds)
     return times
+
+
+def once(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - began
 
 
 def matmul_gflops(device: str = "cpu", dtype: str = "float32", side: int = 4096) -> float:
