@@ -134,8 +134,8 @@ def fold(denoiser: nn.Module, family: Family, configs: Configs, conditioning: Ma
         hooks = [module.register_forward_hook(functools.partial(_keep, seen[path]), with_kwargs=True) for path, module in candidates.items()]
         try:
             with torch.no_grad(), z.device, _NothingFromNaN():
-                given = {name: tensor.to(z.device) for name, tensor in conditioning.items()}
-                family.call(denoiser, z, calls.timesteps(timestep, images, z.device), calls.condition(given, {}, images, ""), (height, width))
+                given = {name: tensor.to(z.device).repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in conditioning.items()}
+                family.call(denoiser, z, calls.timesteps(timestep, images, z.device), given, (height, width))
         finally:
             for hook in hooks:
                 hook.remove()

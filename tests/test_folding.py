@@ -191,10 +191,9 @@ def test_a_saved_folder_is_folded_when_it_is_read_and_a_folded_one_stays_so(plai
         equal(again(x), folded(x))
 
 
-def test_compile_and_export_give_one_graph(folded, x):
+def test_compile_gives_one_graph(folded, x):
     torch._dynamo.reset()
     close(torch.compile(folded, fullgraph=True, backend="eager")(x), folded(x))
-    close(torch.export.export(folded, (x,)).module()(x), folded(x))
 
 
 def test_a_gradient_reaches_the_image(plain, folded, x):
@@ -207,7 +206,7 @@ def test_a_gradient_reaches_the_image(plain, folded, x):
     assert gradients[0].abs().max() > 0
 
 
-@pytest.mark.parametrize(("name", "level"), [("sd15_gdf", 2), ("sdxl_gdf", 1), ("flux_dev_ditf", 0)])
+@pytest.mark.parametrize(("name", "level"), [("sd15_gdf", 2), ("flux_dev_ditf", 0)])
 def test_it_may_be_cut_afterwards(name, level, tiny_folder, x, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
     backbone = tiny_backbone(name, tiny_folder, fold=True)
