@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,11 +37,8 @@ def main() -> None:
 
 
 def count(name: str, recipe: list[str] | None) -> str:
-    backbone = db.create_model(name, recipe=recipe, device="meta")
+    backbone = filled(name, recipe, overlapping)
     denoiser = backbone.denoiser
-    tensors.fill(denoiser, [(key, overlapping(tensor.shape)) for key, tensor in denoiser.state_dict().items()])
-    backbone.family.fill_buffers(denoiser, torch.device("cpu"))
-    backbone.conditioning = type(backbone.conditioning)(backbone.family.blank_conditioning(backbone.configs))
     before, start = count_parameters(denoiser), time.perf_counter()
     fold(backbone)
     seconds, after = time.perf_counter() - start, count_parameters(denoiser)
@@ -52,24 +50,41 @@ def count(name: str, recipe: list[str] | None) -> str:
     )
 
 
+def filled(name: str, recipe: list[str] | None, weights: Callable[[Sequence[int]], Tensor]) -> db.DiffusionBackbone:
+    """A backbone whose denoiser is on the CPU and whose image encoder is nowhere."""
+    backbone = db.create_model(name, recipe=recipe, device="meta")
+    tensors.fill(backbone.denoiser, [(key, weights(tensor.shape)) for key, tensor in backbone.denoiser.state_dict().items()])
+    backbone.family.fill_buffers(backbone.denoiser, torch.device("cpu"))
+    backbone.conditioning = type(backbone.conditioning)(backbone.family.blank_conditioning(backbone.configs))
+    return backbone
+
+
 def overlapping(shape: Sequence[int]) -> Tensor:
     """A tensor of any shape on the memory of its sides, element i, j at i + j: rows and columns differ."""
     return (0.02 * torch.randn(sum(shape) + 1)).as_strided(tuple(shape), [1] * len(shape))
 
 
+def tiled(shape: Sequence[int]) -> Tensor:
+    """A tensor of any shape, a million random numbers over and over, as all of them take minutes in a large network; norms and biases of one."""
+    if len(shape) < 2:
+        return torch.ones(shape)
+    count, tile = math.prod(shape), 0.02 * torch.randn(2**20)
+    return tile.repeat(-(-count // len(tile)))[:count].clone().view(tuple(shape))
+
+
 def timed(name: str, recipe: list[str] | None, size: int, rounds: int) -> str:
-    plain = db.create_model(name, recipe=recipe)
+    plain = filled(name, recipe, tiled)
     shared: dict[int, object] = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     folded = copy.deepcopy(plain, shared)
     fold(folded)
     z = torch.randn(1, plain.latent_channels, size // plain.latent_stride, size // plain.latent_stride)
     seconds: dict[db.DiffusionBackbone, list[float]] = {plain: [], folded: []}
     with torch.inference_mode():
-        maps = {backbone: backbone.forward_latents(z) for backbone in seconds}
+        maps = {backbone: backbone.forward_latents(z, noise="none") for backbone in seconds}
         for _ in range(rounds):
             for backbone, times in seconds.items():
                 start = time.perf_counter()
-                backbone.forward_latents(z)
+                backbone.forward_latents(z, noise="none")
                 times.append(time.perf_counter() - start)
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(maps[plain], maps[folded], strict=True))
     one, other = (statistics.median(times) for times in seconds.values())

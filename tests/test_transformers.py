@@ -44,6 +44,7 @@ from diffusion_backbones.registry import package_configs
 from diffusion_backbones.sources import Folder
 
 VAE = {"block_out_channels": [8, 8, 8, 8], "encoder_block_out_channels": [8, 8, 8, 8], "temperal_downsample": [False, True, True]}
+ENCODERS = {"sana": "AutoencoderDC", "qwen": "AutoencoderKLQwenImage", "flux2": "AutoencoderKLFlux2"}
 TEXT = 7
 NETWORKS = {
     "dit": {"num_attention_heads": 2, "attention_head_dim": 8, "out_channels": 8, "num_layers": 4, "sample_size": 8, "num_embeds_ada_norm": 10},
@@ -92,8 +93,9 @@ class Case:
     """A tiny network of a family, what it is run on, and what the stock network computes."""
 
     def __init__(self, name: str, latent: tuple[int, int], timestep: int):
-        self.family = FAMILIES[re.split("[-.]", name)[0]]
-        self.configs = {"transformer": NETWORKS[name], "vae": VAE}
+        kind = re.split("[-.]", name)[0]
+        self.family = FAMILIES[kind]
+        self.configs = {"transformer": NETWORKS[name], "vae": VAE | {"_class_name": ENCODERS.get(kind, "AutoencoderKL")}}
         torch.manual_seed(0)
         self.network = self.family.build_denoiser(NETWORKS[name]).eval()
         for p in self.network.parameters():
