@@ -88,15 +88,15 @@ def _refuse(module: nn.Module, *_: Any) -> None:
 
 @contextmanager
 def channels_last(backbone: DiffusionBackbone) -> Iterator[None]:
-    """Within the ``with`` block, the weights of convolutions are stored as inductor reads them; a compiled backbone has them so for good."""
+    """Within the ``with`` block, the weights of convolutions are stored as inductor reads them; afterwards they are the same tensors as before."""
+    before = [(parameter, parameter.data) for network in networks(backbone) for parameter in network.parameters()]
     for network in networks(backbone):
         network.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        if not backbone.compiled:
-            for network in networks(backbone):
-                network.to(memory_format=torch.contiguous_format)
+        for parameter, data in before:
+            parameter.data = data
 
 
 def networks(backbone: DiffusionBackbone) -> Iterator[nn.Module]:

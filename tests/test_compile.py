@@ -88,7 +88,7 @@ def test_keywords_of_a_call_need_no_other_graph(backbone):
 def test_a_batch_of_one_is_the_only_other_graph(backbone):
     compiled = traced(db.create_model("tinysd_gdf", pretrained=True))
     with torch.no_grad():
-        for shape in ((1, 64, 64), (1, 64, 128), (2, 64, 64), (3, 128, 64), (1, 200, 100), (4, 64, 64)):
+        for shape in ((1, 128, 128), (1, 128, 192), (2, 128, 192), (3, 192, 128), (1, 200, 100), (4, 128, 128)):
             same(compiled(images(*shape)), backbone(images(*shape)))
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
@@ -100,9 +100,9 @@ def test_every_kind_of_network_is_one_graph(name, tiny_folder):
     ids = [site.id for site in family.catalogue(configs, name).all() if site.layout in ("map", "tokens") and site.part is None]
     settings = {"recipe": [ids[len(ids) // 3]], "checkpoint_path": tiny_folder(name)}
     expected, compiled = db.create_model(name, **settings), traced(db.create_model(name, **settings))
-    side = max(1, 64 // expected.size_divisibility) * expected.size_divisibility
+    side = max(1, 128 // expected.size_divisibility) * expected.size_divisibility
     with torch.no_grad():
-        for shape in ((2, side, side), (3, side, 2 * side), (2, 3 * side, side)):
+        for shape in ((2, side, 2 * side), (3, side, side), (2, 2 * side, side)):
             same(compiled(images(*shape)), expected(images(*shape)))
     assert counters["stats"]["unique_graphs"] == len(list(compiling.networks(compiled)))
     assert not counters["graph_break"]
