@@ -92,9 +92,10 @@ def export(
         elif not compiled:
             torch.export.save(trace(backbone, size, batch, dynamic), part, extra_files={METADATA: json.dumps(data)})
         else:
-            configs = {"aot_inductor.metadata": data, "freezing": not dynamic and batch is not None}     # weights in the layout that is read fastest
-            with compiling.channels_last(backbone):
-                torch._inductor.aoti_compile_and_package(trace(backbone, size, batch, dynamic), package_path=str(part), inductor_configs=configs)
+            fixed = not dynamic and batch is not None           # then weights are packed as the processor reads them fastest
+            configs = {"freezing": True} if fixed else compiling.settings(True, _device(backbone))
+            program = trace(backbone, size, batch, dynamic)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs={**configs, "aot_inductor.metadata": data})
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):                  # the weights of a large ONNX file first
             file.replace(path.with_name(file.name))
     return data

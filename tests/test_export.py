@@ -156,8 +156,7 @@ def test_bad_input(backbone, tmp_path):
 
 
 def test_what_is_missing_is_said(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler"):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler"):
         db.export(backbone, tmp_path / "a.pt2")
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnx and onnxscript; install them with pip install 'diffusion-backbones\[export\]'"):
