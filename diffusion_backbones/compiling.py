@@ -1,7 +1,9 @@
 """A backbone through ``torch.compile``: its image encoder and its denoiser, in place, one graph each.
 
 In place means that ``Module.compile`` is used and nothing is wrapped: names of modules and of weights stay as they are. What a call does around the two
-networks (padding, noise, the pyramid) costs about a thousandth of them and stays as it is, so every keyword of a call still works.
+networks (padding, noise, the pyramid) costs little and stays as it is, so every keyword of a call still works.
+
+Networks are compiled whole and not block by block: PyTorch takes the graph of one block for all of its class, without a look at which of them have hooks.
 """
 
 from __future__ import annotations

@@ -94,15 +94,15 @@ def test_a_batch_of_one_is_the_only_other_graph():
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "dit_xl_256", "pixart_sigma_512", "sd3_medium", "flux_schnell", "sana_1600m_1024"])
-def test_every_kind_of_network_is_one_graph(name, tiny_folder):
+@pytest.mark.parametrize("name", ["sd3_medium", "flux_schnell", "sana_1600m_1024"])
+def test_transformers_are_one_graph(name, tiny_folder):
     family, configs = FAMILIES[db.get_checkpoint(name).family], tiny.configs(name)
     ids = [site.id for site in family.catalogue(configs, name).all() if site.layout in ("map", "tokens") and site.part is None]
     settings = {"recipe": [ids[len(ids) // 6]], "checkpoint_path": tiny_folder(name)}
     expected, compiled = db.create_model(name, **settings), traced(db.create_model(name, **settings))
     side = max(128, expected.size_divisibility) // expected.latent_stride
     with torch.no_grad():
-        for shape in ((2, side, 2 * side), (3, 3 * side, side), (4, 2 * side, side)):
+        for shape in ((2, side, 3 * side), (3, 3 * side, side), (4, 3 * side, 5 * side)):
             z = torch.randn(shape[0], expected.latent_channels, *shape[1:], generator=torch.Generator().manual_seed(0))
             same(compiled(latents=z), expected(latents=z))
     assert counters["stats"]["unique_graphs"] == 1
@@ -114,18 +114,19 @@ def test_a_network_that_is_no_single_graph_says_so():
         db.create_model("lumina_image_2", recipe=["vit-block2-out"], device="meta", compile=True)
 
 
-def test_any_activation_may_be_asked_for_later(backbone):
-    ids = ["mid-vit-out", "down-level0-repeat0-res-increment", "up-level1-repeat0-vit-block0-self-map", "encoder-level1-repeat0-res-out"]
-    compiled, x, seen = traced(db.create_model("tinysd_gdf", pretrained=True)), images(2, 64, 64), {}
+def test_any_activation_may_be_asked_for_later():
+    ids = ["unet-after-conv-in", "down-level0-repeat0-res-increment"]
+    original, compiled, x, seen = small(), traced(small()), images(2, 32, 32), {}
     with torch.no_grad():
-        expected = backbone(x)
+        expected = original(x)
         same(compiled(x), expected)
-        acts, expected_acts = compiled.forward_activations(x, ids), backbone.forward_activations(x, ids)
-        compiled.visit_activations(x, ids[:2], lambda site, act: seen.setdefault(site.id, act))
+        acts, expected_acts = compiled.forward_activations(x, ids), original.forward_activations(x, ids)
+        compiled.visit_activations(x, ids, lambda site, act: seen.setdefault(site.id, act))
         same([acts[id] for id in ids], [expected_acts[id] for id in ids])
         same(seen.values(), [expected_acts[id] for id in seen])
         same(compiled(x), expected)
-    assert sorted(seen) == sorted(ids[:2])
+    assert sorted(seen) == sorted(ids)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_compiled_backbone_is_saved_and_copied_like_any_other(tmp_path):
@@ -193,7 +194,8 @@ def test_unknown_modes(mode):
 
 
 def test_no_compiler():
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler.*or leave compile out"):
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler.*or leave compile out"):
         db.create_model("sd15_gdf", pretrained=True, compile=True)               # before anything is fetched
 
 
