@@ -336,7 +336,7 @@ class DiffusionBackbone(TimmInterface):
         """(draws, B, C, h, w) noisy latents through the denoiser, all at once -> id -> (draws · B, ...), or nothing if somebody visits."""
         draws = z_t.shape[0]
         t, conditioning = t.repeat(draws), {name: rows.repeat(draws, *[1] * (rows.ndim - 1)) for name, rows in conditioning.items()}
-        z_t = compiling.settle(self, z_t.flatten(0, 1), t, *conditioning.values())
+        z_t = compiling.settle(self, z_t.flatten(0, 1))
 
         def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
             grid = (z_t.shape[-2] * self.latent_stride // site.stride, z_t.shape[-1] * self.latent_stride // site.stride)

@@ -375,7 +375,9 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
 @encoder_option
 @click.option("--fold", is_flag=True, help="Without the weights of what is constant, as create_model(fold=True) does.")
-@click.option("--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it compiled, as create_model(compile=MODE) does, and as it is.")
+@click.option(
+    "--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it as create_model(compile=MODE) too, and as it is.  [MODE: freeze]"
+)
 @click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
 @json_option

@@ -1,14 +1,16 @@
 """A backbone through ``torch.compile``: its image encoder and its denoiser, in place, one graph each.
 
 In place means that ``Module.compile`` is used and nothing is wrapped: names of modules and of weights stay as they are. What a call does around the two
-networks (padding, noise, the pyramid) costs about a thousandth of them and stays as it is, so every keyword of a call still works.
+networks (padding, noise, the pyramid) costs little and stays as it is, so every keyword of a call still works.
+
+Networks are compiled whole and not block by block: PyTorch takes the graph of one block for all of its class, without a look at which of them have hooks.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +60,7 @@ def compile_in_place(backbone: DiffusionBackbone, mode: bool | str, backend: str
     """Have a backbone's networks compiled when they are first called; on ``meta``, where nothing is computed, never.
 
     Args:
-        backbone: Changed in place: the weights of convolutions are stored with channels last.
+        backbone: Changed in place.
         mode: True, or one of :data:`MODES`.
         backend: Of ``torch.compile``.
 
@@ -71,32 +73,30 @@ def compile_in_place(backbone: DiffusionBackbone, mode: bool | str, backend: str
             "leave compile out"
         )
     backbone.compiled = mode
-    own = "isolate_recompiles" in inspect.signature(torch.compile).parameters           # PyTorch before counted all networks of a process together
-    further: dict[str, Any] = {"isolate_recompiles": True} if own else {}
-    static = {"dynamic": False} if mode == FREEZE else {"mode": None if mode is True else mode}
     for network in networks(backbone):
-        if not any(parameter.is_meta for parameter in network.parameters()):
-            network.to(memory_format=torch.channels_last)           # in which inductor computes convolutions; else it would copy weights in every call
-            network.compile(fullgraph=True, backend=backend, **static, **further)
-            if mode == FREEZE:
-                network.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+        if any(parameter.is_meta for parameter in network.parameters()):
+            continue
+        if mode == FREEZE:
+            network.compile(fullgraph=True, backend=backend, dynamic=False, **_own_limit())
+            network.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+        else:
+            options = settings(mode, next(network.parameters()).device) if backend == "inductor" else None
+            network.compile(fullgraph=True, backend=backend, dynamic=True, options=options, **_own_limit())
+
+
+def settings(mode: bool | str, device: torch.device) -> dict[str, Any]:
+    """What a mode means to inductor. On a CPU convolutions keep their layout: another one would copy their weights in every call."""
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options("default" if mode is True else str(mode)))
+    return options | ({"layout_optimization": False} if device.type == "cpu" else {})
+
+
+def _own_limit() -> dict[str, Any]:
+    """Have PyTorch count the graphs of each network by themselves; older ones count those of all compiled modules of a process together."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 def _refuse(module: nn.Module, *_: Any) -> None:
     raise ValueError(f"the weights of this {type(module).__name__} are constants of compiled code, and others would change nothing; create it without compile=")
-
-
-@contextmanager
-def channels_last(backbone: DiffusionBackbone) -> Iterator[None]:
-    """Within the ``with`` block, the weights of convolutions are stored as inductor reads them; a compiled backbone has them so for good."""
-    for network in networks(backbone):
-        network.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        if not backbone.compiled:
-            for network in networks(backbone):
-                network.to(memory_format=torch.contiguous_format)
 
 
 def networks(backbone: DiffusionBackbone) -> Iterator[nn.Module]:
@@ -106,23 +106,16 @@ def networks(backbone: DiffusionBackbone) -> Iterator[nn.Module]:
     yield backbone.denoiser
 
 
-def settle(backbone: DiffusionBackbone, x: Tensor, *rows: Tensor) -> Tensor:
-    """What goes into a network, in the one layout in memory that compiled graphs are for; batch, height and width are marked as ones that change.
+def settle(backbone: DiffusionBackbone, x: Tensor) -> Tensor:
+    """What goes into a network, (B, C, h, w), as a compiled graph wants it: of its own and in one layout, with batch, height and width marked as varying.
 
     A batch of one is a graph of its own: PyTorch takes a size of one for a constant.
-
-    Args:
-        backbone: Compiled or not; if not, nothing is done.
-        x: (B, C, h, w).
-        rows: (B, ...), what else depends on the batch.
     """
     if not backbone.compiled or torch.compiler.is_compiling():
         return x
-    x = x.contiguous()
+    x = x.clone(memory_format=torch.contiguous_format)
     if backbone.compiled != FREEZE:
         torch._dynamo.maybe_mark_dynamic(x, (0, 2, 3))
-        for tensor in rows:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return x
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".pt2", ".onnx")
 MOST = {"batch": 32, "pixels": 2048}
-"""The largest batch and side that a file with dynamic sizes is made for."""
+"""The largest batch and side that a file with dynamic sizes is made for. The smallest side is twice ``size_divisibility``: PyTorch takes a size of one for a
+constant, and the coarsest map may have it."""
 ONE_FILE = 2**31 - 2**24
 """Bytes of weights that an ONNX file itself can hold; more go into a second file beside it."""
 METADATA = "metadata.json"
@@ -62,7 +63,7 @@ def export(
             version of PyTorch; ``.onnx`` for ONNX.
         size: Height and width in pixels; by default the recipe's, square.
         batch: Images in a call; any number up to 32 by default.
-        dynamic: Any height and width that are multiples of the backbone's ``size_divisibility``, up to 2048.
+        dynamic: Any height and width that are multiples of the backbone's ``size_divisibility``, from twice that to 2048.
         compiled: False writes the exported program itself to the ``.pt2``: it is loaded with ``torch.export.load(path)``, may be compiled or moved there, and
             until then runs as fast as the backbone.
         overwrite: Replace an existing file.
@@ -92,9 +93,10 @@ def export(
         elif not compiled:
             torch.export.save(trace(backbone, size, batch, dynamic), part, extra_files={METADATA: json.dumps(data)})
         else:
-            configs = {"aot_inductor.metadata": data, "freezing": not dynamic and batch is not None}     # weights in the layout that is read fastest
-            with compiling.channels_last(backbone):
-                torch._inductor.aoti_compile_and_package(trace(backbone, size, batch, dynamic), package_path=str(part), inductor_configs=configs)
+            fixed = not dynamic and batch is not None           # then weights are packed as the processor reads them fastest
+            configs = {"freezing": True} if fixed else compiling.settings(True, _device(backbone))
+            program = trace(backbone, size, batch, dynamic)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs={**configs, "aot_inductor.metadata": data})
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):                  # the weights of a large ONNX file first
             file.replace(path.with_name(file.name))
     return data
@@ -112,7 +114,7 @@ def trace(backbone: DiffusionBackbone, size: Sequence[int] | None = None, batch:
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=MOST["batch"])}
     if dynamic:
         d = backbone.size_divisibility
-        dims |= {2 + i: d * torch.export.Dim(f"{name}_{d}", min=1, max=MOST["pixels"] // d) for i, name in enumerate(("height", "width"))}
+        dims |= {2 + i: d * torch.export.Dim(f"{name}_{d}", min=2, max=MOST["pixels"] // d) for i, name in enumerate(("height", "width"))}
     try:
         with torch.compiler.set_stance("force_eager"):
             return torch.export.export(_Maps(backbone), (x,), dynamic_shapes={"image": dims}, strict=False)
@@ -133,7 +135,7 @@ def describe(backbone: DiffusionBackbone, size: Sequence[int] | None = None, bat
         "name": backbone.declaration.name,
         "input": f"(B, 3, H, W) {_dtype(backbone)}, {'BGR' if backbone.input_format.bgr else 'RGB'} in [{low:.4g}, {high:.4g}]",
         "batch": str(batch) if batch else f"1 to {MOST['batch']}",
-        "size": f"H and W multiples of {d}, up to {MOST['pixels']}" if dynamic else f"{height} x {width}",
+        "size": f"H and W multiples of {d} from {2 * d} to {MOST['pixels']}" if dynamic else f"{height} x {width}",
         "channels": " ".join(map(str, info.channels())),
         "strides": " ".join(map(str, info.reduction())),
         "device": _device(backbone).type,

@@ -85,26 +85,27 @@ def test_keywords_of_a_call_need_no_other_graph(backbone):
             same(compiled(latents=backbone.encode(x)), backbone(x))
 
 
-def test_a_batch_of_one_is_the_only_other_graph(backbone):
-    compiled = traced(db.create_model("tinysd_gdf", pretrained=True))
+def test_a_batch_of_one_is_the_only_other_graph():
+    expected, compiled = small(), traced(small())
     with torch.no_grad():
-        for shape in ((1, 64, 64), (1, 64, 128), (2, 64, 64), (3, 128, 64), (1, 200, 100), (4, 64, 64)):
-            same(compiled(images(*shape)), backbone(images(*shape)))
-    assert counters["stats"]["unique_graphs"] == 4
+        for shape in ((1, 32, 32), (1, 32, 64), (2, 32, 32), (3, 64, 32), (1, 50, 30), (4, 32, 32)):
+            same(compiled(images(*shape)), expected(images(*shape)))
+    assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "dit_xl_256", "pixart_sigma_512", "sd3_medium", "flux_schnell", "sana_1600m_1024"])
-def test_every_kind_of_network_is_one_graph(name, tiny_folder):
+@pytest.mark.parametrize("name", ["sd3_medium", "flux_schnell", "sana_1600m_1024"])
+def test_transformers_are_one_graph(name, tiny_folder):
     family, configs = FAMILIES[db.get_checkpoint(name).family], tiny.configs(name)
     ids = [site.id for site in family.catalogue(configs, name).all() if site.layout in ("map", "tokens") and site.part is None]
-    settings = {"recipe": [ids[len(ids) // 3]], "checkpoint_path": tiny_folder(name)}
+    settings = {"recipe": [ids[len(ids) // 6]], "checkpoint_path": tiny_folder(name)}
     expected, compiled = db.create_model(name, **settings), traced(db.create_model(name, **settings))
-    side = max(1, 64 // expected.size_divisibility) * expected.size_divisibility
+    side = max(128, expected.size_divisibility) // expected.latent_stride
     with torch.no_grad():
-        for shape in ((2, side, side), (3, side, 2 * side), (2, 3 * side, side)):
-            same(compiled(images(*shape)), expected(images(*shape)))
-    assert counters["stats"]["unique_graphs"] == len(list(compiling.networks(compiled)))
+        for shape in ((2, side, 3 * side), (3, 3 * side, side), (4, 3 * side, 5 * side)):
+            z = torch.randn(shape[0], expected.latent_channels, *shape[1:], generator=torch.Generator().manual_seed(0))
+            same(compiled(latents=z), expected(latents=z))
+    assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
 
@@ -113,26 +114,27 @@ def test_a_network_that_is_no_single_graph_says_so():
         db.create_model("lumina_image_2", recipe=["vit-block2-out"], device="meta", compile=True)
 
 
-def test_any_activation_may_be_asked_for_later(backbone):
-    ids = ["mid-vit-out", "down-level0-repeat0-res-increment", "up-level1-repeat0-vit-block0-self-map", "encoder-level1-repeat0-res-out"]
-    compiled, x, seen = traced(db.create_model("tinysd_gdf", pretrained=True)), images(2, 64, 64), {}
+def test_any_activation_may_be_asked_for_later():
+    ids = ["unet-after-conv-in", "down-level0-repeat0-res-increment"]
+    original, compiled, x, seen = small(), traced(small()), images(2, 32, 32), {}
     with torch.no_grad():
-        expected = backbone(x)
+        expected = original(x)
         same(compiled(x), expected)
-        acts, expected_acts = compiled.forward_activations(x, ids), backbone.forward_activations(x, ids)
-        compiled.visit_activations(x, ids[:2], lambda site, act: seen.setdefault(site.id, act))
+        acts, expected_acts = compiled.forward_activations(x, ids), original.forward_activations(x, ids)
+        compiled.visit_activations(x, ids, lambda site, act: seen.setdefault(site.id, act))
         same([acts[id] for id in ids], [expected_acts[id] for id in ids])
         same(seen.values(), [expected_acts[id] for id in seen])
         same(compiled(x), expected)
-    assert sorted(seen) == sorted(ids[:2])
+    assert sorted(seen) == sorted(ids)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_compiled_backbone_is_saved_and_copied_like_any_other(backbone, tmp_path):
-    compiled, x = traced(db.create_model("tinysd_gdf", pretrained=True)), images(2, 64, 64)
-    assert list(compiled.state_dict()) == list(backbone.state_dict())
+def test_a_compiled_backbone_is_saved_and_copied_like_any_other(tmp_path):
+    original, compiled, x = small(), traced(small()), images(2, 32, 32)
+    assert list(compiled.state_dict()) == list(original.state_dict())
     with torch.no_grad():
-        expected = backbone(x)
-        compiled(x)
+        expected = original(x)
+        same(compiled(x), expected)
         for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
             assert other.compiled is True
             assert other.denoiser._compiled_call_impl is not None
@@ -141,24 +143,27 @@ def test_a_compiled_backbone_is_saved_and_copied_like_any_other(backbone, tmp_pa
 
 
 def test_gradients_are_the_same():
-    expected, compiled = (db.create_model("tinysd_gdf", pretrained=True, trainable=True) for _ in range(2))
-    traced(compiled, backend="aot_eager")
+    expected, compiled = small(trainable=True), traced(small(trainable=True), backend="aot_eager")
     for one in (expected, compiled):
         one.train()
-        sum(m.pow(2).mean() for m in one(images(2, 64, 64))).backward()
+        sum(m.pow(2).mean() for m in one(images(2, 32, 32))).backward()
     for (name, p), q in zip(expected.named_parameters(), compiled.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()), msg=name)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_what_is_pruned_is_compiled_anew(backbone):
-    compiled, x = traced(db.create_model("tinysd_gdf", pretrained=True)), images(2, 64, 64)
+def test_what_is_pruned_is_compiled_anew():
+    recipe = ["down-level0-repeat0-res-out", "down-level1-repeat0-res-out"]
+    torch.manual_seed(0)
+    compiled, x = traced(db.create_model("ddpm_cifar10_32", recipe=recipe)), images(2, 32, 32)
     with torch.no_grad():
-        compiled(x)
-        compiled.prune_intermediate_layers([2])
-        traced(compiled)
-        same(compiled(x), backbone(x, indices=[2]))
+        [fine, _] = compiled(x)
+        before = compiled.denoiser._compiled_call_impl
+        compiled.prune_intermediate_layers([0])
+        assert compiled.denoiser._compiled_call_impl is not before
+        same(traced(compiled)(x), [fine])
 
 
 def test_timm_passes_it_on_and_meta_compiles_nothing():
@@ -188,9 +193,9 @@ def test_unknown_modes(mode):
         db.create_model("tinysd_gdf", compile=mode)
 
 
-def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler.*or leave compile out"):
+def test_no_compiler():
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler.*or leave compile out"):
         db.create_model("sd15_gdf", pretrained=True, compile=True)               # before anything is fetched
 
 
