@@ -250,7 +250,7 @@ def test_a_very_large_image_gets_advice(tmp_path):
         (["lst"], "No such command 'lst'. Did you mean 'list'?"),
         (["list", "--jsn"], "No such option '--jsn'"),
         (["info", "sd15_gdff"], "no backbone is called 'sd15_gdff'. Did you mean sd15_gdf"),
-        (["info", "sd15"], "'sd15' is a checkpoint, and a backbone needs a recipe too"),
+        (["extract", "sd15", PHOTO, "-o", "out"], "'sd15' is a checkpoint, and a backbone needs a recipe too"),
         (["activations", "sd16"], "no backbone is called 'sd16'. Did you mean"),
         (["card"], "Missing argument 'NAME'"),
         (["extract", "sd15_gdff", PHOTO, "-o", "out"], "Did you mean sd15_gdf"),

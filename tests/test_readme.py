@@ -83,7 +83,7 @@ def test_the_zoo_is_complete():
         assert f"[`{name}`](model_cards/{name}.md)" in README
     read = {db.get_declaration(name).checkpoint.name for name in db.list_models(include_tags=True)}
     for name in set(db.list_checkpoints()) - read:
-        assert f"| `{name}` |" in README
+        assert f"| [`{name}`](model_cards/{name}.md) |" in README
 
 
 def test_the_declaration_shown_is_the_one_registered():
