@@ -6,6 +6,7 @@ which are torchvision's here: non-maximum suppression and RoIAlign. That with a 
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -45,3 +46,4 @@ if importlib.util.find_spec("mmdet") is None:
     unpacked.add("onedl_mmdetection-3.5.1", "onedl-mmdetection==3.5.1 --hash=sha256:2cd7fae8f74f644dd7a1f71cebc2cf531c330c6e027ffada46ee3d34ba7642dc")
 if importlib.util.find_spec("mmcv._ext") is None:
     sys.modules["mmcv._ext"] = Operators("mmcv._ext")
+    sys.modules["mmcv._ext"].__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)       # mmengine asks for it
