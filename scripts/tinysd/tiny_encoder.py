@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,10 +38,11 @@ def targets(folder: Path, side: int) -> tuple[np.ndarray, Tensor]:
     images = np.load(folder / f"scenes-{side}.npy", mmap_mode="r")
     path = folder / f"modes-{side}.pt"
     if not path.is_file():
-        vae = AutoencoderKL.from_pretrained(CHECKPOINT / "vae", torch_dtype=torch.float32).eval()
+        device = Accelerator().device
+        vae = AutoencoderKL.from_pretrained(CHECKPOINT / "vae", torch_dtype=torch.float32).to(device).eval()
         vae.decoder = None
         with torch.no_grad():
-            parts = [vae.encode(pixels(images[i : i + 8])).latent_dist.mode() for i in tqdm(range(0, len(images), 8), desc=path.name, mininterval=5)]
+            parts = [vae.encode(pixels(images[i : i + 8]).to(device)).latent_dist.mode().cpu() for i in tqdm(range(0, len(images), 8), desc=path.name, mininterval=5)]
         torch.save(torch.cat(parts) * vae.config.scaling_factor, path)
     return images, torch.load(path)
 
