@@ -278,7 +278,7 @@ def _whole(setting: Setting) -> DiffusionBackbone:
     recipe = declaration.recipe
     catalogue = FAMILIES[declaration.checkpoint.family].activations(setting.configs(), setting.name)
     last = [site.id for site in (catalogue[id] for id in catalogue) if not site.encoder and site.layout in ("map", "tokens")][-1]
-    recipe = replace(recipe, levels=(Level((last,)),))
+    recipe = replace(recipe, levels=(Level((last,)),), discard=(), normalise="none")          # of the maps, which are not compared
     torch.manual_seed(0)                                                     # the weights of Setting.build
     return create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
 

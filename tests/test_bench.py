@@ -82,6 +82,11 @@ def test_the_whole_network_is_whole():
     assert sum(p.numel() for p in whole.denoiser.parameters()) == db.costs.published()["tinysd_gdf"]["parameters_total"]
 
 
+def test_the_whole_network_reads_what_a_recipe_normalises():
+    whole = bench._whole(bench.Setting("flux_dev_ditf", device="meta"))
+    assert whole.levels[0].sites[0].id == "vit-block56-out"
+
+
 def test_rows_are_appended(timed, tmp_path):
     setting, found = timed
     for product in (100.0, 200.0):

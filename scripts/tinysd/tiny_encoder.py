@@ -42,7 +42,8 @@ def targets(folder: Path, side: int) -> tuple[np.ndarray, Tensor]:
         vae = AutoencoderKL.from_pretrained(CHECKPOINT / "vae", torch_dtype=torch.float32).to(device).eval()
         vae.decoder = None
         with torch.no_grad():
-            parts = [vae.encode(pixels(images[i : i + 8]).to(device)).latent_dist.mode().cpu() for i in tqdm(range(0, len(images), 8), desc=path.name, mininterval=5)]
+            chunks = tqdm(range(0, len(images), 8), desc=path.name, mininterval=5)
+            parts = [vae.encode(pixels(images[i : i + 8]).to(device)).latent_dist.mode().cpu() for i in chunks]
         torch.save(torch.cat(parts) * vae.config.scaling_factor, path)
     return images, torch.load(path)
 
