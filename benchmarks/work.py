@@ -100,8 +100,8 @@ def plot() -> None:
     timed = [row for row in speed() if row["encoder_seconds"]]
     if not timed:
         return
-    names = [f"{row['backbone']} {row['options']}\n{row['size']} px, {row['dtype']}" for row in timed]
-    figure = Figure(figsize=(8, 0.8 + 0.5 * len(timed)), layout="constrained")
+    names = [f"{row['backbone']} {row['options']}\n{row['batch']} x {row['size']} px, {row['dtype']}, {row['hardware'].partition(',')[0]}" for row in timed]
+    figure = Figure(figsize=(9, 0.8 + 0.5 * len(timed)), layout="constrained")
     axis, left = figure.subplots(), [0.0] * len(timed)
     parts = [[float(row[key]) / float(row["parts_seconds"]) for key in ("encoder_seconds", "denoiser_seconds")] for row in timed]
     for label, shares in zip(("image encoder", "denoiser", "the rest"), zip(*((e, d, 1 - e - d) for e, d in parts), strict=True), strict=True):

@@ -429,7 +429,8 @@ def speed_table(rows: Sequence[Mapping[str, str]]) -> str:
     lines = []
     for row in rows:
         milliseconds = 1000 * float(row["seconds"]) / int(row["batch"])
-        numbers = [f"{milliseconds:,.0f}", f"{float(row['speed']):.2f}", *(_number(row[key], scale, digits) for key, scale, digits in SPEED_COLUMNS.values())]
+        time = f"{milliseconds:,.{0 if milliseconds >= 100 else 1}f}"
+        numbers = [time, f"{float(row['speed']):.2f}", *(_number(row[key], scale, digits) for key, scale, digits in SPEED_COLUMNS.values())]
         where = f"{row['size']} px, batch {row['batch']}, {row['dtype']}"
         lines.append([f"`{row['backbone']}`", row["way"], row["options"] or "", where, *numbers, f"{row['hardware']}, torch {row['torch']}, {row['date']}"])
     return table(["backbone", "way", "options", "input", "ms/image", "speed", *SPEED_COLUMNS, "where"], lines)
