@@ -125,7 +125,7 @@ def extract_memory(first: int = 500, count: int = 10_000, side: int = 32) -> dic
         files = images.find([folder])
         peaks = []
         for some in (files[:first], files):
-            extract(backbone, some, out, dtype=torch.float32, batch_size=16)
+            extract(backbone, some, out, dtype=torch.float32, batch_size=16, workers=1)
             peaks.append(next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
     return {
         f"extract_memory: peak after {first:,} images, MB": peaks[0] / 1e6,

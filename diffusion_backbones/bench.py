@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def rows(timings: Sequence[Timing], setting: Setting, product: float) -> list[di
         "date": datetime.date.today().isoformat(), "hardware": hardware(setting.device), "backbone": setting.name,
         "options": " ".join(f"{key}={value}" for key, value in setting.options.items()), "dtype": setting.dtype, "batch": setting.batch,
         "size": setting.side, "rounds": setting.rounds, "matmul_gflops": product, "torch": torch.__version__, "package": __version__,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }  # fmt: skip
     return [
         {
@@ -294,6 +295,12 @@ def _check(same: Mapping[str, Callable[[], dict[str, Tensor]]], tolerance: float
             difference = float((act - expected[id]).abs().max() / expected[id].abs().max())
             if not difference <= tolerance:
                 raise RuntimeError(f"{way}: {id} differs by {difference:.2g} of the largest value; what is timed would not be the same")
+
+
+def _command() -> str:
+    """As it was typed, but for the file that it writes to."""
+    words = ["", Path(sys.argv[0]).name, *sys.argv[1:]]
+    return " ".join(word for before, word in pairwise(words) if before != "--csv" and word.partition("=")[0] != "--csv")
 
 
 def _lines(path: str) -> list[str]:

@@ -420,7 +420,7 @@ def _speed(declaration: Declaration) -> str:
     rows = [row for row in speed() if row["backbone"] == declaration.name]
     if not rows:
         return ""
-    head = f"As `diffusion-backbones bench` measured it with random weights, on which speed does not depend, beside {rows[-1]['way']}."
+    head = f"As `diffusion-backbones bench` measured it with random weights, on which speed does not depend; `docs/speed.md` says what the columns mean."
     return f"{head}\n\n{speed_table(rows)}"
 
 
@@ -463,7 +463,8 @@ def license(checkpoint: Checkpoint) -> str:
         sentences.append(f"Access is gated: accept the terms at {HUB}/{checkpoint.hub_id} and log in with `hf auth login` first.")
     elif checkpoint.hub_id:
         sentences.append("Access is not gated.")
-    sentences.append("The features carry the limits and biases of the checkpoint and of the images it was trained on; its own card describes them.")
+    described = "; its own card describes them" if checkpoint.hub_id else ""
+    sentences.append(f"The features carry the limits and biases of the checkpoint and of the images it was trained on{described}.")
     return " ".join(sentences)
 
 

@@ -5,7 +5,7 @@
 Every one of 80 scenes is turned, scaled, moved and tinted twice. A 1x1 convolution learns that the same point of two
 such views belongs together and all others do not (InfoNCE); no label is used. It is then asked for the keypoints of 60 pairs of scenes that
 share one object. Once on the trained backbone and once on the same network with random weights: same seed, same views, same number of steps.
-The backbone runs once per view, since it stays frozen. Needs pip install 'diffusion-backbones[train]'.
+The backbone runs once per view, since it stays frozen. Needs pip install '.[train]'.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A feature pyramid network and the heads of FCOS learn the boxes and the 15 classes of 80 scenes and their mirror images, once on the
 trained backbone and once on the same network with random weights: same seed, same batches, same number of steps. The backbone runs once
-per image, since it stays frozen; what trains reads the maps that are kept. Needs pip install 'diffusion-backbones[train]' pycocotools.
+per image, since it stays frozen; what trains reads the maps that are kept. Needs pip install '.[train]' pycocotools.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 An FPN decoder learns 16 classes from 80 scenes and their mirror images, once on the trained backbone and once on the same network with
 random weights: same seed, same batches, same number of steps. The backbone runs once per image, since it stays frozen; the decoder
-trains on the maps that are kept. Needs pip install 'diffusion-backbones[smp,train]'.
+trains on the maps that are kept. Needs pip install '.[smp,train]'.
 """
 
 from __future__ import annotations

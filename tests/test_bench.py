@@ -87,6 +87,12 @@ def test_the_whole_network_reads_what_a_recipe_normalises():
     assert whole.levels[0].sites[0].id == "vit-block56-out"
 
 
+@pytest.mark.parametrize("written", [["--csv", "at/home/speed.csv"], ["--csv=at/home/speed.csv"], []])
+def test_a_row_has_its_command(monkeypatch, timed, written):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/diffusion-backbones", "bench", *written, "tinysd_gdf", "--size", "128"])
+    assert bench.rows(timed[1], timed[0], 1.0)[0]["command"] == "diffusion-backbones bench tinysd_gdf --size 128"
+
+
 def test_rows_are_appended(timed, tmp_path):
     setting, found = timed
     for product in (100.0, 200.0):

@@ -31,8 +31,8 @@ class Summary:
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads that read where nobody says how many: one beside a network on the CPU, which needs the cores itself, and several beside a GPU."""
-    return 1 if device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1)
+    """Threads that read where nobody says how many: none on the CPU, whose cores the network needs itself, and several beside a GPU."""
+    return 0 if device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def extract(
@@ -50,7 +50,7 @@ def extract(
 ) -> Summary:
     """Write the pyramid of every image, and skip those that an earlier call with the same settings has finished.
 
-    While a batch is computed, the next is read and the last is written. In memory are at most ``2 * batch_size + workers + 1`` images
+    With ``workers``, the next batch is read and the last is written while one is computed. In memory are at most ``2 * batch_size + workers + 1`` images
     and the features of two batches, however many images there are.
 
     Args:

@@ -1,7 +1,7 @@
 """Train the tiny image encoder of tinysd, which ``create_model("tinysd_gdf", encoder="tiny")`` takes in place of its VAE's.
 
-    python scripts/tinysd/data.py build/tinysd
-    python scripts/tinysd/tiny_encoder.py build/tinysd           # goes on from where it was interrupted, then writes the encoder
+    python scripts/tinysd/data.py build/tinysd_tiny --small 2000 --large 600
+    python scripts/tinysd/tiny_encoder.py build/tinysd_tiny           # goes on from where it was interrupted, then writes the encoder
 
 ``train.py`` writes the folder of the checkpoint anew, so this comes after it.
 
