@@ -37,7 +37,6 @@ LIMITS = {
     "latents: the same, encoding once included": 0.8,
     "latents: largest difference of the loss": 1e-3,
     "select: sdxl, peak memory beyond the weights, GB": 8.0,
-    "extract: CPU, at once / one after another": 1.0,
     "extract: stand-in, at once / one after another": 0.65,
     "extract: stand-in, at once / the device alone": 1.2,
     "extract: CPU, 64 x 64, seconds, batch 16 / batch 1": 0.6,
