@@ -89,9 +89,9 @@ def plot() -> None:
             axis.plot(amounts, [w / work[0] * seconds[0] for w in work], ":", color="grey", label="as operations grow")
         axis.set(xlabel=label, ylabel="seconds", **({} if kind == "levels" else {"xscale": "log", "yscale": "log"}))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks(amounts, [f"{amount:g}" for amount in amounts])
+        axis.set_xticks(amounts, [f"{amount:g}" for amount in amounts], fontsize=8)
         if kind == "levels":
-            axis.set_ylim(0)
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         else:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")

@@ -420,7 +420,7 @@ def _speed(declaration: Declaration) -> str:
     rows = [row for row in speed() if row["backbone"] == declaration.name]
     if not rows:
         return ""
-    head = f"As `diffusion-backbones bench` measured it with random weights, on which speed does not depend; `docs/speed.md` says what the columns mean."
+    head = "As `diffusion-backbones bench` measured it with random weights, on which speed does not depend; `docs/speed.md` says what the columns mean."
     return f"{head}\n\n{speed_table(rows)}"
 
 

@@ -175,7 +175,7 @@ def info(name: str, as_json: bool) -> None:
     metavar="PIXELS",
     help="Add the shapes for one square image of this many pixels a side, padded as the backbone pads it.",
 )
-@click.option("--all", "extensions", is_flag=True, help="Also the ids that go beyond GDF's, such as the outputs of attention layers and the maps of the image encoder.")
+@click.option("--all", "extensions", is_flag=True, help="Also the ids that go beyond GDF's, such as outputs of attention layers and maps of the image encoder.")
 @json_option
 def activations(name: str, pattern: str, size: int | None, extensions: bool, as_json: bool) -> None:
     """Every activation of a network.
