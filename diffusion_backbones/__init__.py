@@ -17,7 +17,6 @@ from diffusion_backbones.registry import (
     list_checkpoints,
     list_models,
     list_pretrained,
-    model_entrypoint,
     register_checkpoint,
     register_model,
 )
@@ -26,7 +25,7 @@ from diffusion_backbones.version import __version__
 if TYPE_CHECKING:
     from diffusion_backbones.backbone import DiffusionBackbone
     from diffusion_backbones.exporting import export
-    from diffusion_backbones.factory import create_model
+    from diffusion_backbones.factory import create_model, model_entrypoint
 
 
 
@@ -53,7 +52,7 @@ __all__ = [
     "register_model",
 ]
 
-_LAZY = {"create_model": "factory", "export": "exporting", "DiffusionBackbone": "backbone"}     # what needs torch and diffusers
+_LAZY = {"create_model": "factory", "model_entrypoint": "factory", "export": "exporting", "DiffusionBackbone": "backbone"}     # what needs torch and diffusers
 
 
 def __getattr__(name: str) -> Any:

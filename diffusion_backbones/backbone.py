@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from diffusion_backbones import calls, capture, chunks, compiling, finetuning, folding, memory, postops, probe, pyramid
 from diffusion_backbones.activations import Catalogue, Site
+from diffusion_backbones.component_configs import Configs
 from diffusion_backbones.conditioning import Prompter
-from diffusion_backbones.families import FAMILIES, Configs, Family
+from diffusion_backbones.families import FAMILIES, Family
 from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.interface import TimmInterface
 from diffusion_backbones.noise import canvas, crop

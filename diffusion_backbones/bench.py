@@ -26,8 +26,9 @@ from torch import Tensor
 
 from diffusion_backbones import __version__, costs, footprint
 from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.component_configs import Configs
 from diffusion_backbones.factory import create_model
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.footprint import Footprint
 from diffusion_backbones.recipe import Level
 from diffusion_backbones.registry import get_declaration, package_configs

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from diffusion_backbones.activations import Site
+from diffusion_backbones.component_configs import Config, Configs, is_flow, left_out
 from diffusion_backbones.costs import Costs, costs
-from diffusion_backbones.families import FAMILIES, Config, Configs, left_out
-from diffusion_backbones.families.base import is_flow
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.families.encoders import DistilledEncoder
 from diffusion_backbones.recipe import Checkpoint, Paper, Recipe, TinyEncoder
 from diffusion_backbones.registry import Declaration, package_configs

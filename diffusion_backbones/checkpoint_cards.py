@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from diffusion_backbones import cards, registry
 from diffusion_backbones.activations import ActivationId, parse
+from diffusion_backbones.component_configs import Config, Configs, is_flow
 from diffusion_backbones.costs import Costs, costs, entire
-from diffusion_backbones.families import FAMILIES, Config, Configs
-from diffusion_backbones.families.base import is_flow
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.recipe import Checkpoint
 from diffusion_backbones.registry import package_configs
 

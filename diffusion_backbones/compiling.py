@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusion_backbones.backbone import DiffusionBackbone
+    from diffusion_backbones.interface import TimmInterface
 
 FREEZE = "freeze"
 """Weights become constants of the graph, in the layout that the processor reads fastest. That is a graph for one batch and one size."""
@@ -56,7 +56,7 @@ def check_compiler(instead: str = "leave compile out, which changes no feature")
         ) from None
 
 
-def compile_in_place(backbone: DiffusionBackbone, mode: bool | str, backend: str = "inductor") -> None:
+def compile_in_place(backbone: TimmInterface, mode: bool | str, backend: str = "inductor") -> None:
     """Have a backbone's networks compiled when they are first called; on ``meta``, where nothing is computed, never.
 
     Args:
@@ -99,14 +99,14 @@ def _refuse(module: nn.Module, *_: Any) -> None:
     raise ValueError(f"the weights of this {type(module).__name__} are constants of compiled code, and others would change nothing; create it without compile=")
 
 
-def networks(backbone: DiffusionBackbone) -> Iterator[nn.Module]:
+def networks(backbone: TimmInterface) -> Iterator[nn.Module]:
     """What costs time."""
     if backbone.family.encoder:
         yield backbone.encoder.get_submodule("encoder")
     yield backbone.denoiser
 
 
-def settle(backbone: DiffusionBackbone, x: Tensor) -> Tensor:
+def settle(backbone: TimmInterface, x: Tensor) -> Tensor:
     """What goes into a network, (B, C, h, w), as a compiled graph wants it: of its own and in one layout, with batch, height and width marked as varying.
 
     A batch of one is a graph of its own: PyTorch takes a size of one for a constant.
@@ -119,12 +119,12 @@ def settle(backbone: DiffusionBackbone, x: Tensor) -> Tensor:
     return x
 
 
-def eagerly(backbone: DiffusionBackbone) -> AbstractContextManager[Any]:
+def eagerly(backbone: TimmInterface) -> AbstractContextManager[Any]:
     """Within the ``with`` block, compiled networks run as they are written, and so see hooks that were installed after compiling."""
     return torch.compiler.set_stance("force_eager") if backbone.compiled and not torch.compiler.is_compiling() else nullcontext()
 
 
-def running(backbone: DiffusionBackbone) -> AbstractContextManager[Any]:
+def running(backbone: TimmInterface) -> AbstractContextManager[Any]:
     """Around a network's run: where its weights are to be frozen, PyTorch demands that no gradient is asked for."""
     if backbone.compiled != FREEZE or torch.compiler.is_compiling():
         return nullcontext()

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion_backbones import tensors
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.component_configs import Configs
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.sources import Source
 
 log = logging.getLogger(__name__)

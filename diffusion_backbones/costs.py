@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_backbones.families import FAMILIES, Config, Configs, left_out
+from diffusion_backbones.component_configs import Config, Configs, left_out
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.recipe import Checkpoint, Level, Recipe
 from diffusion_backbones.registry import Declaration, package_configs, packaged
 

@@ -54,7 +54,7 @@ def export(
       diffusion-backbones export sd15_gdf -o backbone.pt2 --size 512 768 --batch 1
       diffusion-backbones export sd15_gdf -o backbone.onnx --dynamic
     """
-    from diffusion_backbones import cli
+    from diffusion_backbones import cli_options as cli
 
     arguments = {parameter.name: parameter for parameter in context.command.params}
     name = cli.Name(places=True).convert(name, arguments["name"], context)

@@ -16,8 +16,9 @@ from diffusion_backbones import compiling, finetuning, folding, inputs, memory, 
 from diffusion_backbones.activations import Catalogue
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.calls import check_count, take
+from diffusion_backbones.component_configs import Config, Configs, left_out
 from diffusion_backbones.conditioning import Prompter
-from diffusion_backbones.families import FAMILIES, Config, Configs, Family, left_out
+from diffusion_backbones.families import FAMILIES, Family
 from diffusion_backbones.hub import HubRepo, open_checkpoint
 from diffusion_backbones.ldm import SingleFile, is_single_file
 from diffusion_backbones.recipe import Checkpoint, License, Recipe, closest
@@ -132,6 +133,16 @@ def create_model(
         Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
     folded = place.restored.folded if place.restored else {}
     return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, options, folded)
+
+
+def model_entrypoint(name: str) -> Callable[..., DiffusionBackbone]:
+    """The function that builds a backbone: :func:`create_model` with the name filled in.
+
+    Raises:
+        KeyError: No backbone has this name.
+    """
+    get_declaration(name)
+    return partial(create_model, name)
 
 
 def architecture(name: str, checkpoint_path: str | Path | None = None) -> tuple[Checkpoint, Configs]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_backbones.calls import TEXT
-from diffusion_backbones.families import Configs, Family
+from diffusion_backbones.component_configs import Configs
+from diffusion_backbones.families import Family
 
 TRAINABLE = (False, True, "lora", "prompt")
 RANK = 8

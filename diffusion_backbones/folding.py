@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion_backbones import calls
 from diffusion_backbones.activations import Site
-from diffusion_backbones.families import Configs, Family
+from diffusion_backbones.component_configs import Configs
+from diffusion_backbones.families import Family
 
 SIZES = ((2, 1), (1, 3))
 """Heights and widths that networks are run at, in units of their ``size_divisibility``: no side, ratio or area is in both."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from diffusion_backbones import truncate
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.capture import Recorder
+from diffusion_backbones.component_configs import Configs
 from diffusion_backbones.factory import create_model
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.registry import Declaration, package_configs
 
 

@@ -17,7 +17,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as _HTTPError  # type: ignore[attr-defined]  # of the HTTP client that this version uses
 
-from diffusion_backbones.families import FAMILIES, Config
+from diffusion_backbones.component_configs import Config
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.recipe import Checkpoint, HubFile
 from diffusion_backbones.sources import Folder, Source, WithComponent, digest
 

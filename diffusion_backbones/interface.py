@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusion_backbones.families import Family
+    from diffusion_backbones.families import Configs, Family
+    from diffusion_backbones.inputs import InputFormat
+    from diffusion_backbones.pyramid import LevelInfo
     from diffusion_backbones.registry import Declaration
 
 
@@ -18,7 +20,16 @@ class TimmInterface(nn.Module):
 
     num_classes, in_chans = 0, 3
     declaration: Declaration
+    encoder: nn.Module
     denoiser: nn.Module
+    configs: Configs
+    levels: tuple[LevelInfo, ...]
+    out_strides: tuple[int, ...] | None
+    input_format: InputFormat
+    provenance: dict[str, str]
+    pretrained_cfg: dict[str, Any]
+    weight_dtype: str | None
+    latent_stride: int
     compiled: bool | str = False
 
     @property

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones.families import Config, Configs, Family
+from diffusion_backbones.component_configs import Config, Configs
+from diffusion_backbones.families import Family
 from diffusion_backbones.sources import digest
 from diffusion_backbones.tensors import TensorFiles
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion_backbones import quantised
 
 if TYPE_CHECKING:
-    from diffusion_backbones.backbone import DiffusionBackbone
+    from diffusion_backbones.interface import TimmInterface
 
 M = TypeVar("M", bound=Callable[..., Any])
 
@@ -86,7 +86,7 @@ def explained(part: str) -> Callable[[M], M]:
 
     def decorate(method: M) -> M:
         @functools.wraps(method)
-        def call(self: DiffusionBackbone, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def call(self: TimmInterface, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return method(self, x, *args, **kwargs)
             try:
@@ -131,7 +131,7 @@ def capacity(device: torch.device) -> int | None:
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else available(device)
 
 
-def _explain(backbone: DiffusionBackbone, part: str, x: Tensor, error: BaseException) -> str:
+def _explain(backbone: TimmInterface, part: str, x: Tensor, error: BaseException) -> str:
     *draws, b, _, height, width = x.shape
     if part != "image encoder":
         height, width = height * backbone.latent_stride, width * backbone.latent_stride

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusion_backbones.families.base import Config
+from diffusion_backbones.component_configs import Config
 
 CANVAS = 256
 """Side of the fixed noise canvas in latent positions (2048 pixels at stride 8); larger latents repeat it."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diffusion_backbones import capture
 from diffusion_backbones.activations import Site
 from diffusion_backbones.calls import TEXT
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.component_configs import Configs
+from diffusion_backbones.families import FAMILIES
 
 
 def build(family: str, configs: Configs) -> nn.Module:

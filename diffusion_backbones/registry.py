@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -162,14 +161,6 @@ def get_checkpoint(name: str) -> Checkpoint:
     if name in _checkpoints:
         return _checkpoints[name]
     raise KeyError(f"no checkpoint is called {name!r}.{closest(name, _checkpoints)} `list_checkpoints()` lists them all.")
-
-
-def model_entrypoint(name: str) -> Callable[..., Any]:
-    """The function that builds a backbone: ``create_model`` with the name filled in."""
-    get_declaration(name)
-    from diffusion_backbones.factory import create_model
-
-    return functools.partial(create_model, name)
 
 
 def get_pretrained_cfg(name: str) -> dict[str, Any]:

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_backbones import finetuning, folding, tensors
-from diffusion_backbones.families import Configs
+from diffusion_backbones.component_configs import Configs
 from diffusion_backbones.inputs import SYMMETRIC, InputFormat
 from diffusion_backbones.recipe import Checkpoint, Level, Recipe
 from diffusion_backbones.registry import Declaration
 from diffusion_backbones.sources import Folder
 
 if TYPE_CHECKING:
-    from diffusion_backbones.backbone import DiffusionBackbone
+    from diffusion_backbones.interface import TimmInterface
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LIBRARY, FORMAT = "diffusion_backbones", 1
@@ -89,7 +89,7 @@ class Saved(Described):
         return dict(part.read(part.shapes, None, torch.device("cpu")))
 
 
-def save(backbone: DiffusionBackbone, folder: Path) -> Path:
+def save(backbone: TimmInterface, folder: Path) -> Path:
     """Write the compact folder. Every file appears whole or not at all, ``config.json`` last, so that a folder that has it is whole.
 
     Raises:
@@ -114,14 +114,14 @@ def save(backbone: DiffusionBackbone, folder: Path) -> Path:
     return folder
 
 
-def kept(backbone: DiffusionBackbone) -> Declaration:
+def kept(backbone: TimmInterface) -> Declaration:
     """The declaration, with the levels that the backbone still has."""
     declaration = backbone.declaration
     levels = tuple(Level(tuple(site.id for site in level.sites)) for level in backbone.levels)
     return Declaration(declaration.name, declaration.checkpoint, declaration.recipe.override(levels=levels))
 
 
-def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
+def describe(backbone: TimmInterface) -> dict[str, Any]:
     """What ``config.json`` holds, but for what timm reads there."""
     import diffusers
 
@@ -143,7 +143,7 @@ def describe(backbone: DiffusionBackbone) -> dict[str, Any]:
     }
 
 
-def push(backbone: DiffusionBackbone, repo_id: str, *, private: bool | None, commit_message: str, token: str | None) -> str:
+def push(backbone: TimmInterface, repo_id: str, *, private: bool | None, commit_message: str, token: str | None) -> str:
     """Upload the compact folder; returns the repository's URL.
 
     Raises:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from diffusion_backbones.families import Config, Configs, Family
+from diffusion_backbones.component_configs import Config, Configs
+from diffusion_backbones.families import Family
 from diffusion_backbones.tensors import PICKLE_REFUSED, PICKLES, TensorFiles
 
 log = logging.getLogger(__name__)

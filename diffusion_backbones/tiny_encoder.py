@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones import hub
-from diffusion_backbones.families import Config, Configs, Family
+from diffusion_backbones.component_configs import Config, Configs
+from diffusion_backbones.families import Family
 from diffusion_backbones.recipe import Checkpoint, TinyEncoder, closest
 from diffusion_backbones.registry import CONFIGS, get_checkpoint, list_checkpoints
 from diffusion_backbones.sources import Source, WithComponent

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from diffusion_backbones.component_configs import Config, Configs, left_out
 from diffusion_backbones.families.auraflow import AuraFlow
-from diffusion_backbones.families.base import Config, Configs, Family, left_out
+from diffusion_backbones.families.base import Family
 from diffusion_backbones.families.deepfloyd import DeepFloyd
 from diffusion_backbones.families.dit import DiT
 from diffusion_backbones.families.flux import Flux

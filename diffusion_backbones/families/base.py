@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
+from diffusion_backbones.component_configs import Config, Configs, LoadText, is_flow
 
 if TYPE_CHECKING:
     import torch
@@ -15,26 +16,6 @@ if TYPE_CHECKING:
     from diffusion_backbones.families.encoders import ImageEncoder
     from diffusion_backbones.noise import ForwardProcess
     from diffusion_backbones.recipe import Recipe
-
-Config = Mapping[str, Any]
-"""One component's upstream ``config.json``."""
-
-Configs = Mapping[str, Any]
-"""Component name (``unet``, ``vae``, ``scheduler`` ...) -> its config, None for one that is left out."""
-
-LoadText = Callable[[str], tuple[Any, Any]]
-"""Component name of a text encoder -> (tokenizer, model), loaded on first use."""
-
-
-def left_out(configs: Configs, components: Iterable[str]) -> Configs:
-    """Configs in which some components are None, as in a diffusers pipeline that was loaded without them."""
-    return {**configs, **dict.fromkeys(components)}
-
-
-def is_flow(scheduler: Config) -> bool:
-    """Whether a scheduler's config is that of a rectified flow, z_t = (1 - t) z + t noise, and not of a diffusion."""
-    return "FlowMatch" in scheduler.get("_class_name", "") or scheduler.get("prediction_type") == "flow_prediction"
-
 
 class Family(ABC):
     """How one kind of diffusion network is built, cut, conditioned and called.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones import tensors
-from diffusion_backbones.families.base import Config, LoadText
+from diffusion_backbones.component_configs import Config, LoadText
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _UNUSED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")     # some files hold them, some models need them

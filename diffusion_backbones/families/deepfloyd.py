@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
-from diffusion_backbones.families.base import Config, Configs, Family, LoadText
+from diffusion_backbones.component_configs import Config, Configs, LoadText
+from diffusion_backbones.families.base import Family
 from diffusion_backbones.families.unet import UNet, sites
 
 if TYPE_CHECKING:

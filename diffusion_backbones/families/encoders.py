@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_backbones.activations import Site
-from diffusion_backbones.families.base import Config
+from diffusion_backbones.component_configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
-from diffusion_backbones.families.base import Config, Configs, LoadText
+from diffusion_backbones.component_configs import Config, Configs, LoadText
 from diffusion_backbones.families.joint import Inner, double_block, joint_map
 from diffusion_backbones.families.transformer import Transformer, width
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones import tensors
-from diffusion_backbones.families.base import Config
+from diffusion_backbones.component_configs import Config
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "Gemma2Model")
 GENERATIVE = ("Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")

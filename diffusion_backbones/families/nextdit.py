@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_backbones.activations import Catalogue, Site
-from diffusion_backbones.families.base import Config, Configs
+from diffusion_backbones.component_configs import Config, Configs
 from diffusion_backbones.families.transformer import Transformer
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Site
-from diffusion_backbones.families.base import Config, Configs, Family
+from diffusion_backbones.component_configs import Config, Configs
+from diffusion_backbones.families.base import Family
 
 if TYPE_CHECKING:
     import torch

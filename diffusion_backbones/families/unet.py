@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.activations import Catalogue, Site
-from diffusion_backbones.families.base import Config, Configs, Family, LoadText
+from diffusion_backbones.component_configs import Config, Configs, LoadText
+from diffusion_backbones.families.base import Family
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

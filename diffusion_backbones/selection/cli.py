@@ -104,7 +104,7 @@ def select(
     import torch
     from tqdm import tqdm
 
-    from diffusion_backbones.cli import find_device
+    from diffusion_backbones.cli_options import find_device
     from diffusion_backbones.factory import architecture
     from diffusion_backbones.families import FAMILIES
     from diffusion_backbones.selection import data, run

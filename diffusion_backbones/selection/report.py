@@ -9,16 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from diffusion_backbones import __version__
 from diffusion_backbones.activations import Site, parse
+from diffusion_backbones.selection.result import Selection, number
 from diffusion_backbones.selection.rules import MEASURED
-
-if TYPE_CHECKING:
-    from diffusion_backbones.selection.run import Selection
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EXPLAINED = {
@@ -151,13 +149,6 @@ def render(selection: Selection, strips: Mapping[str, Image.Image], photographs:
         data=json.dumps(rows, separators=(",", ":")).replace("<", "\\u003c"),             # nothing in it can end its element
         redundancy=base64.b64encode(redundancy).decode(),
     )
-
-
-def number(value: float | None) -> str:
-    """Three digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def data_uri(picture: Image.Image, format: str = "WEBP") -> str:

@@ -19,13 +19,11 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion_backbones import cards
@@ -33,7 +31,7 @@ from diffusion_backbones.activations import Site
 from diffusion_backbones.backbone import DiffusionBackbone
 from diffusion_backbones.costs import measure as count
 from diffusion_backbones.factory import architecture, create_model
-from diffusion_backbones.families import FAMILIES, Configs
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.recipe import Level, Recipe
 from diffusion_backbones.registry import Declaration
 from diffusion_backbones.selection import pictures, report
@@ -43,49 +41,12 @@ from diffusion_backbones.selection.compare import Evidence, scores
 from diffusion_backbones.selection.data import Data
 from diffusion_backbones.selection.measure import FEWEST, Measured, candidates, check, matching, measure
 from diffusion_backbones.selection.properties import Properties
-from diffusion_backbones.selection.reach import Reach, reach
+from diffusion_backbones.selection.reach import reach
+from diffusion_backbones.selection.result import Selection, number
 from diffusion_backbones.selection.rules import Rule
 from diffusion_backbones.selection.tasks import Task
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What came of it.
-
-    Attributes:
-        arguments: What create_model takes beside the recipe.
-        declaration: The network with the recipe that was chosen.
-        configs: Its architecture.
-        source: What the images and the task were.
-        rules: The filter.
-        sites: Every activation that was measured, in forward order.
-        reach: What it takes to reach each.
-        measured: What each is like.
-        dropped: Id -> why it was not compared, "" if it was.
-        scores: Id -> score alone for each split, of those that were compared.
-        metric: Of the scores.
-        steps: The choice, in the order in which it was made.
-    """
-
-    arguments: str
-    declaration: Declaration
-    configs: Configs
-    source: str
-    rules: tuple[Rule, ...]
-    sites: tuple[Site, ...]
-    reach: dict[str, Reach]
-    measured: Measured
-    dropped: dict[str, str]
-    scores: dict[str, NDArray[np.float64]]
-    metric: str
-    steps: tuple[Step, ...]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The choice as a recipe."""
-        return self.declaration.recipe
 
 
 def select(
@@ -208,9 +169,9 @@ def _estimate(blank: DiffusionBackbone, size: int, images: int, draws: int, task
     """What it will cost, in words, before it begins."""
     one = count(replace(blank.declaration, recipe=replace(blank.declaration.recipe, input_size=size)), blank.configs)
     looked = sum(len(look) for look in task.looks)
-    denoiser = report.number(one.denoiser_gflops * (draws * images + looked) / 1000)
-    encoder = report.number(one.encoder_gflops * (images + looked) / 1000)
-    disk = report.number(sum(task.kept(site.channels) for site in compared) / 1e9)
+    denoiser = number(one.denoiser_gflops * (draws * images + looked) / 1000)
+    encoder = number(one.encoder_gflops * (images + looked) / 1000)
+    disk = number(sum(task.kept(site.channels) for site in compared) / 1e9)
     return (
         f"{images} images x {draws} noise draws and {len(task.looks)} looks: {denoiser} TFLOPs in the denoiser, {encoder} in the image encoder, "
         f"and at most {disk} GB on the disk"
