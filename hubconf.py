@@ -9,7 +9,7 @@ dependencies = ["torch", "torchvision", "diffusers", "transformers", "timm", "sa
 
 def _entry(name: str) -> _Callable[..., _Any]:
     import diffusion_backbones as db
-    from diffusion_backbones.cards import entry_help
+    from diffusion_backbones.reports.backbone_card import entry_help
 
     def entry(pretrained: bool = True, **kwargs: _Any) -> _Any:
         return db.create_model(name, pretrained, **kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 import diffusion_backbones as db
-from diffusion_backbones.bench import alternate
+from diffusion_backbones.evaluation.benchmark import alternate
 
 PHOTO = Path(__file__).parents[1] / "docs" / "cat.jpg"
 DEFAULT = ("sd15:512:1", "sd15+tiny:512:1", "tinysd:256:1", "tinysd:512:1", "tinysd+tiny:512:1")

@@ -21,7 +21,7 @@ SD15_AT_512 = ((320, 64), (640, 32), (2560, 16))
 
 def draw(folder: Path, kind: str, count: int) -> Sequence[Any]:
     """JPEGs of a kind, all different: parts of a photograph, enlarged, with noise as fine as a sensor's."""
-    from diffusion_backbones import images
+    from diffusion_backbones.extraction import images
 
     source, random = Image.open(PHOTO).convert("RGB"), np.random.default_rng(0)
     folder.mkdir()
@@ -113,8 +113,7 @@ def extract_memory(first: int = 500, count: int = 10_000, side: int = 32) -> dic
     import torch
 
     import diffusion_backbones as db
-    from diffusion_backbones import images
-    from diffusion_backbones.extraction import extract
+    from diffusion_backbones.extraction import extract, images
 
     backbone, random = db.create_model("tinysd_gdf", pretrained=True), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:

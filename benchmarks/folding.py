@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import diffusion_backbones as db
-from diffusion_backbones import folding, tensors
-from diffusion_backbones.truncate import count_parameters
+from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops.truncation import count_parameters
+from diffusion_backbones.surgery import constant_folding
 
 
 def main() -> None:
@@ -42,18 +43,18 @@ def count(name: str, recipe: list[str] | None) -> str:
     before, start = count_parameters(denoiser), time.perf_counter()
     fold(backbone)
     seconds, after = time.perf_counter() - start, count_parameters(denoiser)
-    values = sum(output.numel() for constant in folding.constants(denoiser).values() for output in constant.outputs if output is not None)
+    values = sum(output.numel() for constant in constant_folding.constants(denoiser).values() for output in constant.outputs if output is not None)
     dropped = before - after
     return (
         f"{name}: {before / 1e6:.1f} M parameters, {dropped / 1e6:.1f} M dropped ({dropped / before:.1%}) for {values / 1e6:.2f} M values in "
-        f"{len(folding.constants(denoiser))} places; {seconds:.0f} s"
+        f"{len(constant_folding.constants(denoiser))} places; {seconds:.0f} s"
     )
 
 
 def filled(name: str, recipe: list[str] | None, weights: Callable[[Sequence[int]], Tensor]) -> db.DiffusionBackbone:
     """A backbone whose denoiser is on the CPU and whose image encoder is nowhere."""
     backbone = db.create_model(name, recipe=recipe, device="meta")
-    tensors.fill(backbone.denoiser, [(key, weights(tensor.shape)) for key, tensor in backbone.denoiser.state_dict().items()])
+    safetensors_io.fill(backbone.denoiser, [(key, weights(tensor.shape)) for key, tensor in backbone.denoiser.state_dict().items()])
     backbone.family.fill_buffers(backbone.denoiser, torch.device("cpu"))
     backbone.conditioning = type(backbone.conditioning)(backbone.family.blank_conditioning(backbone.configs))
     return backbone
@@ -97,7 +98,7 @@ def timed(name: str, recipe: list[str] | None, size: int, rounds: int) -> str:
 
 def fold(backbone: db.DiffusionBackbone) -> None:
     conditioning, timestep = dict(backbone.conditioning.items()), backbone.declaration.recipe.timestep
-    folding.fold(backbone.denoiser, backbone.family, backbone.configs, conditioning, timestep, backbone.catalogue.all())
+    constant_folding.fold(backbone.denoiser, backbone.family, backbone.configs, conditioning, timestep, backbone.catalogue.all())
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def write_full_size(folder: Path) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from diffusion_backbones.registry import CONFIGS, get_checkpoint, package_configs
+    from diffusion_backbones.spec.configs import CONFIGS, package_configs
+    from diffusion_backbones.spec.registry import get_checkpoint
 
     configs = package_configs(get_checkpoint("sd15"))
     UNet2DConditionModel.from_config(configs["unet"]).save_pretrained(folder / "unet")

@@ -21,15 +21,16 @@ from typing import Any
 import torch
 
 import diffusion_backbones as db
-from diffusion_backbones import bench, costs
-from diffusion_backbones.cards import speed
+from diffusion_backbones.evaluation import benchmark
+from diffusion_backbones.reports import costs
+from diffusion_backbones.reports.backbone_card import speed
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "speed_work.csv"
 SIZES, BATCHES = (256, 384, 512, 768, 1024, 1536, 2048), (1, 2, 4, 8, 16, 32)
 
 
-def measure(setting: bench.Setting, kinds: list[str], largest: int) -> None:
+def measure(setting: benchmark.Setting, kinds: list[str], largest: int) -> None:
     backbone = setting.build()
     declaration = backbone.declaration
 
@@ -54,24 +55,24 @@ def measure(setting: bench.Setting, kinds: list[str], largest: int) -> None:
             jobs["levels", count] = partial(part, images(setting.side, 1)), gflops(setting.side, part)
     product = 0.0
     for (kind, amount), (run, work) in jobs.items():
-        product = max(product, bench.matmul_gflops(setting.device, setting.dtype))                # a machine is slower at times
+        product = max(product, benchmark.matmul_gflops(setting.device, setting.dtype))                # a machine is slower at times
         try:
-            seconds = bench.once(run, setting.device)
+            seconds = benchmark.once(run, setting.device)
             if seconds < 5:
-                seconds = min(bench.once(run, setting.device) for _ in range(setting.rounds))
+                seconds = min(benchmark.once(run, setting.device) for _ in range(setting.rounds))
         except (torch.OutOfMemoryError, MemoryError) as error:
             print(f"{kind} {amount} is left out: {error}")
             continue
         row = {
-            "date": datetime.date.today().isoformat(), "hardware": bench.hardware(setting.device), "backbone": setting.name, "dtype": setting.dtype,
+            "date": datetime.date.today().isoformat(), "hardware": benchmark.hardware(setting.device), "backbone": setting.name, "dtype": setting.dtype,
             "kind": kind, "amount": amount, "seconds": seconds, "gflops": work, "share_of_matmul": work / seconds / product, "torch": torch.__version__,
         }  # fmt: skip
         print({key: row[key] for key in ("kind", "amount", "seconds", "gflops", "share_of_matmul")}, flush=True)
-        bench.write([row], TABLE)
+        benchmark.write([row], TABLE)
 
 
 def plot() -> None:
-    """Draw what ``measure`` and ``diffusion-backbones bench --csv diffusion_backbones/speed.csv`` have written."""
+    """Draw what ``measure`` and ``diffusion-backbones bench --csv diffusion_backbones/reports/data/speed.csv`` have written."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -129,7 +130,7 @@ def main() -> None:
     if args.verb == "plot":
         plot()
     else:
-        setting = bench.Setting(args.name, args.device, args.dtype, rounds=args.rounds)
+        setting = benchmark.Setting(args.name, args.device, args.dtype, rounds=args.rounds)
         measure(setting, args.only or ["size", "batch", "levels"], args.largest)
 
 

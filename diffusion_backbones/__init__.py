@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from diffusion_backbones import models as _declarations  # noqa: F401  (registers everything)
-from diffusion_backbones.recipe import Checkpoint, HubFile, Level, License, Paper, Recipe
-from diffusion_backbones.registry import (
+from diffusion_backbones._moved import install
+from diffusion_backbones._version import __version__
+from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License, Paper
+from diffusion_backbones.spec.recipe import Level, Recipe
+from diffusion_backbones.spec.registry import (
     get_checkpoint,
     get_declaration,
     get_pretrained_cfg,
@@ -20,12 +23,11 @@ from diffusion_backbones.registry import (
     register_checkpoint,
     register_model,
 )
-from diffusion_backbones.version import __version__
 
 if TYPE_CHECKING:
-    from diffusion_backbones.backbone import DiffusionBackbone
-    from diffusion_backbones.exporting import export
-    from diffusion_backbones.factory import create_model, model_entrypoint
+    from diffusion_backbones.backbone.module import DiffusionBackbone
+    from diffusion_backbones.factory.entry_points import create_model, model_entrypoint
+    from diffusion_backbones.factory.export import export
 
 
 
@@ -52,7 +54,12 @@ __all__ = [
     "register_model",
 ]
 
-_LAZY = {"create_model": "factory", "model_entrypoint": "factory", "export": "exporting", "DiffusionBackbone": "backbone"}     # what needs torch and diffusers
+_LAZY = {  # what needs torch and diffusers
+    "DiffusionBackbone": "backbone",
+    "create_model": "factory",
+    "export": "factory.export",
+    "model_entrypoint": "factory",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -63,6 +70,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
+
+
+install()
 
 
 @wrapt.when_imported("timm")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import diffusion_backbones as db
-from diffusion_backbones.scenes import FOLDER
+from diffusion_backbones.evaluation.scenes import FOLDER
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLOURS = {"trained": "tab:blue", "untrained": "tab:orange"}

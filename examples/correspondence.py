@@ -23,7 +23,7 @@ from torchvision.transforms import ColorJitter
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.scenes import Pair, load_scenes
+from diffusion_backbones.evaluation.scenes import Pair, load_scenes
 
 VIEWS, BATCH, POINTS, TEMPERATURE, GRID = 2, 8, 96, 0.07, 64
 Head = Callable[[Tensor], Tensor]

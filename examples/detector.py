@@ -29,8 +29,8 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import diffusion_backbones as db
+from diffusion_backbones.evaluation.scenes import Scene, load_scenes
 from diffusion_backbones.integrations.torchvision import PyramidFPN
-from diffusion_backbones.scenes import Scene, load_scenes
 
 BATCH, SHOWN = 8, 4
 Maps = dict[str, Tensor]

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffusion_backbones as db
+from diffusion_backbones.evaluation.scenes import Scene, load_scenes
 from diffusion_backbones.integrations.smp import register
-from diffusion_backbones.scenes import Scene, load_scenes
 
 BATCH, SHOWN = 8, 4
 

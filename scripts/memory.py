@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import diffusion_backbones as db
-from diffusion_backbones import images, memory
+from diffusion_backbones.extraction import images
+from diffusion_backbones.surgery import memory_budget
 
 
 class Bytes(NamedTuple):
@@ -55,7 +56,7 @@ def measure(name: str, dtype: torch.dtype) -> Bytes:
 
 
 def size(network: nn.Module, dtype: torch.dtype) -> int:
-    return memory.weights([(network, dtype)])
+    return memory_budget.weights([(network, dtype)])
 
 
 def held(tensor: Any) -> int:

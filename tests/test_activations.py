@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import diffusion_backbones as db
-from diffusion_backbones.activations import parse
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.registry import package_configs
+from diffusion_backbones.spec.activations import parse
+from diffusion_backbones.spec.configs import package_configs
 
 
 def catalogue(name):

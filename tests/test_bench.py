@@ -12,20 +12,20 @@ import torch
 from click.testing import CliRunner
 
 import diffusion_backbones as db
-from diffusion_backbones import bench, footprint
-from diffusion_backbones.cli import main
-from diffusion_backbones.truncate import count_bytes
+from diffusion_backbones.cli.program import main
+from diffusion_backbones.evaluation import benchmark, memory_benchmark
+from diffusion_backbones.ops.truncation import count_bytes
 
 
 @pytest.fixture(scope="module")
 def timed():
-    setting = bench.Setting("tinysd_gdf", size=128, rounds=2, load=True)
-    return setting, bench.bench(setting)
+    setting = benchmark.Setting("tinysd_gdf", size=128, rounds=2, load=True)
+    return setting, benchmark.bench(setting)
 
 
 def test_every_way_is_timed_and_counted(timed):
     _, found = timed
-    assert [timing.way for timing in found] == [bench.BACKBONE, bench.LATENTS, bench.HOOKS]
+    assert [timing.way for timing in found] == [benchmark.BACKBONE, benchmark.LATENTS, benchmark.HOOKS]
     assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in found)
     ours, latents, hooks = found
     assert hooks.speed(hooks) == 1
@@ -35,68 +35,68 @@ def test_every_way_is_timed_and_counted(timed):
     assert 0 < ours.parts["encoder"] + ours.parts["denoiser"] <= ours.parts["call"]
     assert 0 < ours.footprint.seconds < 60
     assert latents.footprint is None
-    networks = [network for name, network in footprint.components(db.get_declaration("tinysd_gdf"), db.create_model("tinysd_gdf").configs, "meta")]
+    networks = [network for name, network in memory_benchmark.components(db.get_declaration("tinysd_gdf"), db.create_model("tinysd_gdf").configs, "meta")]
     assert hooks.footprint.weights == sum(count_bytes(network) for network in networks)
     assert cost.bytes < ours.footprint.weights < hooks.footprint.weights                # the noise and the prompt are kept too
     assert ours.footprint.peak > 0
 
 
 def test_without_room_nothing_is_written(monkeypatch):
-    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(memory_benchmark.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
     backbone = db.create_model("tinysd_gdf")
-    with pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"), footprint.written(backbone, "float32", print):
+    with pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"), memory_benchmark.written(backbone, "float32", print):
         pass
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
-    monkeypatch.setattr(bench, "_encode_each", lambda whole, backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
+    monkeypatch.setattr(benchmark, "_encode_each", lambda whole, backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
     with pytest.raises(RuntimeError, match="an encode for each draw: .* differs by 1 of the largest value"):
-        bench.bench(bench.Setting("tinysd_dift", size=64, rounds=1))
+        benchmark.bench(benchmark.Setting("tinysd_dift", size=64, rounds=1))
 
 
 def test_a_tiny_encoder_is_timed_beside_the_exact_one():
-    setting = bench.Setting("tinysd_gdf", size=64, rounds=1, options={"encoder": "tiny"})
-    ours, latents, hooks = bench.bench(setting)
+    setting = benchmark.Setting("tinysd_gdf", size=64, rounds=1, options={"encoder": "tiny"})
+    ours, latents, hooks = benchmark.bench(setting)
     cost = db.costs.measure(replace(db.get_declaration("tinysd_gdf"), recipe=db.get_declaration("tinysd_gdf").recipe.override(input_size=64)))
     assert ours.gflops == pytest.approx(latents.gflops + cost.tiny_encoder_gflops, rel=1e-3)
-    assert "encoder=tiny" in bench.rows([ours, latents, hooks], setting, 1.0)[0]["options"]
+    assert "encoder=tiny" in benchmark.rows([ours, latents, hooks], setting, 1.0)[0]["options"]
 
 
 def test_an_ensemble_is_encoded_once(monkeypatch):
     encoded = []
-    backbone = bench.Setting("tinysd_dift", size=64).build()
+    backbone = benchmark.Setting("tinysd_dift", size=64).build()
     encode = type(backbone).encode
     monkeypatch.setattr(type(backbone), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
     ids = backbone.declaration.recipe.ids
-    x = bench.Setting("tinysd_dift", size=64).images()
+    x = benchmark.Setting("tinysd_dift", size=64).images()
     with torch.no_grad():
         expected = backbone.forward_activations(x, ids)
-        each = bench._encode_each(backbone, backbone, x, ids)
+        each = benchmark._encode_each(backbone, backbone, x, ids)
     assert encoded == [1, backbone.declaration.recipe.ensemble]
     assert all(torch.allclose(each[id], expected[id], atol=1e-4) for id in ids)
 
 
 def test_the_whole_network_is_whole():
-    setting = bench.Setting("tinysd_gdf")
-    whole = bench._whole(setting)
+    setting = benchmark.Setting("tinysd_gdf")
+    whole = benchmark._whole(setting)
     assert sum(p.numel() for p in whole.denoiser.parameters()) == db.costs.published()["tinysd_gdf"]["parameters_total"]
 
 
 def test_the_whole_network_reads_what_a_recipe_normalises():
-    whole = bench._whole(bench.Setting("flux_dev_ditf", device="meta"))
+    whole = benchmark._whole(benchmark.Setting("flux_dev_ditf", device="meta"))
     assert whole.levels[0].sites[0].id == "vit-block56-out"
 
 
 @pytest.mark.parametrize("written", [["--csv", "at/home/speed.csv"], ["--csv=at/home/speed.csv"], []])
 def test_a_row_has_its_command(monkeypatch, timed, written):
     monkeypatch.setattr("sys.argv", ["/usr/bin/diffusion-backbones", "bench", *written, "tinysd_gdf", "--size", "128"])
-    assert bench.rows(timed[1], timed[0], 1.0)[0]["command"] == "diffusion-backbones bench tinysd_gdf --size 128"
+    assert benchmark.rows(timed[1], timed[0], 1.0)[0]["command"] == "diffusion-backbones bench tinysd_gdf --size 128"
 
 
 def test_rows_are_appended(timed, tmp_path):
     setting, found = timed
     for product in (100.0, 200.0):
-        bench.write(bench.rows(found, setting, product), tmp_path / "new" / "speed.csv")
+        benchmark.write(benchmark.rows(found, setting, product), tmp_path / "new" / "speed.csv")
     with (tmp_path / "new" / "speed.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(found)
@@ -105,11 +105,11 @@ def test_rows_are_appended(timed, tmp_path):
 
 
 def test_the_command(monkeypatch, timed, tmp_path):
-    monkeypatch.setattr(bench, "bench", lambda setting, say: timed[1])
+    monkeypatch.setattr(benchmark, "bench", lambda setting, say: timed[1])
     command = ["bench", "tinysd_gdf", "--size", "128", "--device", "cpu"]
     said = CliRunner().invoke(main, [*command, "--csv", str(tmp_path / "speed.csv")])
     assert said.exit_code == 0, said.output
-    assert bench.HOOKS in said.output
+    assert benchmark.HOOKS in said.output
     assert (tmp_path / "speed.csv").is_file()
     data = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert [row["way"] for row in data] == [timing.way for timing in timed[1]]
@@ -117,4 +117,4 @@ def test_the_command(monkeypatch, timed, tmp_path):
 
 
 def test_a_product_of_matrices_is_measured():
-    assert bench.matmul_gflops(side=256) > 0.1
+    assert benchmark.matmul_gflops(side=256) > 0.1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffusion_backbones as db
-from diffusion_backbones.attention import attention_map
+from diffusion_backbones.ops.attention_maps import attention_map
 
 
 @pytest.fixture(scope="module")

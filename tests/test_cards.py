@@ -14,9 +14,11 @@ from huggingface_hub import ModelCard
 from snippets import blocks, printed, promised
 
 import diffusion_backbones as db
-from diffusion_backbones import cards, checkpoint_cards, costs
 from diffusion_backbones.families.base import is_flow
-from diffusion_backbones.registry import CONFIGS, Declaration, package_configs
+from diffusion_backbones.reports import backbone_card, checkpoint_card, costs
+from diffusion_backbones.spec.configs import CONFIGS, package_configs
+from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.schedule import noise_level
 
 ROOT = Path(__file__).parent.parent
 NAMES = db.list_models(include_tags=True)
@@ -46,7 +48,7 @@ def run(block, names, **replaced):
 @pytest.mark.parametrize("name", NAMES)
 def test_front_matter(name):
     declaration = db.get_declaration(name)
-    data = ModelCard(cards.card(declaration)).data
+    data = ModelCard(backbone_card.card(declaration)).data
     assert data.library_name == "diffusion_backbones"
     assert data.pipeline_tag == "image-feature-extraction"
     assert data.license == declaration.checkpoint.license.id
@@ -65,13 +67,13 @@ def test_front_matter(name):
 def test_a_license_is_never_made_up():
     declaration = db.get_declaration("sd15_gdf")
     unknown = replace(declaration.checkpoint, license=db.License("other", name="Unknown; ask its author", verified=False))
-    card = ModelCard(cards.card(replace(declaration, checkpoint=unknown)))
+    card = ModelCard(backbone_card.card(replace(declaration, checkpoint=unknown)))
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "unknown-ask-its-author", None)
     assert "which no source at hand confirms" in card.text
 
 
 def test_weights_from_two_repositories_name_both():
-    data = ModelCard(cards.card(db.get_declaration("sd21_cleandift"))).data
+    data = ModelCard(backbone_card.card(db.get_declaration("sd21_cleandift"))).data
     assert data.base_model == ["CompVis/cleandift", "stabilityai/stable-diffusion-2-1"]
 
 
@@ -81,7 +83,7 @@ def test_weights_from_two_repositories_name_both():
 @pytest.mark.parametrize("name", NAMES)
 def test_levels_and_usage_are_those_of_the_network(name):
     """At full size, on meta, where there are no weights to download."""
-    card, names = cards.card(db.get_declaration(name)), {}
+    card, names = backbone_card.card(db.get_declaration(name)), {}
     with torch.device("meta"):
         run(blocks(card)[0], names, **{"pretrained=True": "pretrained=False"})
     backbone = names["backbone"]
@@ -98,21 +100,21 @@ def test_noise_levels_equal_diffusers(folder):
     if is_flow(config):
         flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)                 # no shift: what a timestep means, not which are visited
         for timestep, sigma in zip(flow.timesteps.tolist(), flow.sigmas.tolist(), strict=False):
-            assert cards.noise_level(config, timestep) == pytest.approx((1 - sigma, sigma), abs=1e-6)
+            assert noise_level(config, timestep) == pytest.approx((1 - sigma, sigma), abs=1e-6)
         return
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     alpha_bar = DDPMScheduler(**{key: config[key] for key in keys}).alphas_cumprod.double()
     for timestep in (0, 1, 49, 51, 261, 500, 999):
-        alpha, sigma = cards.noise_level(config, timestep)
+        alpha, sigma = noise_level(config, timestep)
         assert alpha == pytest.approx(alpha_bar[timestep].sqrt().item(), abs=1e-5)       # diffusers' are float32
         assert sigma == pytest.approx((1 - alpha_bar[timestep]).sqrt().item(), abs=1e-5)
-    assert cards.noise_level(config, 51.9) == cards.noise_level(config, 51)
+    assert noise_level(config, 51.9) == noise_level(config, 51)
 
 
 def test_linear_betas_too():
     alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
     config = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
-    assert cards.noise_level(config, 261)[0] == pytest.approx(alpha_bar[261].sqrt().item(), abs=1e-5)
+    assert noise_level(config, 261)[0] == pytest.approx(alpha_bar[261].sqrt().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +135,13 @@ def test_linear_betas_too():
     ],
 )
 def test_details(name, sentence):
-    assert sentence in cards.card(db.get_declaration(name))
+    assert sentence in backbone_card.card(db.get_declaration(name))
 
 
 def test_other_settings_change_the_details():
     declaration = db.get_declaration("sd15_gdf")
     other = replace(declaration, recipe=declaration.recipe.override(prompt="a horse", noise="random", ensemble=2))
-    card = cards.card(other)
+    card = backbone_card.card(other)
     assert "| Prompt | 'a horse', padded to the text encoder's limit |" in card
     assert "activations averaged over 2 draws, new in every call" in card
 
@@ -147,13 +149,13 @@ def test_other_settings_change_the_details():
 def test_gated_weights_say_what_to_do():
     declaration = db.get_declaration("sd15_gdf")
     gated = replace(declaration, checkpoint=replace(declaration.checkpoint, gated=True))
-    assert "accept the terms at https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5" in cards.card(gated)
+    assert "accept the terms at https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5" in backbone_card.card(gated)
 
 
 def test_every_published_number_is_in_a_card_and_none_is_claimed():
-    assert set(cards.results()) <= set(NAMES)
-    for name, rows in cards.results().items():
-        card = cards.card(db.get_declaration(name))
+    assert set(backbone_card.results()) <= set(NAMES)
+    for name, rows in backbone_card.results().items():
+        card = backbone_card.card(db.get_declaration(name))
         assert "None was reproduced with this package." in card
         for row in rows:
             cells = " | ".join(row[column] for column in ("task", "dataset", "protocol", "metric", "value", "source"))
@@ -165,7 +167,7 @@ def test_every_published_number_is_in_a_card_and_none_is_claimed():
 @pytest.mark.parametrize("name", NAMES)
 def test_notes_doubts_and_citations_are_complete(name):
     declaration = db.get_declaration(name)
-    card, recipe, checkpoint = cards.card(declaration), declaration.recipe, declaration.checkpoint
+    card, recipe, checkpoint = backbone_card.card(declaration), declaration.recipe, declaration.checkpoint
     for sentence in (*recipe.notes, *recipe.unverified, *checkpoint.unverified):
         assert f"\n* {sentence}\n" in card
     for paper in filter(None, (recipe.paper, checkpoint.paper)):
@@ -178,8 +180,8 @@ def test_an_unknown_architecture_is_an_error_that_says_what_to_give():
     declaration = db.get_declaration("tinysd_gdf")
     anonymous = Declaration("my_model_gdf", replace(declaration.checkpoint, name="my_model"), declaration.recipe)
     with pytest.raises(ValueError, match="no architecture for my_model"):
-        cards.card(anonymous)
-    assert "48@8" in cards.card(anonymous, package_configs(declaration.checkpoint))
+        backbone_card.card(anonymous)
+    assert "48@8" in backbone_card.card(anonymous, package_configs(declaration.checkpoint))
 
 
 # The code that they paste.
@@ -188,14 +190,14 @@ def test_an_unknown_architecture_is_an_error_that_says_what_to_give():
 @pytest.mark.parametrize("name", ["tinysd_gdf", "tinysd_dift"])
 def test_usage_runs_as_it_stands(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for block in blocks(cards.card(db.get_declaration(name))):
+    for block in blocks(backbone_card.card(db.get_declaration(name))):
         run(block, {})
 
 
 def test_usage_of_a_saved_folder(tmp_path):
     backbone = db.create_model("tinysd_gdf", pretrained=True)
     backbone.save_pretrained(tmp_path)
-    (block,) = blocks(cards.card(backbone.declaration, backbone.configs))
+    (block,) = blocks(backbone_card.card(backbone.declaration, backbone.configs))
     run(block, {}, FOLDER=str(tmp_path))
 
 
@@ -206,14 +208,14 @@ def test_usage_of_a_saved_folder(tmp_path):
 def test_card_in_the_repository_is_current(name, generate):
     _, _, text = (ROOT / f"model_cards/{name}.md").read_text().partition("\n# ")
     assert text.partition("\n")[0] == generate.NOTICE
-    assert text.partition("\n")[2] == cards.card(db.get_declaration(name)).removeprefix("---\n")
+    assert text.partition("\n")[2] == backbone_card.card(db.get_declaration(name)).removeprefix("---\n")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_without_a_recipe_has_a_card(name, generate):
     """Current, readable by the hub, with its licence, its gate and every doubt; and its usage is that of the network, at full size on meta."""
     checkpoint = db.get_checkpoint(name)
-    card = checkpoint_cards.card(checkpoint)
+    card = checkpoint_card.card(checkpoint)
     _, _, text = (ROOT / f"model_cards/{name}.md").read_text().partition("\n# ")
     assert text == f"{generate.NOTICE}\n{card.removeprefix('---' + chr(10))}"
     data = ModelCard(card).data

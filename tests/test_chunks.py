@@ -100,7 +100,7 @@ def test_gradients_in_chunks(x):
 
 def test_half_precision_is_summed_in_single():
     """64 draws of about 1000 overflow a sum in float16."""
-    from diffusion_backbones.chunks import Mean
+    from diffusion_backbones.ops.micro_batching import Mean
 
     draws = torch.full((64, 2, 3), 1001.0, dtype=torch.float16)
     mean = Mean(64)
@@ -132,21 +132,21 @@ def test_chunks_compile_to_one_graph(x):
 
 def test_what_is_kept_does_not_grow_with_the_ensemble(backbone, x):
     """The sum of what a pass leaves behind: with chunks one activation of each kind, whatever the ensemble."""
-    from diffusion_backbones import chunks
+    from diffusion_backbones.ops import micro_batching
 
     sizes = []
-    add = chunks.Mean.add
+    add = micro_batching.Mean.add
 
     def watch(self, acts, images):
         add(self, acts, images)
         sizes.append(sum(t.numel() for t in (*acts.values(), *self._sums.values())))
 
-    chunks.Mean.add = watch
+    micro_batching.Mean.add = watch
     try:
         for ensemble in (2, 8):
             backbone(x[:1], ensemble=ensemble, chunk=1)
     finally:
-        chunks.Mean.add = add
+        micro_batching.Mean.add = add
     assert len(set(sizes)) == 1
     assert len(sizes) == 10
 

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
-from diffusion_backbones import cards, checkpoint_cards, viz
-from diffusion_backbones.cli import main
-from diffusion_backbones.costs import costs, entire
+from diffusion_backbones.cli.program import main
+from diffusion_backbones.evaluation import visualize
+from diffusion_backbones.reports import backbone_card, checkpoint_card
+from diffusion_backbones.reports.costs import costs, entire
 
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 
@@ -59,7 +60,7 @@ def photo(tmp_path):
     ids=" ".join,
 )
 def test_what_reads_declarations_needs_no_torch(args):
-    code = "import sys; from diffusion_backbones.cli import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from diffusion_backbones.cli.program import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout
@@ -104,7 +105,7 @@ def test_info_says_everything(name):
     declaration, text = db.get_declaration(name), ok("info", name)
     recipe, checkpoint, cost = declaration.recipe, declaration.checkpoint, costs(declaration)
     said = [*recipe.ids, *recipe.notes, *recipe.unverified, *checkpoint.unverified, *checkpoint.mirrors, recipe.source, checkpoint.hub_id, checkpoint.status]
-    said += [str(checkpoint.license), cards.millions(cost.parameters), cards.millions(cost.parameters_total), cards.gflops(cost.encoder_gflops)]
+    said += [str(checkpoint.license), backbone_card.millions(cost.parameters), backbone_card.millions(cost.parameters_total), backbone_card.gflops(cost.encoder_gflops)]
     assert [sentence for sentence in said if sentence not in text] == []
 
 
@@ -112,7 +113,7 @@ def test_info_says_everything(name):
 def test_info_of_a_checkpoint_says_what_it_takes_and_what_is_doubted(name):
     checkpoint, text = db.get_checkpoint(name), ok("info", name)
     cost = costs(entire(checkpoint))
-    said = [checkpoint.title, checkpoint.hub_id, str(checkpoint.license), *checkpoint.unverified, cards.millions(cost.parameters_total), cards.memory(cost)]
+    said = [checkpoint.title, checkpoint.hub_id, str(checkpoint.license), *checkpoint.unverified, backbone_card.millions(cost.parameters_total), backbone_card.memory(cost)]
     said += [model for model in db.list_models() if db.get_declaration(model).checkpoint is checkpoint] or ["none published"]
     assert [sentence for sentence in said if sentence not in text] == []
     assert json.loads(ok("info", name, "--json"))["costs"]["parameters_total"] == cost.parameters_total
@@ -154,8 +155,8 @@ def test_shapes_are_those_of_the_network(size):
 
 
 def test_card():
-    assert ok("card", "sd15_gdf") == cards.card(db.get_declaration("sd15_gdf"))
-    assert ok("card", "sd35_large") == checkpoint_cards.card(db.get_checkpoint("sd35_large"))
+    assert ok("card", "sd15_gdf") == backbone_card.card(db.get_declaration("sd15_gdf"))
+    assert ok("card", "sd35_large") == checkpoint_card.card(db.get_checkpoint("sd35_large"))
 
 
 # Running backbones.
@@ -187,7 +188,7 @@ def test_random_weights_are_the_same_every_time_and_say_so(photo, tmp_path):
     for name in ("one", "two"):
         result = run("extract", "tinysd_gdf", photo, "-o", tmp_path / name, "--random-weights", "--device", "cpu")
         assert result.exit_code == 0
-        assert viz.UNTRAINED in result.stderr
+        assert visualize.UNTRAINED in result.stderr
     one, two = (load_file(tmp_path / name / "photo.jpg.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert json.loads((tmp_path / "one" / "manifest.json").read_text())["weights"] == {"random": "seed 0 on cpu"}
@@ -201,7 +202,7 @@ def test_saved_backbones_and_folders(photo, tmp_path, tiny_folder):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     result = run("visualize", "sd15_gdf", photo, "-o", tmp_path / "out.png", "--checkpoint-path", tiny_folder("sd15"))
     assert result.exit_code == 0, result.output
-    assert viz.UNTRAINED not in result.stderr
+    assert visualize.UNTRAINED not in result.stderr
 
 
 def test_one_broken_image_makes_the_status_1(photo, tmp_path):
@@ -219,15 +220,15 @@ def test_visualize(photo, tmp_path):
     assert result.exit_code == 0, result.output
     expected = ["level 0: (48, 6, 8) @ stride 8", "level 1: (96, 3, 4) @ stride 16", "level 2: (224, 2, 2) @ stride 32", str(out)]
     assert result.stdout.splitlines() == expected
-    assert viz.UNTRAINED not in result.stderr
+    assert visualize.UNTRAINED not in result.stderr
     alone = run("visualize", photo, "-o", tmp_path / "alone.png")
     assert alone.stdout.splitlines()[:3] == expected[:3]
     assert (tmp_path / "alone.png").read_bytes() == out.read_bytes()
     picture = Image.open(out)
     random = tmp_path / "random.png"
-    assert viz.UNTRAINED in run("visualize", "tinysd_gdf", photo, "-o", random, "--random-weights").stderr
-    assert viz.RED in {colour for _, colour in Image.open(random).getcolors(2**24)}, "the picture itself must say that the weights are random"
-    assert viz.RED not in {colour for _, colour in picture.getcolors(2**24)}
+    assert visualize.UNTRAINED in run("visualize", "tinysd_gdf", photo, "-o", random, "--random-weights").stderr
+    assert visualize.RED in {colour for _, colour in Image.open(random).getcolors(2**24)}, "the picture itself must say that the weights are random"
+    assert visualize.RED not in {colour for _, colour in picture.getcolors(2**24)}
     again = tmp_path / "again.png"
     ok("visualize", "tinysd_gdf", photo, "-o", again)
     assert Image.open(again).tobytes() == picture.tobytes()
@@ -297,7 +298,7 @@ def test_a_key_error_is_not_shown_in_quotes(monkeypatch):
     def unknown(name):
         raise KeyError("no such thing.\nDid you mean 'that'?")
 
-    monkeypatch.setattr(cards, "card", unknown)
+    monkeypatch.setattr(backbone_card, "card", unknown)
     assert fails(1, "card", "sd15_gdf") == "Error: no such thing. Did you mean 'that'?\n"
     assert isinstance(run("--traceback", "card", "sd15_gdf").exception, KeyError)
 

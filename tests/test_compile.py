@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import diffusion_backbones as db
-from diffusion_backbones import compiling
 from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.surgery import compilation
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -30,7 +30,7 @@ def traced(backbone, backend="eager"):
     """The backbone, compiled without code being generated, and the counters at zero."""
     torch._dynamo.reset()
     counters.clear()
-    compiling.compile_in_place(backbone, True, backend=backend)
+    compilation.compile_in_place(backbone, True, backend=backend)
     return backbone
 
 

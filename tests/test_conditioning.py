@@ -17,10 +17,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, Sta
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
-from diffusion_backbones import conditioning
-from diffusion_backbones.conditioning import Prompter
-from diffusion_backbones.families import FAMILIES, clip
-from diffusion_backbones.sources import Folder
+from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families.text import clip
+from diffusion_backbones.loading import prompts
+from diffusion_backbones.loading.prompts import Prompter
+from diffusion_backbones.loading.source import Folder
 
 X = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64).cos()
 PROMPTS = ["", "a cat", "a photograph of a horse on a beach, 35 mm", "Ünïcödé ☃"]
@@ -50,7 +51,7 @@ def built(monkeypatch) -> list[Any]:
 def prompter(folder: Path, padding: str = "max_length") -> Prompter:
     source = Folder(folder)
     family = db.get_checkpoint("sd15").family
-    return Prompter(family, source.configs(conditioning.FAMILIES[family]), source, padding)
+    return Prompter(family, source.configs(prompts.FAMILIES[family]), source, padding)
 
 
 # What they are.
@@ -275,9 +276,9 @@ def test_threads_encode_a_prompt_once(tiny_folder, built):
 def test_the_cache_lies_beside_the_hubs_unless_told_otherwise(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    assert conditioning.cache_folder() == tmp_path / "cache"
+    assert prompts.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("DIFFUSION_BACKBONES_CACHE")
-    assert conditioning.cache_folder() == Path(constants.HF_HOME) / "diffusion_backbones"
+    assert prompts.cache_folder() == Path(constants.HF_HOME) / "diffusion_backbones"
 
 
 # What is refused.

@@ -14,10 +14,11 @@ import tiny
 import torch
 
 import diffusion_backbones as db
-from diffusion_backbones import capture, probe, tensors
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.registry import package_configs
-from diffusion_backbones.truncate import AttentionTap, Bypass, StandIn
+from diffusion_backbones.ops import recording, safetensors_io
+from diffusion_backbones.ops.truncation import AttentionTap, Bypass, StandIn
+from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.surgery import introspection
 
 MODELS = db.list_models()
 every = pytest.mark.parametrize("name", MODELS)
@@ -41,7 +42,7 @@ def test_every_activation_of_the_full_network_has_the_shape_that_is_listed(name)
     sites = FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), name).all()
     listed = {site.id: site for site in sites if site.layout != "attention"}
     backbone = db.create_model(name, recipe=[list(listed)[-1]], device="meta")
-    assert all(capture.available(backbone.denoiser, site) for site in sites)
+    assert all(recording.available(backbone.denoiser, site) for site in sites)
     h, w = 2 * backbone.size_divisibility - 5, 3 * backbone.size_divisibility - 3
     acts = backbone.forward_activations(torch.empty(2, 3, h, w, device="meta"), list(listed), as_maps=True)
     for id, act in acts.items():
@@ -63,10 +64,10 @@ def test_nothing_that_a_call_cannot_reach_is_kept(name, tiny_folder):
 @every
 def test_truncation_keeps_only_what_runs(name):
     backbone = db.create_model(name, device="meta")
-    whole = probe.build(backbone.declaration.checkpoint.family, backbone.configs)
-    kept = tensors.shapes(backbone.denoiser)
-    assert kept.items() <= tensors.shapes(whole).items(), "a kept tensor has another name or shape than in the stock network"
-    assert len(kept) < len(tensors.shapes(whole))
+    whole = introspection.build(backbone.declaration.checkpoint.family, backbone.configs)
+    kept = safetensors_io.shapes(backbone.denoiser)
+    assert kept.items() <= safetensors_io.shapes(whole).items(), "a kept tensor has another name or shape than in the stock network"
+    assert len(kept) < len(safetensors_io.shapes(whole))
     ran: set[str] = set()
     for path, module in backbone.denoiser.named_modules():
         module.register_forward_hook(lambda m, a, o, path=path: ran.add(path))

@@ -15,11 +15,12 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import diffusion_backbones as db
-from diffusion_backbones import costs as module
-from diffusion_backbones import probe
-from diffusion_backbones.costs import costs, entire, measure
-from diffusion_backbones.recipe import Recipe
-from diffusion_backbones.registry import Declaration, package_configs
+from diffusion_backbones.reports import costs as module
+from diffusion_backbones.reports.costs import costs, entire, measure
+from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.surgery import introspection
 
 
 class Counter:
@@ -110,7 +111,7 @@ def test_published_costs_are_those_of_the_network(name):
 @pytest.mark.parametrize("name", ["flux2_klein_4b", "sd35_medium", "ddpm_cifar10_32"])
 def test_published_costs_of_a_checkpoint_are_those_of_its_whole_network(name):
     checkpoint = db.get_checkpoint(name)
-    whole = probe.build(checkpoint.family, package_configs(checkpoint))
+    whole = introspection.build(checkpoint.family, package_configs(checkpoint))
     counted = costs(entire(checkpoint))
     assert counted.parameters_total == sum(p.numel() for p in whole.parameters())
     assert 0.99 * counted.parameters_total < counted.parameters <= counted.parameters_total

@@ -10,12 +10,14 @@ from oracle import Oracle
 from torch import nn
 
 import diffusion_backbones as db
-from diffusion_backbones import Recipe, probe, tensors
+from diffusion_backbones import Recipe
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.recipe import Level
-from diffusion_backbones.registry import package_configs
-from diffusion_backbones.sources import Folder
-from diffusion_backbones.truncate import Bypass, count_parameters
+from diffusion_backbones.loading.source import Folder
+from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops.truncation import Bypass, count_parameters
+from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.spec.recipe import Level
+from diffusion_backbones.surgery import introspection
 
 NAME = "deepfloyd_if_xl"
 RESIDUAL, SAMPLERS, ATTENDED = 2 * (3 * 4 + 2 + 4 * 4), 2 * 3, 3 * 3 + 1 + 3 * 4
@@ -152,7 +154,7 @@ def test_full_size_on_meta():
     """4.3 billion parameters, as the authors state; every id is there, and an early one keeps little."""
     checkpoint = db.get_checkpoint(NAME)
     configs = package_configs(checkpoint)
-    network = probe.build(checkpoint.family, configs)
+    network = introspection.build(checkpoint.family, configs)
     assert round(count_parameters(network) / 1e9, 1) == 4.3
     backbone = db.create_model(NAME, recipe=["unet-out"], device="meta")
     assert (backbone.size_divisibility, backbone.latent_stride, backbone.latent_channels) == (8, 1, 3)
@@ -169,7 +171,7 @@ def test_full_size_on_meta():
     assert {site.stride for site in sites} == {1, 2, 4, 8}
     early = db.create_model(NAME, recipe=["down-level1-repeat1-vit-out"], device="meta")
     assert count_parameters(early.denoiser) < 0.2 * count_parameters(network)
-    assert tensors.shapes(early.denoiser).items() <= tensors.shapes(network).items()
+    assert safetensors_io.shapes(early.denoiser).items() <= safetensors_io.shapes(network).items()
 
 
 @pytest.mark.parametrize("prompt", ["", "A photo of a CAT "])

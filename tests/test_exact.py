@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from oracle import Oracle
 
 import diffusion_backbones as db
-from diffusion_backbones.registry import package_configs
+from diffusion_backbones.spec.configs import package_configs
 
 COUNTS = {"sd15": (197, 165), "sd21": (197, 165), "sdxl": (612, 472)}
 

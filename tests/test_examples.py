@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_backbones.scenes import FOLDER, load_scenes
+from diffusion_backbones.evaluation.scenes import FOLDER, load_scenes
 
 ROOT = Path(__file__).parents[1]
 ROWS = {

@@ -11,8 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import diffusion_backbones as db
-from diffusion_backbones import exporting
-from diffusion_backbones.cli import main
+from diffusion_backbones.cli.program import main
+from diffusion_backbones.factory import export
 
 WITHOUT = """
 import sys
@@ -128,7 +128,7 @@ def test_a_compiled_file_of_one_size_and_batch_leaves_the_backbone_as_it_was(tmp
 
 def test_a_compiled_backbone_is_exported_as_it_is_written():
     x = images(2, 32, 32)
-    same(exporting.trace(small(compile=True), size=(32, 32)).module()(x), small()(x))
+    same(export.trace(small(compile=True), size=(32, 32)).module()(x), small()(x))
 
 
 def test_bad_input(backbone, tmp_path):
@@ -161,7 +161,7 @@ def test_bad_input(backbone, tmp_path):
 def test_what_is_missing_is_said(backbone, tmp_path, monkeypatch):
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler"):
         db.export(backbone, tmp_path / "a.pt2")
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnx and onnxscript; install them with pip install 'diffusion-backbones\[export\]'"):
         db.export(backbone, tmp_path / "a.onnx")
 

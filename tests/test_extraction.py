@@ -24,10 +24,10 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import to_tensor
 
 import diffusion_backbones as db
-from diffusion_backbones import images, tensors
-from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.extraction import MANIFEST, extract, stages
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.extraction import MANIFEST, extract, images, stages
 from diffusion_backbones.extraction.stages import Computer
+from diffusion_backbones.ops import safetensors_io
 
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 NAME = "tinysd_gdf"
@@ -124,14 +124,14 @@ def test_batches_hold_images_of_one_size_and_change_nothing(backbone, photos, tm
 
 def test_features_are_not_gathered(backbone, photos, tmp_path, monkeypatch):
     alive = []
-    write = tensors.write
+    write = safetensors_io.write
 
     def counting(*args):
         gc.collect()
         alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
         write(*args)
 
-    monkeypatch.setattr(tensors, "write", counting)
+    monkeypatch.setattr(safetensors_io, "write", counting)
     extract(backbone, images.find([photos]), tmp_path / "out", workers=0)
     assert len(alive) == 4
     assert max(alive) == alive[0], alive
@@ -168,10 +168,10 @@ def test_threads_change_nothing(backbone, photos, tmp_path, batch_size, capsys):
 def meet(monkeypatch, timeout: float) -> threading.Barrier:
     """Let the reading of image 4, the computing of image 1 and the writing of image 0 wait for each other."""
     barrier, calls = threading.Barrier(3, timeout=timeout), iter(range(1000))
-    load, forward, write = images.load, DiffusionBackbone.forward, tensors.write
+    load, forward, write = images.load, DiffusionBackbone.forward, safetensors_io.write
     monkeypatch.setattr(images, "load", lambda path: (barrier.wait() if path.name == "04.png" else None, load(path))[1])
     monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x: (barrier.wait() if next(calls) == 1 else None, forward(self, x))[1])
-    monkeypatch.setattr(tensors, "write", lambda path, *args: (barrier.wait() if path.name.startswith("00.png") else None, write(path, *args))[1])
+    monkeypatch.setattr(safetensors_io, "write", lambda path, *args: (barrier.wait() if path.name.startswith("00.png") else None, write(path, *args))[1])
     return barrier
 
 
@@ -191,7 +191,7 @@ def test_a_slow_disk_stops_the_reading(backbone, strip, tmp_path, monkeypatch):
     # Two batches are computed, one image more tells that the second is full, and the next batch and one for each worker are read meanwhile.
     most = 2 * batch_size + 1 + batch_size + workers
     read, changed, seen = [], threading.Condition(), []
-    load, write = images.load, tensors.write
+    load, write = images.load, safetensors_io.write
 
     def counting(path):
         with changed:
@@ -208,14 +208,14 @@ def test_a_slow_disk_stops_the_reading(backbone, strip, tmp_path, monkeypatch):
         write(path, *args)
 
     monkeypatch.setattr(images, "load", counting)
-    monkeypatch.setattr(tensors, "write", slow)
+    monkeypatch.setattr(safetensors_io, "write", slow)
     assert extract(backbone, images.find([strip]), tmp_path / "out", batch_size=batch_size, workers=workers).done == 24
     assert seen == [True, most]
 
 
 def test_the_features_of_few_batches_are_in_memory(backbone, strip, tmp_path, monkeypatch):
     alive, most = set(), []
-    compute, write = Computer.__call__, tensors.write
+    compute, write = Computer.__call__, safetensors_io.write
 
     def counting(self, batch):
         output = compute(self, batch)
@@ -226,7 +226,7 @@ def test_the_features_of_few_batches_are_in_memory(backbone, strip, tmp_path, mo
         return output
 
     monkeypatch.setattr(Computer, "__call__", counting)
-    monkeypatch.setattr(tensors, "write", lambda *args: (time.sleep(0.08), write(*args)))        # slower than the network
+    monkeypatch.setattr(safetensors_io, "write", lambda *args: (time.sleep(0.08), write(*args)))        # slower than the network
     extract(backbone, images.find([strip]), tmp_path / "out", batch_size=2, workers=2)
     assert len(most) == 12
     assert 2 <= max(most) <= 3, most                         # two, or a third that a thread has written and still holds
@@ -234,7 +234,7 @@ def test_the_features_of_few_batches_are_in_memory(backbone, strip, tmp_path, mo
 
 def fail_at(monkeypatch, where: str) -> None:
     """Let image 3 (batch 1 of two images each) fail in a way that is not the image's own."""
-    load, forward, write, calls = images.load, DiffusionBackbone.forward, tensors.write, iter(range(1000))
+    load, forward, write, calls = images.load, DiffusionBackbone.forward, safetensors_io.write, iter(range(1000))
 
     def when(fails: bool, error: Exception) -> None:
         if fails:
@@ -245,7 +245,7 @@ def fail_at(monkeypatch, where: str) -> None:
     elif where == "compute":
         monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x: (when(next(calls) == 1, RuntimeError("broken")), forward(self, x))[1])
     else:
-        monkeypatch.setattr(tensors, "write", lambda path, *args: (when(path.name.startswith("03.png"), OSError("broken")), write(path, *args))[1])
+        monkeypatch.setattr(safetensors_io, "write", lambda path, *args: (when(path.name.startswith("03.png"), OSError("broken")), write(path, *args))[1])
 
 
 @pytest.mark.parametrize(("where", "finished"), [("read", 2), ("compute", 2), ("write", 3)])
@@ -471,7 +471,7 @@ def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_p
 
 
 def start(photos: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "diffusion_backbones.cli", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
+    command = [sys.executable, "-m", "diffusion_backbones.cli.program", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
     env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # otherwise another number rounds the last digit
 
     def interruptible() -> None:                # a shell that runs tests in the background lets its children ignore Ctrl-C

@@ -17,8 +17,8 @@ from snippets import blocks, printed, promised
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import diffusion_backbones as db
-from diffusion_backbones import finetuning
-from diffusion_backbones.truncate import AttentionTap
+from diffusion_backbones.ops.truncation import AttentionTap
+from diffusion_backbones.surgery import trainable
 
 PAGE = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
 WAYS = (True, "lora", "prompt")
@@ -81,7 +81,7 @@ def test_training_starts_from_the_frozen_features_and_moves_only_its_own_paramet
     moved = {n for n, t in backbone.state_dict().items() if not torch.equal(t, before[n])}
     assert moved <= set(trained(backbone))
     assert moved
-    assert all(finetuning.trains(way, n) for n in moved)
+    assert all(trainable.trains(way, n) for n in moved)
 
 
 @pytest.mark.parametrize("way", ["lora", "prompt"])
@@ -224,7 +224,7 @@ def test_adapters_are_on_the_projections_that_are_left(checkpoint, recipe, tiny_
     backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(checkpoint), trainable="lora", lora_rank=2)
     plain = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(checkpoint))
     assert same(backbone(x), plain(x))
-    linear = {n for n, m in plain.denoiser.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(finetuning.PROJECTIONS)}
+    linear = {n for n, m in plain.denoiser.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(trainable.PROJECTIONS)}
     adapted = {n.removeprefix("denoiser.").partition(".lora_")[0] for n in trained(backbone)}
     assert adapted == linear
     assert {min(p.shape) for p in trained(backbone).values()} == {2}

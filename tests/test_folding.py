@@ -16,9 +16,10 @@ from test_transformers import NETWORKS, Case
 from transformers import AutoBackbone
 
 import diffusion_backbones as db
-from diffusion_backbones import capture, folding, tensors
 from diffusion_backbones.integrations.transformers import DiffusionBackboneConfig, DiffusionBackboneModel
-from diffusion_backbones.truncate import count_parameters
+from diffusion_backbones.ops import recording, safetensors_io
+from diffusion_backbones.ops.truncation import count_parameters
+from diffusion_backbones.surgery import constant_folding
 
 LATENT = {"square": (8, 8), "wide": (8, 12)}
 BACKBONES = ["flux_dev_ditf", "sd3_medium_seg4diff", "dit_xl_256_ddae", "sd15_gdf"]
@@ -71,9 +72,9 @@ def test_what_is_gone_is_what_neither_the_image_nor_its_size_reaches_and_every_a
     case = cases["wide"]
     folded = copy.deepcopy(case.cut)
     conditioning = {key: tensor[:1] for key, tensor in case.conditioning.items()}
-    folding.fold(folded, case.family, case.configs, conditioning, 50, case.catalogue.all())
+    constant_folding.fold(folded, case.family, case.configs, conditioning, 50, case.catalogue.all())
     assert set(one) - set(leaves(folded)) == constant
-    assert all(capture.available(folded, site) for site in case.catalogue.all())
+    assert all(recording.available(folded, site) for site in case.catalogue.all())
     for case in cases.values():
         ids = [site.id for site in case.catalogue.all()]
         close(list(case.ours(folded, ids).values()), list(case.ours(case.cut, ids).values()), ids)
@@ -93,7 +94,7 @@ def test_every_activation_of_a_unet_stays(name, tiny_folder):
 def test_what_depends_on_the_size_of_the_image_is_kept(tiny_folder):
     """SDXL is told the size, in the same sum as the timestep."""
     folded = db.create_model("sdxl_gdf", checkpoint_path=tiny_folder("sdxl"), fold=True)
-    gone = set(folding.constants(folded.denoiser))
+    gone = set(constant_folding.constants(folded.denoiser))
     assert "time_embedding" in gone
     assert {path.rpartition(".")[2] for path in gone} == {"time_embedding", "to_k", "to_v"}
     assert any(name.endswith("time_emb_proj.weight") for name, _ in folded.denoiser.named_parameters())
@@ -110,24 +111,24 @@ def tiny_backbone(name, tiny_folder, **keywords):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_folded_backbone_gives_the_same_and_is_saved_without_what_it_dropped(name, tiny_folder, photo, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     plain, folded = tiny_backbone(name, tiny_folder), tiny_backbone(name, tiny_folder, fold=True)
     x = torch.cat([photo[..., :75, :170], photo[..., 100:175, 200:370]])
     maps = folded(x)
     close(maps, plain(x))
     close(folded(x[:1], ensemble=2, noise="fixed"), plain(x[:1], ensemble=2, noise="fixed"))
 
-    gone = folding.constants(folded.denoiser)
+    gone = constant_folding.constants(folded.denoiser)
     assert count_parameters(plain.denoiser) - count_parameters(folded.denoiser) == sum(count_parameters(plain.denoiser.get_submodule(path)) for path in gone)
     assert count_parameters(folded.denoiser) < count_parameters(plain.denoiser)
 
     folder = folded.save_pretrained(tmp_path / "saved")
     names = set(load_file(folder / "model.safetensors"))
-    dropped = {f"denoiser.{path}.{key}" for path in gone for key in tensors.shapes(plain.denoiser.get_submodule(path))}
+    dropped = {f"denoiser.{path}.{key}" for path in gone for key in safetensors_io.shapes(plain.denoiser.get_submodule(path))}
     assert dropped
     assert not names & dropped
     read = []
-    monkeypatch.setattr(tensors, "fill", lambda module, some, fill=tensors.fill: fill(module, (read.append(n) or (n, t) for n, t in some)))
+    monkeypatch.setattr(safetensors_io, "fill", lambda module, some, fill=safetensors_io.fill: fill(module, (read.append(n) or (n, t) for n, t in some)))
     again = db.create_model(f"local-dir:{folder}")
     assert not {f"denoiser.{n}" for n in read} & dropped
     assert again.folded
@@ -139,10 +140,10 @@ def test_a_folded_backbone_gives_the_same_and_is_saved_without_what_it_dropped(n
 
 
 def test_half_precision(tiny_folder, photo, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     name, x, half = "sd3_medium_seg4diff", photo[..., :75, :170], {"dtype": torch.bfloat16}
     full, folded = tiny_backbone(name, tiny_folder, fold=True), tiny_backbone(name, tiny_folder, fold=True, **half)
-    assert set(folding.constants(folded.denoiser)) == set(folding.constants(full.denoiser))
+    assert set(constant_folding.constants(folded.denoiser)) == set(constant_folding.constants(full.denoiser))
     expected = tiny_backbone(name, tiny_folder, **half)(x)
     for maps in (folded(x), db.create_model(f"local-dir:{full.save_pretrained(tmp_path)}", **half)(x)):
         for m, e in zip(maps, expected, strict=True):
@@ -183,10 +184,10 @@ def test_copies_pickles_threads_and_timm(plain, folded, x):
 
 
 def test_a_saved_folder_is_folded_when_it_is_read_and_a_folded_one_stays_so(plain, folded, x, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     for i, backbone in enumerate((plain, folded)):
         again = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path / str(i))}", fold=True)
-        assert set(folding.constants(again.denoiser)) == set(folding.constants(folded.denoiser))
+        assert set(constant_folding.constants(again.denoiser)) == set(constant_folding.constants(folded.denoiser))
         equal(again(x), folded(x))
 
 
@@ -207,7 +208,7 @@ def test_a_gradient_reaches_the_image(plain, folded, x):
 
 @pytest.mark.parametrize(("name", "level"), [("sd15_gdf", 2), ("flux_dev_ditf", 0)])
 def test_it_may_be_cut_afterwards(name, level, tiny_folder, x, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     backbone = tiny_backbone(name, tiny_folder, fold=True)
     [expected] = backbone(x, indices=[level])
     folder = backbone.save_pretrained(tmp_path / "whole")
@@ -237,7 +238,7 @@ def test_under_transformers_it_is_saved_and_loaded(tiny_folder, x, tmp_path):
 
 
 def test_what_a_constant_gives_may_be_written_to():
-    constant = folding.Constant([torch.ones(1, 2), None, torch.ones(3)], [0, None, None], (0, 1, 5), as_tuple=True)
+    constant = constant_folding.Constant([torch.ones(1, 2), None, torch.ones(3)], [0, None, None], (0, 1, 5), as_tuple=True)
     two, none, same = constant(torch.empty(7, 10))
     assert (tuple(two.shape), none, tuple(same.shape)) == ((2, 2), None, (3,))
     two.zero_(), same.zero_()
@@ -276,7 +277,7 @@ def test_a_recipe_of_another_timestep_is_folded(x):
 
 
 def test_nothing_is_trained(folded, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     folder = folded.save_pretrained(tmp_path / "saved")
     for way in (True, "prompt"):
         with pytest.raises(TypeError, match=rf"tinysd_gdf: trainable={way!r} needs the weights that fold=True drops; train it without fold=True"):
@@ -306,7 +307,7 @@ def test_what_is_constant_is_no_activation_folded_or_not(folded, plain, x):
 
 
 def test_a_folder_that_does_not_fit_is_refused(folded, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     folder = folded.save_pretrained(tmp_path / "saved")
     config = json.loads((folder / "config.json").read_text())
     for path, what in (("nose.1", config["folded"]["time_embedding"]), ("time_embedding", {"outputs": [[1, 2]]})):

@@ -21,7 +21,7 @@ from hub import GRANTED, Hub
 from huggingface_hub import constants
 
 import diffusion_backbones as db
-from diffusion_backbones import conditioning
+from diffusion_backbones.loading import prompts
 
 SD15, SD21, SDXL = (db.get_checkpoint(name) for name in ("sd15", "sd21", "sdxl"))
 ID = "up-level1-repeat1-vit-out"
@@ -373,7 +373,7 @@ def test_a_repository_that_was_removed_is_read_from_the_cache(hub, tiny_folder, 
 def test_what_the_cache_lacks_is_named_with_the_reason(hub, sd15):
     db.create_model("sd15_gdf", pretrained=True)
     hub.off()
-    shutil.rmtree(conditioning.cache_folder())
+    shutil.rmtree(prompts.cache_folder())
     [weights] = Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/text_encoder/model.safetensors")
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"only what is cached of it.*no text_encoder/model.safetensors"):

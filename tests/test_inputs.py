@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision.transforms.functional import normalize
 
 import diffusion_backbones as db
-from diffusion_backbones import images
-from diffusion_backbones.inputs import FORMATS
+from diffusion_backbones.extraction import images
+from diffusion_backbones.spec.input_format import FORMATS
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import diffusion_backbones as db
-from diffusion_backbones import registry, tensors
+from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.spec import registry
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET, VAE, TEXT = f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"
@@ -279,8 +280,8 @@ def test_only_kept_tensors_are_read_and_one_at_a_time(tiny_folder, monkeypatch):
             alive.append(weakref.ref(array))
             return torch.from_numpy(array)
 
-    opened = tensors._open
-    monkeypatch.setattr(tensors, "_open", lambda path: Watched(opened(path)))
+    opened = safetensors_io._open
+    monkeypatch.setattr(safetensors_io, "_open", lambda path: Watched(opened(path)))
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), dtype=torch.float16)
     assert sorted(read) == sorted([*backbone.denoiser.state_dict(), *backbone.encoder.state_dict()])
 
@@ -298,7 +299,7 @@ def test_features_do_not_depend_on_where_a_file_holds_a_tensor(copy, tiny_folder
 def test_large_files_stay_mapped(monkeypatch, tiny_folder):
     """Their weights are the same, and so are the features but for rounding; a cast or another device still copies."""
     expected = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
-    monkeypatch.setattr(tensors, "MAP_FROM", 0)
+    monkeypatch.setattr(safetensors_io, "MAP_FROM", 0)
     mapped = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     assert all(torch.equal(p, q) for p, q in zip(mapped.state_dict().values(), expected.state_dict().values(), strict=True))
     for p, q in zip(mapped(X), expected(X), strict=True):
@@ -346,7 +347,7 @@ def test_a_folder_that_nobody_declared_says_itself_whether_its_encoder_overflows
 
 
 def test_on_meta_nothing_is_read(tiny_folder, monkeypatch):
-    monkeypatch.setattr(tensors, "_open", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(safetensors_io, "_open", lambda path: pytest.fail(f"{path} was opened"))
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), device="meta")
     assert {t.device.type for t in backbone.state_dict().values()} == {"meta"}
 
@@ -428,7 +429,7 @@ def test_a_broken_file_is_named_with_what_to_do(how, file, copy):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
-@pytest.mark.parametrize("suffix", tensors.PICKLES)
+@pytest.mark.parametrize("suffix", safetensors_io.PICKLES)
 def test_a_pickle_is_refused_with_why_and_what_to_do(suffix, tmp_path):
     torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / f"model{suffix}")
     with pytest.raises(ValueError, match=rf"model{suffix} is a pickle.*runs whatever code it holds\. Only \.safetensors is read\. Convert it once"):

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffusion_backbones as db
-from diffusion_backbones import memory, quantised
+from diffusion_backbones.backbone import out_of_memory
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.registry import package_configs
+from diffusion_backbones.ops import quantization
+from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.surgery import memory_budget
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,14 +119,14 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, backbone, x):
     image = 2 * 4 * backbone.encoder.config.block_out_channels[0] * 128 * 192
     seen = []
     handle = backbone.encoder.register_forward_pre_hook(lambda module, args: seen.append(1))
-    monkeypatch.setattr(memory, "capacity", lambda device: 3 * image)
+    monkeypatch.setattr(out_of_memory, "capacity", lambda device: 3 * image)
     message = r"4 images of 128 x 192 .* need at least .* for two of its widest maps, .*at most 3 images at a time could"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         backbone(x.repeat(4, 1, 1, 1))
     assert not seen
     backbone(x.repeat(3, 1, 1, 1))
     handle.remove()
-    monkeypatch.setattr(memory, "capacity", lambda device: image - 1)
+    monkeypatch.setattr(out_of_memory, "capacity", lambda device: image - 1)
     with pytest.raises(torch.OutOfMemoryError, match="not even one could; give smaller images"):
         backbone(x)
 
@@ -159,8 +161,8 @@ def test_eight_bits_are_a_quarter_and_change_little(rounded, backbone, x):
         assert weight.scale.numel() == len(whole)
     held = sum(getattr(w, part).nbytes for w in inner.values() for part in ("qdata", "scale", "zero_point"))
     rest = sum(t.nbytes for name, t in rounded.denoiser.state_dict().items() if name not in weights)
-    assert held + rest == memory.weights([(backbone.denoiser, torch.float32)], weights)
-    assert held + rest < 0.3 * memory.weights([(backbone.denoiser, torch.float32)])
+    assert held + rest == memory_budget.weights([(backbone.denoiser, torch.float32)], weights)
+    assert held + rest < 0.3 * memory_budget.weights([(backbone.denoiser, torch.float32)])
     for a, b in zip(rounded(x), backbone(x), strict=True):
         assert not torch.equal(a, b)
         assert F.cosine_similarity(a, b, dim=1).mean() > 0.99
@@ -189,7 +191,7 @@ def test_weights_are_rounded_one_by_one_as_they_are_read(monkeypatch, tmp_path, 
     """What a saved folder gives, and that no more than one tensor is whole at a time."""
     backbone.save_pretrained(tmp_path)
     alive, most = [], []
-    original = quantised.int8
+    original = quantization.int8
 
     def watch(weight):
         import weakref
@@ -198,7 +200,7 @@ def test_weights_are_rounded_one_by_one_as_they_are_read(monkeypatch, tmp_path, 
         most.append(len(alive))
         return original(weight)
 
-    monkeypatch.setattr(quantised, "int8", watch)
+    monkeypatch.setattr(quantization, "int8", watch)
     loaded = db.create_model(f"local-dir:{tmp_path}", weight_dtype="int8")
     assert len(most) == len(layers(loaded.denoiser))
     assert max(most) <= 2
@@ -252,7 +254,7 @@ def test_eight_bits_are_not_saved_and_need_torchao(rounded, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"has rounded weights; a folder holds whole ones\. Save it without, and give weight_dtype='int8' to create_model"):
         rounded.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs torchao; install it with pip install 'diffusion-backbones\[int8\]'"):
         db.create_model("tinysd_gdf", weight_dtype="int8")
 

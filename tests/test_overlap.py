@@ -8,7 +8,7 @@ from itertools import count, islice
 import pytest
 import torch
 
-from diffusion_backbones.extraction.overlap import ahead, threads
+from diffusion_backbones.extraction.prefetch import ahead, threads
 
 
 def slowed(i: int) -> int:

@@ -10,7 +10,7 @@ from oracle import Oracle
 
 import diffusion_backbones as db
 from diffusion_backbones import Recipe
-from diffusion_backbones.recipe import Level
+from diffusion_backbones.spec.recipe import Level
 
 NAMES = ("ddpm_cifar10_32", "ddpm_celebahq_256")
 

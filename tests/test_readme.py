@@ -14,9 +14,9 @@ import yaml
 from snippets import blocks, promised
 
 import diffusion_backbones as db
-from diffusion_backbones.activations import parse
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.registry import package_configs
+from diffusion_backbones.spec.activations import parse
+from diffusion_backbones.spec.configs import package_configs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

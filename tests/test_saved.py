@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
-from diffusion_backbones import saved, tensors
+from diffusion_backbones.factory import save_pretrained
+from diffusion_backbones.ops import safetensors_io
 
 X = torch.linspace(-1, 1, 3 * 40 * 64).view(1, 3, 40, 64).cos()
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -42,7 +43,7 @@ def once(loaded, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def blank_card(once, monkeypatch):
     """Cards measure the network, which takes longer than all the rest; the one in ``once`` is real."""
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: "a card")
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
 
 
 @pytest.fixture
@@ -266,10 +267,10 @@ def test_a_config_that_is_not_json_is_refused(folder):
 def test_missing_and_broken_weights_are_named(folder):
     state = load_file(folder / "model.safetensors")
     weights = state.pop("denoiser.conv_in.weight")
-    tensors.write(folder / "model.safetensors", state, {})
+    safetensors_io.write(folder / "model.safetensors", state, {})
     with pytest.raises(ValueError, match=rf"sd15_gdf denoiser: missing from {folder}/model\.safetensors: conv_in\.weight"):
         back(folder)
-    tensors.write(folder / "model.safetensors", state | {"denoiser.conv_in.weight": weights, "encoder.foreign": torch.ones(1)}, {})
+    safetensors_io.write(folder / "model.safetensors", state | {"denoiser.conv_in.weight": weights, "encoder.foreign": torch.ones(1)}, {})
     with pytest.raises(ValueError, match=r"sd15_gdf encoder: not part of this network, in .*: foreign"):
         back(folder)
     (folder / "model.safetensors").write_bytes(b"")
@@ -319,10 +320,10 @@ except OSError as error:
 
 def test_the_config_is_written_last(loaded, tmp_path, monkeypatch):
     """A folder is known by its config, so one that was interrupted is not taken for whole."""
-    monkeypatch.setattr("diffusion_backbones.cards.card", lambda *_: 1 / 0)
+    monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loaded("sd15_gdf").save_pretrained(tmp_path / "saved")
-    assert not saved.is_saved(db.factory.Folder(tmp_path / "saved"))
+    assert not save_pretrained.is_saved(db.factory.Folder(tmp_path / "saved"))
 
 
 def test_random_weights_can_be_saved(tmp_path):

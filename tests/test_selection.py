@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import diffusion_backbones as db
-from diffusion_backbones.cli import main
+from diffusion_backbones.cli.program import main
 from diffusion_backbones.selection import choose, data, rules, run, tasks
 from diffusion_backbones.selection.compare import Evidence
 from diffusion_backbones.selection.measure import candidates, measure

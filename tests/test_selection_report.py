@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 import diffusion_backbones as db
-from diffusion_backbones import registry
-from diffusion_backbones.cli import main
+from diffusion_backbones.cli.program import main
 from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.selection import data, measure, paper, pictures, report, run, tasks
+from diffusion_backbones.spec import registry
+from diffusion_backbones.spec.configs import package_configs
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -167,7 +168,7 @@ def test_a_transformer_is_drawn_as_blocks(tmp_path):
 
 def test_a_u_net_is_drawn_as_a_u():
     known = registry.get_checkpoint("sd15")
-    catalogue = FAMILIES[known.family].activations(registry.package_configs(known), "sd15")
+    catalogue = FAMILIES[known.family].activations(package_configs(known), "sd15")
     sites = measure.candidates(catalogue[id] for id in catalogue)
     boxes = {box.title: (box.row, box.column) for box in report.boxes(sites)}
     assert boxes["down level 0"] == (2, 1)
@@ -236,7 +237,7 @@ def test_what_cannot_be_selected_from_is_said(tmp_path, arguments, error):
 def test_the_tables_of_the_paper_have_its_rows(table):
     for name in table["checkpoints"]:
         known = registry.get_checkpoint(name)
-        catalogue = FAMILIES[known.family].activations(registry.package_configs(known), name)
+        catalogue = FAMILIES[known.family].activations(package_configs(known), name)
         assert len(measure.matching(measure.candidates(catalogue[id] for id in catalogue), table["ids"])) == table["rows"]
 
 

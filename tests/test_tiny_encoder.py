@@ -16,12 +16,14 @@ from diffusers import AutoencoderTiny
 from safetensors import safe_open
 
 import diffusion_backbones as db
-from diffusion_backbones import cards, compare, costs, tiny_encoder
-from diffusion_backbones.cli import main
+from diffusion_backbones.cli.program import main
+from diffusion_backbones.evaluation import deviation
+from diffusion_backbones.factory import tiny_encoder
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.families.encoders import KINDS
-from diffusion_backbones.recipe import Checkpoint
-from diffusion_backbones.registry import CONFIGS, package_configs, packaged
+from diffusion_backbones.families.image_encoders import KINDS
+from diffusion_backbones.reports import backbone_card, costs
+from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.configs import CONFIGS, package_configs, packaged
 
 FITTED = {name: db.get_checkpoint(name) for name in db.list_checkpoints() if db.get_checkpoint(name).tiny_encoder}
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
@@ -184,7 +186,7 @@ def test_what_is_refused(tiny_folder, tmp_path):
 @torch.no_grad()
 def test_deviations_equal_a_plain_count(backbone):
     exact = db.create_model("tinysd_gdf", pretrained=True)
-    found = compare.deviations(exact, backbone, images(2))
+    found = deviation.deviations(exact, backbone, images(2))
     assert [row.level for row in found] == ["latents", "0", "1", "2"]
     assert [(row.channels, row.stride) for row in found[1:]] == list(zip(exact.feature_info.channels(), exact.feature_info.reduction(), strict=True))
     for i, row in enumerate(found[1:]):
@@ -192,9 +194,9 @@ def test_deviations_equal_a_plain_count(backbone):
         assert row.error == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-4)
         assert row.cosine == pytest.approx(float(F.cosine_similarity(a, b, dim=1).mean()), rel=1e-4)
     assert 0 < found[0].error < 1
-    assert all(row.error < 1e-6 and row.cosine > 1 - 1e-6 for row in compare.deviations(exact, exact, images(1)))
+    assert all(row.error < 1e-6 and row.cosine > 1 - 1e-6 for row in deviation.deviations(exact, exact, images(1)))
     with pytest.raises(ValueError, match="no image"):
-        compare.deviations(exact, backbone, [])
+        deviation.deviations(exact, backbone, [])
 
 
 def test_the_command_prints_and_writes(tmp_path, monkeypatch):
@@ -213,9 +215,9 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch):
 
 
 def test_cards_say_how_far_off_it_is_or_that_nobody_measured():
-    measured = cards.card(db.get_declaration("tinysd_gdf"))
+    measured = backbone_card.card(db.get_declaration("tinysd_gdf"))
     assert "(`diffusion-backbones compare tinysd_gdf --encoder tiny" in measured
-    unmeasured = cards.card(db.get_declaration("sdxl_gdf"))
+    unmeasured = backbone_card.card(db.get_declaration("sdxl_gdf"))
     assert "[madebyollin/taesdxl](https://huggingface.co/madebyollin/taesdxl) (mit)" in unmeasured
     assert "was not measured here; `diffusion-backbones compare sdxl_gdf IMAGES --encoder tiny` does" in unmeasured
-    assert "Tiny encoder" not in cards.card(db.get_declaration("dit_xl_256_ddae"))
+    assert "Tiny encoder" not in backbone_card.card(db.get_declaration("dit_xl_256_ddae"))

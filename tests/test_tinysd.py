@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_backbones.scenes import load_scenes
+from diffusion_backbones.evaluation.scenes import load_scenes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "tinysd"))

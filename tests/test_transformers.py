@@ -35,13 +35,15 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch import nn
 
 import diffusion_backbones as db
-from diffusion_backbones import Recipe, capture, memory
-from diffusion_backbones.costs import costs
+from diffusion_backbones import Recipe
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.noise import RectifiedFlow
-from diffusion_backbones.recipe import Level
-from diffusion_backbones.registry import package_configs
-from diffusion_backbones.sources import Folder
+from diffusion_backbones.loading.source import Folder
+from diffusion_backbones.ops import recording
+from diffusion_backbones.ops.noise import RectifiedFlow
+from diffusion_backbones.reports.costs import costs
+from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.spec.recipe import Level
+from diffusion_backbones.surgery import memory_budget
 
 VAE = {"block_out_channels": [8, 8, 8, 8], "encoder_block_out_channels": [8, 8, 8, 8], "temperal_downsample": [False, True, True]}
 ENCODERS = {"sana": "AutoencoderDC", "qwen": "AutoencoderKLQwenImage", "flux2": "AutoencoderKLFlux2"}
@@ -118,10 +120,10 @@ class Case:
     @torch.no_grad()
     def ours(self, network: nn.Module, ids: list[str]) -> dict[str, torch.Tensor]:
         sites = [self.catalogue[id] for id in ids]
-        recorder = capture.Recorder(network, sites)
+        recorder = recording.Recorder(network, sites)
         with recorder.recording(sites) as acts:
             self.family.call(network, self.z, self.timestep, self.conditioning, self.size)
-        return {s.id: self.family.activation(network, s, capture.read(acts, s), self.conditioning, self.grid, False) for s in sites}
+        return {s.id: self.family.activation(network, s, recording.read(acts, s), self.conditioning, self.grid, False) for s in sites}
 
     @torch.no_grad()
     def stock(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
@@ -304,10 +306,10 @@ def test_a_network_that_was_cut_gives_the_same_and_holds_less(name):
 def test_maps_are_probabilities_and_may_be_averaged(name):
     case = Case(name, (8, 8), 50)
     for site in (s for s in case.catalogue.all() if s.layout == "attention"):
-        recorder = capture.Recorder(case.cut, [site])
+        recorder = recording.Recorder(case.cut, [site])
         with torch.no_grad(), recorder.recording([site]) as acts:
             case.family.call(case.cut, case.z, case.timestep, case.conditioning, case.size)
-        heads, mean = (case.family.activation(case.cut, site, capture.read(acts, site), case.conditioning, case.grid, average) for average in (False, True))
+        heads, mean = (case.family.activation(case.cut, site, recording.read(acts, site), case.conditioning, case.grid, average) for average in (False, True))
         torch.testing.assert_close(heads.mean(1), mean)
         assert (heads.sum(-1) <= 1 + 1e-5).all()
 
@@ -499,11 +501,11 @@ def test_too_little_memory_says_what_would_fit(tiny_folder, monkeypatch):
     folder = tiny_folder("dit_xl_256")
     size = sum(t.numel() for part in (db.create_model("dit_xl_256_ddae", checkpoint_path=folder),) for net in (part.denoiser, part.encoder)
                for t in net.state_dict().values())  # fmt: skip
-    monkeypatch.setattr(memory, "available", lambda device: 3 * size)
+    monkeypatch.setattr(memory_budget, "available", lambda device: 3 * size)
     with pytest.raises(MemoryError, match=r"dit_xl_256_ddae needs .* in float32, and cpu has .*; dtype='bfloat16' takes .*, which fits"):
         db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
     assert db.create_model("dit_xl_256_ddae", checkpoint_path=folder, dtype="bfloat16")
-    monkeypatch.setattr(memory, "available", lambda device: size)
+    monkeypatch.setattr(memory_budget, "available", lambda device: size)
     with pytest.raises(MemoryError, match=r"is the least that one setting gives; docs/memory.md says how"):
         db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
     db.create_model("dit_xl_256_ddae", device="meta")

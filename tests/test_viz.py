@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_backbones import get_declaration, list_models, viz
-from diffusion_backbones.viz import Panel, pca_rgb, picture
+from diffusion_backbones import get_declaration, list_models
+from diffusion_backbones.evaluation import visualize
+from diffusion_backbones.evaluation.visualize import Panel, pca_rgb, picture
 
 
 def test_components_of_known_features():
@@ -48,7 +49,7 @@ def test_positions_lie_over_their_pixels():
     """A 20 x 12 photograph at stride 8 has a grid of 3 x 2 whose last column and row reach beyond it."""
     features = torch.zeros(1, 2, 3)
     features[0, 0, 2] = 1.0
-    enlarged = viz._enlarge(Panel("level 0", features, 8), (20, 12), (200, 120))
+    enlarged = visualize._enlarge(Panel("level 0", features, 8), (20, 12), (200, 120))
     bright = torch.tensor(list(enlarged.getchannel("R").tobytes())).reshape(120, 200) > 200
     expected = torch.zeros(120, 200, dtype=torch.bool)
     expected[:80, 160:] = True
@@ -59,12 +60,12 @@ def test_picture_is_deterministic_and_warns():
     torch.manual_seed(0)
     photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     panels = [Panel("level 0", torch.randn(16, 8, 12), 8), Panel("level 1", torch.randn(32, 4, 6), 16)]
-    first, second = (picture(photo, panels, "name", "about", warning=viz.UNTRAINED) for _ in range(2))
+    first, second = (picture(photo, panels, "name", "about", warning=visualize.UNTRAINED) for _ in range(2))
     assert first.tobytes() == second.tobytes()
     without = picture(photo, panels, "name", "about")
     assert first.height > without.height
-    assert viz.RED in {colour for _, colour in first.getcolors(2**24)}
-    assert viz.RED not in {colour for _, colour in without.getcolors(2**24)}
+    assert visualize.RED in {colour for _, colour in first.getcolors(2**24)}
+    assert visualize.RED not in {colour for _, colour in without.getcolors(2**24)}
 
 
 @pytest.mark.parametrize("size", [(640, 16), (16, 200), (1, 1)])
@@ -75,13 +76,13 @@ def test_extreme_photographs(size):
 
 @pytest.mark.parametrize("name", list_models())
 def test_the_font_has_every_letter_of_every_title(name):
-    for text in viz.titles(get_declaration(name)):
-        assert all(c.isascii() or c == "·" for c in viz._plain(text)), text
+    for text in visualize.titles(get_declaration(name)):
+        assert all(c.isascii() or c == "·" for c in visualize._plain(text)), text
 
 
 def test_a_picture_is_there_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written"):
-        viz.write(Image.new("RGB", (4, 4)), tmp_path / "file" / "out.png")
-    viz.write(Image.new("RGB", (4, 4)), tmp_path / "new" / "out.jpg")
+        visualize.write(Image.new("RGB", (4, 4)), tmp_path / "file" / "out.png")
+    visualize.write(Image.new("RGB", (4, 4)), tmp_path / "new" / "out.jpg")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jpg"]

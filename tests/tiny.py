@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from diffusion_backbones.families import FAMILIES, language
-from diffusion_backbones.recipe import Recipe
-from diffusion_backbones.registry import CONFIGS, get_checkpoint, get_declaration, package_configs
+from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families.text import language_model
+from diffusion_backbones.spec.configs import CONFIGS, package_configs
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.registry import get_checkpoint, get_declaration
 
 TOKENIZER = CONFIGS / "tinysd" / "tokenizer"
 WORDS = {key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
@@ -180,7 +182,7 @@ def folder(name: str, path: Path, seed: int = 0, **save: Any) -> Path:
             sentencepiece(tokenizer)
         else:
             shutil.copytree(TOKENIZER, tokenizer, dirs_exist_ok=True)
-            if c[text]["architectures"][0] in language.GENERATIVE:
+            if c[text]["architectures"][0] in language_model.GENERATIVE:
                 (tokenizer / "chat_template.jinja").write_text(CHAT)
     (path / "model_index.json").write_text(json.dumps(c.get("model_index", {"_class_name": "StableDiffusionPipeline"})))
     return path

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_backbones import tensors
-from diffusion_backbones.images import ImageFile
-from diffusion_backbones.version import __version__
+from diffusion_backbones._version import __version__
+from diffusion_backbones.extraction.images import ImageFile
+from diffusion_backbones.ops import safetensors_io
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "safetensors", "pillow")
@@ -141,7 +141,7 @@ class Folder:
         path = self.target(file)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors.write(path, maps, {**metadata, "settings": self.settings.digest})
+            safetensors_io.write(path, maps, {**metadata, "settings": self.settings.digest})
         except (OSError, SafetensorError) as error:
             raise OSError(f"{path} cannot be written: {error}") from error
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.extraction.folder import Folder, Settings
-from diffusion_backbones.extraction.overlap import ahead, threads
+from diffusion_backbones.extraction.images import ImageFile
+from diffusion_backbones.extraction.prefetch import ahead, threads
 from diffusion_backbones.extraction.stages import Computer, Reader, Writer, advised, batches, device_of
-from diffusion_backbones.images import ImageFile
 
 MOST_WORKERS = 8
 """Threads that read by default for a GPU, where the machine has as many cores."""
@@ -55,7 +55,7 @@ def extract(
 
     Args:
         backbone: On its device, in the dtype that it shall compute in.
-        files: What :func:`diffusion_backbones.images.find` gives.
+        files: What :func:`diffusion_backbones.extraction.images.find` gives.
         out: Folder, made if it is not there.
         size: Shorter side and central crop in pixels, as timm's transform does; None keeps every image's own size.
         dtype: Of what is written.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_backbones import images, memory
-from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.out_of_memory import ran_out
+from diffusion_backbones.extraction import images
 from diffusion_backbones.extraction.folder import Folder
-from diffusion_backbones.images import ImageFile
+from diffusion_backbones.extraction.images import ImageFile
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Computer:
                 x = [item.x.to(self.device, non_blocking=later) for item in batch if item.x is not None]
                 pyramid = [level.to(self.dtype).to("cpu", non_blocking=later) for level in self.backbone(torch.stack(x))] if x else []
         except (RuntimeError, MemoryError) as error:
-            if memory.ran_out(error):
+            if ran_out(error):
                 return Output(done)
             raise
         return Output(done, pyramid, torch.cuda.current_stream(self.device).record_event().synchronize) if later else Output(done, pyramid)

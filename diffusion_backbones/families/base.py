@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusion_backbones.activations import Catalogue, Site
-from diffusion_backbones.component_configs import Config, Configs, LoadText, is_flow
+from diffusion_backbones.spec.activations import Catalogue, Site
+from diffusion_backbones.spec.configs import Config, Configs, is_flow
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from diffusion_backbones.families.encoders import ImageEncoder
-    from diffusion_backbones.noise import ForwardProcess
-    from diffusion_backbones.recipe import Recipe
+    from diffusion_backbones.families.image_encoders import ImageEncoder
+    from diffusion_backbones.ops.noise import ForwardProcess
+    from diffusion_backbones.spec.recipe import Recipe
+
+LoadText = Callable[[str], tuple[Any, Any]]
+"""Component name of a text encoder -> (tokenizer, model), loaded on first use."""
+
+EMBEDDINGS = (
+    "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "prompt_embeds_2", "prompt_attention_mask_2", "class_labels", "guidance",
+)
+TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
+"""Those that a prompt is embedded in."""
+
 
 class Family(ABC):
     """How one kind of diffusion network is built, cut, conditioned and called.
@@ -60,7 +70,7 @@ class Family(ABC):
 
     @abstractmethod
     def truncate(self, denoiser: nn.Module, paths: list[str]) -> nn.Module:
-        """Cut the network behind the last of the module ``paths``; see :mod:`diffusion_backbones.truncate`."""
+        """Cut the network behind the last of the module ``paths``; see :mod:`diffusion_backbones.ops.truncation`."""
 
     @abstractmethod
     def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
@@ -129,7 +139,7 @@ class Family(ABC):
         self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
     ) -> Tensor:
         """An attention map as the network applies it: (B, heads, h·w, keys), or (B, h·w, keys) if averaged. Arguments as for :meth:`activation`."""
-        from diffusion_backbones.attention import attention_map
+        from diffusion_backbones.ops.attention_maps import attention_map
 
         return attention_map(denoiser.get_submodule(site.path), recorded[0], recorded[1], average)
 
@@ -160,13 +170,13 @@ class Family(ABC):
 
     def image_encoder(self, configs: Configs) -> ImageEncoder:
         """The kind of image encoder in front of the denoiser."""
-        from diffusion_backbones.families.encoders import kind
+        from diffusion_backbones.families.image_encoders import kind
 
         return kind(self.encoder_config(configs))
 
     def forward_process(self, configs: Configs) -> ForwardProcess:
         """How noise is mixed into clean latents."""
-        from diffusion_backbones.noise import RectifiedFlow, VariancePreserving
+        from diffusion_backbones.ops.noise import RectifiedFlow, VariancePreserving
 
         scheduler = configs["scheduler"]
         return RectifiedFlow() if is_flow(scheduler) else VariancePreserving.from_config(scheduler)

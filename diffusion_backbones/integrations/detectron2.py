@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones import inputs
-from diffusion_backbones.factory import OVERRIDES, create_model
+from diffusion_backbones.factory.entry_points import OVERRIDES, create_model
 from diffusion_backbones.integrations import missing
+from diffusion_backbones.spec.input_format import InputFormat, within
 
 try:
     from detectron2.config import CfgNode
@@ -65,7 +65,7 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
         bgr = input_format == "BGR"
         mean, std = ([value / 255 for value in values] for values in (pixel_mean, pixel_std))
         (m0, m1, m2), (s0, s1, s2) = (mean[::-1], std[::-1]) if bgr else (mean, std)            # red first
-        self.net = create_model(name, pretrained, input_format=inputs.InputFormat((m0, m1, m2), (s0, s1, s2), bgr), **kwargs)
+        self.net = create_model(name, pretrained, input_format=InputFormat((m0, m1, m2), (s0, s1, s2), bgr), **kwargs)
         strides = self.net.feature_info.reduction()
         if len(set(strides)) < len(strides):
             raise ValueError(f"maps are named by their stride, and {name} has strides {strides}; {_advice(strides)}, or choose levels with OUT_INDICES")
@@ -97,7 +97,7 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
             ValueError: No pixel has such values under that normalisation.
         """
         told = self.net.input_format
-        if not torch.compiler.is_compiling() and not x.is_meta and bool(torch.isfinite(x).all()) and not inputs.within(x, told):
+        if not torch.compiler.is_compiling() and not x.is_meta and bool(torch.isfinite(x).all()) and not within(x, told):
             low, high = told.range()
             raise ValueError(
                 f"the backbone was told to expect {'BGR' if told.bgr else 'RGB'} in [{low:.4g}, {high:.4g}], and the images reach from {x.min():.4g} to "

@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_backbones.factory import create_model
+from diffusion_backbones.factory.entry_points import create_model
 from diffusion_backbones.integrations import missing
 
 try:

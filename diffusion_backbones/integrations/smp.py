@@ -14,9 +14,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from diffusion_backbones import pyramid
-from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.integrations import missing
+from diffusion_backbones.ops import pyramid
+from diffusion_backbones.spec.levels import nearest
 
 try:
     from segmentation_models_pytorch.encoders import encoders  # type: ignore[import-untyped]
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
             raise ValueError(f"encoder_depth counts the strides {STRIDES} and must be from 2 to {len(STRIDES)}, got {depth}")
         self.backbone, self.depth = backbone, depth
         self.native, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
-        self.sources = [pyramid.nearest(stride, self.native) if stride > 2 or stride in self.native else None for stride in STRIDES[:depth]]
+        self.sources = [nearest(stride, self.native) if stride > 2 or stride in self.native else None for stride in STRIDES[:depth]]
         self.out_channels = [3, *(0 if source is None else channels[source] for source in self.sources)]
         self.make_dilated(output_stride)
 

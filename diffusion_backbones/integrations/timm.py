@@ -10,7 +10,8 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from diffusion_backbones.registry import Declaration, on_register, pretrained_cfg
+from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
+from diffusion_backbones.spec.registry import on_register
 
 default_cfgs: dict[str, Any] = {}
 __all__: list[str] = []
@@ -18,7 +19,7 @@ __all__: list[str] = []
 
 def _register(declaration: Declaration) -> None:
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
-        from diffusion_backbones.factory import create_model
+        from diffusion_backbones.factory.entry_points import create_model
 
         cfg = kwargs.get("pretrained_cfg")
         return create_model(_saved_in(cfg) or _full_name(declaration.architecture, cfg), pretrained, **kwargs)

@@ -21,9 +21,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from diffusion_backbones import inputs
-from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.calls import take
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.spec.input_format import within
+from diffusion_backbones.spec.levels import take
 
 EXTRA = {"pool": ("pool",), "p6p7": ("p6", "p7"), None: ()}
 """What may follow the last level of a :class:`PyramidFPN`, each map of twice the stride of the one before."""
@@ -63,7 +63,7 @@ class NamedLevels(nn.Module):
             ValueError: Values beyond that, which is what ImageNet's normalisation gives.
         """
         format = self.backbone.input_format
-        if not torch.compiler.is_compiling() and not x.is_meta and not inputs.within(x, format):
+        if not torch.compiler.is_compiling() and not x.is_meta and not within(x, format):
             (low, high), span = format.range(), f"[{float(x.min()):.2f}, {float(x.max()):.2f}]"
             raise ValueError(
                 f"this backbone takes images in [{low:.4g}, {high:.4g}], got values in {span}; normalise as it says, in a detector with **PyramidFPN.transform"

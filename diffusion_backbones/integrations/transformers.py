@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.factory import build
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.factory.entry_points import build
+from diffusion_backbones.factory.save_pretrained import Described, describe
 from diffusion_backbones.integrations import missing
-from diffusion_backbones.saved import Described, describe
 
 try:
     from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
     """What a backbone is. Made by :meth:`from_backbone`, or read from a folder.
 
     Args:
-        backbone: Name, checkpoint, recipe, strides and architecture, as :func:`diffusion_backbones.saved.describe` puts them.
+        backbone: Name, checkpoint, recipe, strides and architecture, as :func:`diffusion_backbones.factory.save_pretrained.describe` puts them.
         trainable: Whether the denoiser is trained.
         out_features, out_indices: Which maps, fine to coarse, by name (``level0`` ...) or position; by default all.
     """

@@ -1,7 +1,7 @@
 """AuraFlow of fal. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 AURAFLOW_03 = register_checkpoint(Checkpoint(
     name="auraflow_03",

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from diffusion_backbones.models import papers
 from diffusion_backbones.models.stable_diffusion import SD15, SD21
-from diffusion_backbones.recipe import HubFile, License, Recipe
-from diffusion_backbones.registry import register_checkpoint, register_model
+from diffusion_backbones.spec.checkpoint import HubFile, License
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.registry import register_checkpoint, register_model
 
 _LICENSE = License("mit", link="https://huggingface.co/CompVis/cleandift")
 _LICENSE_UNVERIFIED = "The weights are published under MIT; whether the licence of the base model binds them too is not settled."

@@ -1,8 +1,8 @@
 """DDPM: unconditional U-Nets on pixels, of Google. Read them with ``recipe=``."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 _PICKLES = "Whether its repository holds safetensors files was not seen; pickles are refused."
 

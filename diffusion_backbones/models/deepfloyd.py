@@ -1,8 +1,8 @@
 """DeepFloyd IF, first stage, on pixels. No recipe was published for it: read it with ``recipe=``."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 DEEPFLOYD_IF_XL = register_checkpoint(Checkpoint(
     name="deepfloyd_if_xl",

@@ -1,8 +1,9 @@
 """DiT-XL/2, class-conditional on ImageNet at 256 and 512 pixels."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License, Recipe
-from diffusion_backbones.registry import register_checkpoint, register_model
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.registry import register_checkpoint, register_model
 
 _LICENSE = License("cc-by-nc-4.0", link="https://github.com/facebookresearch/DiT/blob/main/LICENSE.txt")
 _DOUBT = "Its VAE config was not read; it is taken to be Stable Diffusion's, whose latents the authors multiply by 0.18215."

@@ -1,8 +1,8 @@
 """FLUX.2 of Black Forest Labs. No recipe was published for it: read it with ``recipe=``."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 _UNVERIFIED = ("The configs of its image encoder, language model and scheduler were not read; they follow diffusers' conversion script.",)
 

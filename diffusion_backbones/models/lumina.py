@@ -1,8 +1,8 @@
 """Lumina-Image 2 of Alpha-VLLM. No recipe was published for it: read it with ``recipe=``."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 LUMINA_IMAGE_2 = register_checkpoint(Checkpoint(
     name="lumina_image_2",

@@ -1,6 +1,6 @@
 """The publications that introduced the checkpoints and chose the recipes."""
 
-from diffusion_backbones.recipe import Paper
+from diffusion_backbones.spec.checkpoint import Paper
 
 _NEURIPS = "Advances in Neural Information Processing Systems"
 _CVPR = "Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition"

@@ -6,8 +6,8 @@ Three of the six repositories hold a transformer alone; VAE and T5 come from the
 from dataclasses import replace
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, HubFile, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 _ALPHA_DOUBT = "Its VAE config was not read; it is taken to be Stable Diffusion's, and the scale 0.18215 is that of the authors' training configs."
 _SIGMA_DOUBT = "Its VAE config was not read; it is taken to be SDXL's, and the scale 0.13025 is that of the authors' training configs."

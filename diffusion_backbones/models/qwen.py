@@ -1,8 +1,8 @@
 """Qwen-Image of Alibaba. No recipe was published for it: read it with ``recipe=``."""
 
 from diffusion_backbones.models import papers
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 QWEN_IMAGE = register_checkpoint(Checkpoint(
     name="qwen_image",

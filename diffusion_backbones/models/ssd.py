@@ -2,8 +2,9 @@
 
 from diffusion_backbones.models import papers
 from diffusion_backbones.models.tiny_encoders import TAESDXL
-from diffusion_backbones.recipe import Checkpoint, License, Recipe
-from diffusion_backbones.registry import register_checkpoint, register_model
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.registry import register_checkpoint, register_model
 
 SSD_1B = register_checkpoint(Checkpoint(
     name="ssd_1b",

@@ -2,8 +2,9 @@
 
 from diffusion_backbones.models import papers
 from diffusion_backbones.models.tiny_encoders import TAESD
-from diffusion_backbones.recipe import Checkpoint, License, Paper, Recipe
-from diffusion_backbones.registry import register_checkpoint, register_model
+from diffusion_backbones.spec.checkpoint import Checkpoint, License, Paper
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.registry import register_checkpoint, register_model
 
 _OPENRAIL_M = License("creativeml-openrail-m", link="https://huggingface.co/spaces/CompVis/stable-diffusion-license")
 _OPENRAIL_PP = License("openrail++", link="https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL")

@@ -4,7 +4,7 @@ The repositories hold diffusers' ``AutoencoderTiny``, encoder and decoder in one
 github.com/madebyollin/taesd; that Z-Image has the autoencoder of FLUX.1, too.
 """
 
-from diffusion_backbones.recipe import HubFile, License, TinyEncoder
+from diffusion_backbones.spec.checkpoint import HubFile, License, TinyEncoder
 
 _SOURCE = "https://github.com/madebyollin/taesd"
 

@@ -1,8 +1,8 @@
 """tinysd: a small trained checkpoint inside the package, with the topology of Stable Diffusion 1.x."""
 
 from diffusion_backbones.models import stable_diffusion  # noqa: F401  (its recipes are read below)
-from diffusion_backbones.recipe import Checkpoint, License, TinyEncoder
-from diffusion_backbones.registry import get_declaration, register_checkpoint, register_model
+from diffusion_backbones.spec.checkpoint import Checkpoint, License, TinyEncoder
+from diffusion_backbones.spec.registry import get_declaration, register_checkpoint, register_model
 
 TINYSD = register_checkpoint(Checkpoint(
     name="tinysd",

@@ -2,8 +2,8 @@
 
 from diffusion_backbones.models import papers
 from diffusion_backbones.models.tiny_encoders import TAEF1
-from diffusion_backbones.recipe import Checkpoint, License
-from diffusion_backbones.registry import register_checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
+from diffusion_backbones.spec.registry import register_checkpoint
 
 Z_IMAGE_TURBO = register_checkpoint(Checkpoint(
     name="z_image_turbo",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion_backbones.activations import Site
+from diffusion_backbones.spec.activations import Site
 
 PER_STRIDE = 4
 """Activations of one stride, the best alone, that are tried together."""

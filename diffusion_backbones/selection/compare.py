@@ -13,9 +13,9 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_backbones.activations import Site
-from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.selection.tasks import Task
+from diffusion_backbones.spec.activations import Site
 
 DONE = "done.json"
 

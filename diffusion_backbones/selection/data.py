@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from diffusion_backbones import images as files
+from diffusion_backbones.extraction import images as files
 from diffusion_backbones.selection.tasks import Keypoints, Match, Segmentation, Task, warped
 
 
@@ -36,7 +36,7 @@ def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
     Raises:
         ValueError: Another task.
     """
-    from diffusion_backbones.scenes import load_scenes
+    from diffusion_backbones.evaluation.scenes import load_scenes
 
     known = load_scenes()
     images = [to_tensor(scene.image, size) for scene in known.probe]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones.activations import Site
-from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.recipe import closest
+from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.selection.properties import Moments, Properties, Redundancy
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.validation import closest
 
 FEWEST = 4
 """Images that properties can be told from: fewer do not tell a place's share from an image's."""

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffusion_backbones.activations import Site
-from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.viz import pca_rgb
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.evaluation.visualize import pca_rgb
+from diffusion_backbones.spec.activations import Site
 
 SHOWN = 3
 """Images that are shown, the first ones."""

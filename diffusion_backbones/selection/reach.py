@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones.activations import Site
-from diffusion_backbones.backbone import DiffusionBackbone
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.spec.activations import Site
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from diffusion_backbones import __version__
-from diffusion_backbones.activations import Site, parse
 from diffusion_backbones.selection.result import Selection, number
 from diffusion_backbones.selection.rules import MEASURED
+from diffusion_backbones.spec.activations import Site, parse
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EXPLAINED = {

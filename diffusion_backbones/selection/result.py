@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion_backbones.activations import Site
-from diffusion_backbones.component_configs import Configs
-from diffusion_backbones.recipe import Recipe
-from diffusion_backbones.registry import Declaration
 from diffusion_backbones.selection.choose import Step
 from diffusion_backbones.selection.measure import Measured
 from diffusion_backbones.selection.reach import Reach
 from diffusion_backbones.selection.rules import Rule
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.recipe import Recipe
 
 
 @dataclass(frozen=True)

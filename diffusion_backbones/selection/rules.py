@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from diffusion_backbones.recipe import check_fields, closest
 from diffusion_backbones.selection.properties import Properties
+from diffusion_backbones.spec.validation import check_fields, closest
 
 FILE = Path(__file__).with_name("rules.yaml")
 MEASURED = tuple(f.name for f in fields(Properties) if f.type == "float")

@@ -26,14 +26,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffusion_backbones import cards
-from diffusion_backbones.activations import Site
-from diffusion_backbones.backbone import DiffusionBackbone
-from diffusion_backbones.costs import measure as count
-from diffusion_backbones.factory import architecture, create_model
+from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.factory.entry_points import architecture, create_model
 from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.recipe import Level, Recipe
-from diffusion_backbones.registry import Declaration
+from diffusion_backbones.reports import backbone_card
+from diffusion_backbones.reports.costs import measure as count
 from diffusion_backbones.selection import pictures, report
 from diffusion_backbones.selection import rules as filtering
 from diffusion_backbones.selection.choose import Step, affordable, choose
@@ -45,6 +42,9 @@ from diffusion_backbones.selection.reach import reach
 from diffusion_backbones.selection.result import Selection, number
 from diffusion_backbones.selection.rules import Rule
 from diffusion_backbones.selection.tasks import Task
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.recipe import Level, Recipe
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -181,8 +181,8 @@ def _estimate(blank: DiffusionBackbone, size: int, images: int, draws: int, task
 def write(selection: Selection, out: Path) -> None:
     """The recipe, its card and the tables."""
     selection.recipe.to_yaml(out / "recipe.yaml")
-    usage = cards.USAGE_OF_RECIPE.replace("ARGUMENTS", selection.arguments)
-    (out / "card.md").write_text(cards.card(selection.declaration, selection.configs, usage), encoding="utf-8")
+    usage = backbone_card.USAGE_OF_RECIPE.replace("ARGUMENTS", selection.arguments)
+    (out / "card.md").write_text(backbone_card.card(selection.declaration, selection.configs, usage), encoding="utf-8")
     chosen = {step.id: i + 1 for i, step in enumerate(selection.steps)}
     with (out / "activations.csv").open("w", newline="") as file:
         writer = csv.writer(file)

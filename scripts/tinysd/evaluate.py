@@ -33,7 +33,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.scenes import Scene, SceneSet, load_scenes
+from diffusion_backbones.evaluation.scenes import Scene, SceneSet, load_scenes
 
 SEEDS = (0, 1, 2)
 PIXELS, SCENES = 20000, 50

@@ -1,6 +1,6 @@
-"""Draw the evaluation set that travels in the package (read by ``diffusion_backbones.scenes.load_scenes``).
+"""Draw the evaluation set that travels in the package (read by ``diffusion_backbones.evaluation.scenes.load_scenes``).
 
-    python scripts/tinysd/evaluation_set.py build/tinysd [--target diffusion_backbones/data/scenes]
+    python scripts/tinysd/evaluation_set.py build/tinysd [--target diffusion_backbones/evaluation/data/scenes]
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def pair(rng: np.random.Generator, everything: sprites.Sprites, choice: np.ndarr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--target", type=Path, default=Path(__file__).parents[2] / "diffusion_backbones/data/scenes")
+    parser.add_argument("--target", type=Path, default=Path(__file__).parents[2] / "diffusion_backbones/evaluation/data/scenes")
     args = parser.parse_args()
     everything = sprites.load(args.folder)
     index: dict[str, object] = {"classes": ["background", *sprites.CLASSES]}

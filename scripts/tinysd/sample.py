@@ -13,8 +13,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from diffusion_backbones.registry import CONFIGS
-from diffusion_backbones.scenes import load_scenes
+from diffusion_backbones.evaluation.scenes import load_scenes
+from diffusion_backbones.spec.configs import CONFIGS
 
 COLUMNS, ROWS, MARGIN = 8, 4, 40
 

@@ -27,7 +27,7 @@ from evaluate import SEEDS, keypoints, probe
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.scenes import load_scenes
+from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.selection import data, rules, run
 from diffusion_backbones.selection.compare import Evidence, scores
 from diffusion_backbones.selection.measure import Measured, candidates, measure

@@ -2,7 +2,7 @@
 
 The sets are npm packages in the Iconify format, each pinned to a version and checked against the digest that the registry
 gave for it; names and groups are Unicode's, through the package ``emoji.json``. What may be used, and who is to be named, is
-in ``diffusion_backbones/data/scenes/README.md``.
+in ``diffusion_backbones/evaluation/data/scenes/README.md``.
 
     python scripts/tinysd/sprites.py build/tinysd
 """

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train import ROOT, Training
 
-from diffusion_backbones import tensors
+from diffusion_backbones.ops import safetensors_io
 
 CHECKPOINT = ROOT / "diffusion_backbones/configs/tinysd"
 TARGET = CHECKPOINT / "vae/tiny"
@@ -88,7 +88,7 @@ def export(encoder: nn.Module, target: Path) -> Iterator[Path]:
     tiny = AutoencoderTiny(**TINY)
     tiny.save_config(target)
     state = {f"encoder.{name}": tensor.half() for name, tensor in encoder.state_dict().items()}
-    tensors.write(target / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
+    safetensors_io.write(target / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
     yield from sorted(target.iterdir())
 
 

@@ -1,0 +1,126 @@
+"""What one call says: checked, and turned into the tensors that the denoiser is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_backbones.families.base import EMBEDDINGS
+from diffusion_backbones.ops.describe import shape
+from diffusion_backbones.spec.input_format import InputFormat, check_range
+from diffusion_backbones.spec.validation import check_count, closest
+
+FOLDED = ("prompt", *EMBEDDINGS, "timestep")
+"""What is constant in a folded backbone."""
+CALL = (*FOLDED, "noise", "generator", "ensemble", "chunk", "latents")
+
+
+def check_keywords(call: dict[str, Any], name: str, folded: bool = False) -> None:
+    """Drop keywords that are None, as timm does.
+
+    Raises:
+        TypeError: An unknown keyword; the closest is named. One that a folded backbone has no weights for.
+        ValueError: An ensemble or chunk of less than one.
+    """
+    for key in [key for key, value in call.items() if value is None]:
+        del call[key]
+    for key in call:
+        if key not in CALL:
+            raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
+    if fixed := [key for key in call if key in FOLDED and folded]:
+        raise TypeError(
+            f"{name} was built with fold=True, which keeps no weights for another prompt or timestep, so a call cannot change {', '.join(fixed)}; "
+            "build it without fold=True, or with the prompt= and timestep= that it is to have"
+        )
+    for key in ("ensemble", "chunk"):
+        check_count(key, call.get(key, 1))
+
+
+def check_image(x: Any, format: InputFormat) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty; warn if it is out of range.
+
+    Integers are taken where pixels are 0 to 255.
+    """
+    low, high = format.range()
+    expected = f"expected (B, 3, H, W) floating point in [{low:.4g}, {high:.4g}]"
+    if not isinstance(x, Tensor):
+        several = "a batch is one tensor: stack images of one size, and pass those of several sizes one by one, or resized or padded to one"
+        advice = several if isinstance(x, (list, tuple)) else "turn a PIL image into a tensor with timm's create_transform or torchvision"
+        raise TypeError(f"{expected}, got {type(x).__name__}; {advice}")
+    if x.ndim != 4 or x.shape[1] != 3:
+        hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
+        raise ValueError(f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}")
+    if not x.is_floating_point() and not (x.dtype == torch.uint8 and (low, high) == (0, 255)):
+        raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')")
+    if 0 in x.shape:
+        raise ValueError(f"{expected}, got an empty batch {shape(x)}")
+    if torch.compiler.is_compiling() or x.is_meta:
+        return
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{expected}, got NaN or infinite values")
+    check_range(x, format)
+
+
+def check_latents(z: Any, size: tuple[int, int] | None, channels: int, stride: int, divisibility: int) -> tuple[int, int]:
+    """The size in pixels of the image that latents belong to, before it was padded.
+
+    Args:
+        z: (B, channels, h, w), h and w multiples of divisibility / stride.
+        size: What the caller says; None means that nothing was padded.
+
+    Raises:
+        ValueError: ``z`` has another shape, or ``size`` cannot be.
+    """
+    step = divisibility // stride
+    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels or z.shape[-2] % step or z.shape[-1] % step or 0 in z.shape:
+        raise ValueError(f"latents must be (B, {channels}, h, w) with h and w multiples of {step}, as encode() gives them; got {shape(z)}")
+    full = (z.shape[-2] * stride, z.shape[-1] * stride)
+    if size is None:
+        return full
+    if any(not f - divisibility < s <= f for s, f in zip(size, full, strict=True)):
+        raise ValueError(f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} pixels with padding")
+    return int(size[0]), int(size[1])
+
+
+def prompts(prompt: Any, b: int) -> list[str]:
+    """One prompt, or one per image.
+
+    Raises:
+        TypeError: No string and no list of strings.
+        ValueError: Another number than 1 or ``b``.
+    """
+    some = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(some, (list, tuple)) or not all(isinstance(p, str) for p in some):
+        raise TypeError(f"prompt must be a string or a list of strings, got {prompt!r}")
+    if len(some) not in (1, b):
+        raise ValueError(f"prompt must be one string or {b}, one per image; got {len(some)}")
+    return list(some)
+
+
+def condition(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, name: str) -> dict[str, Tensor]:
+    """The backbone's conditioning with a call's own in place, every tensor with a batch axis of ``b``.
+
+    Args:
+        own: Name -> (1, ...).
+        given: Name -> (...) or (1 or B, ...).
+
+    Raises:
+        TypeError: The network is not conditioned on such a tensor.
+        ValueError: It has another shape.
+    """
+    tensors = dict(own)
+    for key, tensor in given.items():
+        if key not in own:
+            raise TypeError(f"{name} is not conditioned on {key}; it takes {', '.join(own) or 'none'}")
+        like = own[key]
+        tensor = torch.as_tensor(tensor)
+        batched = tensor if tensor.ndim == like.ndim else tensor[None]
+        if batched.ndim != like.ndim or (like.ndim > 1 and batched.shape[-1] != like.shape[-1]) or len(batched) not in (1, b):
+            raise ValueError(f"{key} must be {tuple(like.shape[1:])} or ({b}, ...), got {shape(tensor)}")
+        tensors[key] = batched.to(like)
+    return {key: t.expand(b, *t.shape[1:]) for key, t in tensors.items()}
+
+

@@ -1,0 +1,1 @@
+"""Measurements of backbones: speed, memory, deviations, pictures, and the scenes that they are made on."""

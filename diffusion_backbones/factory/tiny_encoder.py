@@ -1,0 +1,64 @@
+"""``create_model(encoder="tiny")``: a distilled image encoder in the place of a checkpoint's own, for about a ninth of its operations.
+
+Which one fits is declared with the checkpoint (:class:`~diffusion_backbones.spec.checkpoint.TinyEncoder`). Only its encoder is built and read.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusion_backbones.families import Family
+from diffusion_backbones.loading import hub
+from diffusion_backbones.loading.source import Source, WithComponent
+from diffusion_backbones.spec.checkpoint import Checkpoint, TinyEncoder
+from diffusion_backbones.spec.configs import CONFIGS, Config, Configs
+from diffusion_backbones.spec.registry import get_checkpoint, list_checkpoints
+from diffusion_backbones.spec.validation import closest
+
+CHOICES = ("tiny",)
+"""What ``create_model(encoder=)`` takes."""
+
+
+def find(checkpoint: Checkpoint, encoder: str) -> TinyEncoder:
+    """The encoder of that name that a checkpoint has.
+
+    Raises:
+        ValueError: There is none; what there is instead is said.
+    """
+    if encoder not in CHOICES:
+        raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, CHOICES))}.{closest(str(encoder), CHOICES)} None is the checkpoint's own.")
+    if checkpoint.tiny_encoder is None:
+        known = ", ".join(name for name in list_checkpoints() if get_checkpoint(name).tiny_encoder)
+        raise ValueError(f"no tiny encoder is known for the latents of {checkpoint.name}. These have one: {known}.")
+    return checkpoint.tiny_encoder
+
+
+def fitted(config: Config, family: Family, configs: Configs, name: str) -> dict[str, Any]:
+    """A tiny encoder's config for the place of the encoder in ``configs``, whose scaling it takes over: recipes that do not scale their latents need it.
+
+    Raises:
+        ValueError: It gives other latents, as for a fine-tune with another autoencoder.
+    """
+    from diffusion_backbones.families.image_encoders import kind
+
+    own = family.encoder_config(configs)
+    given, wanted = ((config["latent_channels"], kind(config).stride(config)), (own.get("latent_channels", 4), kind(own).stride(own)))
+    if given != wanted:
+        says = [f"{channels} channels at stride {stride}" for channels, stride in (given, wanted)]
+        raise ValueError(f"the tiny encoder of {name} gives latents of {says[0]}, and those of these weights have {says[1]}; leave encoder= out")
+    shift, factor = kind(own).scaling(own)
+    return {**config, "shift_factor": shift, "scaling_factor": factor}
+
+
+def source(tiny: TinyEncoder, base: Source, family: Family, cache_dir: str | Path | None) -> WithComponent:
+    """A source with the weights of a tiny encoder for those of its own.
+
+    Raises:
+        ConnectionError: The hub does not give them.
+    """
+    if tiny.file:
+        return hub.replaced(base, family.encoder, tiny.file, cache_dir)
+    path = CONFIGS / tiny.configs / "diffusion_pytorch_model.safetensors"
+    return WithComponent(base, family.encoder, partial(Path, path), {"path": str(path.parent)})

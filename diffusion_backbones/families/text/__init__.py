@@ -1,0 +1,1 @@
+"""Prompts -> embeddings, by kind of text encoder."""

@@ -1,0 +1,83 @@
+"""Joint attention over text and image tokens (MMDiT): where activations are, and maps with norms and rotary positions applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffusion_backbones.spec.activations import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DOUBLE = ("to_q", "to_k", "add_q_proj", "add_k_proj")
+"""What a map of a block with separate projections for text is computed from."""
+
+
+class Inner(NamedTuple):
+    """Where the widest activation of a feed-forward layer is, and how wide."""
+
+    path: str
+    port: str
+    channels: int
+
+
+def double_block(path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: Inner | None = None) -> Iterator[Site]:
+    """Activations of the image's half of a block that keeps two streams, in forward order; ``modulation`` as in :class:`Site`."""
+    name, inner = f"vit-block{block}", inner or Inner("ff.net.0", "out", 4 * channels)
+    for qkv in "qkv":
+        yield Site(f"{name}-{qkv}", f"{path}.attn.to_{qkv}", "out", channels, stride, "tokens")
+    yield Site(f"{name}-cross-map", f"{path}.attn", "map", heads, stride, "attention", DOUBLE)
+    yield Site(f"{name}-self-map", f"{path}.attn", "map", heads, stride, "attention", DOUBLE)
+    yield Site(f"{name}-attn-out", f"{path}.attn.to_out.0", "out", channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.ff", "in", channels, stride, "tokens")
+    yield Site(f"{name}-ffn-inner", f"{path}.{inner.path}", inner.port, inner.channels, stride, "tokens")
+    yield Site(f"{name}-out", path, "out[1]", channels, stride, "tokens", modulation=modulation)
+
+
+def single_block(path: str, block: int, channels: int, heads: int, stride: int, modulation: str) -> Iterator[Site]:
+    """Activations of the image tokens of a block with one stream of text and image, in forward order."""
+    name = f"vit-block{block}"
+    for qkv in "qkv":
+        yield Site(f"{name}-{qkv}", f"{path}.attn.to_{qkv}", "out[:, T:]", channels, stride, "tokens")
+    yield Site(f"{name}-cross-map", f"{path}.attn", "map", heads, stride, "attention")
+    yield Site(f"{name}-self-map", f"{path}.attn", "map", heads, stride, "attention")
+    yield Site(f"{name}-attn-out", f"{path}.attn", "out[:, T:]", channels, stride, "tokens")
+    yield Site(f"{name}-out", path, "out[1]", channels, stride, "tokens", modulation=modulation)
+
+
+def joint_map(
+    attention: Any, site: Site, recorded: tuple[Tensor, ...], tokens: int, text_first: bool, rotate: Any, average: bool, registers: int = 0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention probabilities from image queries to text (``cross-map``) or to image (``self-map``); one softmax runs over both.
+
+    Args:
+        attention: The stock layer.
+        site: Which of the two.
+        recorded: What ``site.taps`` gave.
+        tokens: Number of image tokens.
+        text_first: Whether text comes before image in the layer's sequence.
+        rotate: (B, heads, sequence, d) -> the same with positions applied, or None.
+        average: Average over heads.
+        registers: Learned tokens before the text, which are no part of it.
+        bias: (B, sequence), added to the scores of every head and query.
+
+    Returns:
+        (B, heads, image tokens, text or image tokens), or without heads.
+    """
+    import torch
+
+    from diffusion_backbones.ops.attention_maps import probabilities, split_heads
+
+    q, k = (split_heads(attention, x, norm) for x, norm in zip(recorded[:2], (attention.norm_q, attention.norm_k), strict=True))
+    if len(recorded) == 4:
+        norms = (attention.norm_added_q, attention.norm_added_k)
+        text = [split_heads(attention, x, norm) for x, norm in zip(recorded[2:], norms, strict=True)]
+        q, k = (torch.cat((t, x) if text_first else (x, t), dim=2) for t, x in zip(text, (q, k), strict=True))
+    if rotate is not None:
+        q, k = rotate(q), rotate(k)
+    length = q.shape[2]
+    image = slice(length - tokens, length) if text_first else slice(0, tokens)
+    words = slice(registers, length - tokens) if text_first else slice(tokens, length)
+    return probabilities(q[:, :, image], k, words if site.id.endswith("cross-map") else image, average, bias)

@@ -1,0 +1,102 @@
+"""Prompts -> embeddings, computed once and kept on disk.
+
+A text encoder is loaded when a prompt is seen for the first time, encodes it, and is freed. A second start reads the few
+hundred kilobytes that came out and never loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.loading.source import Source
+from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.spec.configs import Configs
+
+log = logging.getLogger(__name__)
+_encoding = threading.Lock()
+
+
+def cache_folder() -> Path:
+    """``$DIFFUSION_BACKBONES_CACHE``, or ``diffusion_backbones`` beside the hub's cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("DIFFUSION_BACKBONES_CACHE") or Path(HF_HOME) / "diffusion_backbones")
+
+
+class Prompter:
+    """Encodes prompts for one checkpoint.
+
+    Args:
+        family: Name of the family.
+        configs: Configs of the checkpoint.
+        source: Where its text encoders are; None if there are none at hand.
+        padding: ``max_length`` or ``longest``.
+    """
+
+    def __init__(self, family: str, configs: Configs, source: Source | None, padding: str):
+        self.family, self.configs, self.source, self.padding = family, configs, source, padding
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """P prompts -> conditioning tensors with P rows, float32 on the CPU.
+
+        Every prompt is encoded alone, so what its row holds does not depend on the others.
+
+        Raises:
+            FileNotFoundError: No text encoder is at hand.
+            ValueError: A prompt is too long, or they have different lengths and are not padded to one.
+        """
+        if self.source is None:
+            raise FileNotFoundError(
+                f"prompt={prompts[0]!r} needs a text encoder, and this backbone has none: it was built without weights or loaded from a folder that "
+                "save_pretrained wrote. Give prompt_embeds=, or load it with pretrained=True or checkpoint_path=."
+            )
+        fingerprint = self.source.text_fingerprint()
+        rows = {prompt: self._row(fingerprint, self.source, prompt) for prompt in dict.fromkeys(prompts)}
+        lengths = {prompt: row["prompt_embeds"].shape[1] for prompt, row in rows.items() if "prompt_embeds" in row}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"prompt_padding='longest' leaves prompts at their lengths, here {lengths}; give those of one length per call, or pad them")
+        return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+
+    def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
+        path = self._path(fingerprint, prompt)
+        with _encoding:                         # two threads load one text encoder, not two
+            row = _read(path)
+            if row is None:
+                with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+                    row = FAMILIES[self.family].encode_prompts(self.configs, source.text, [prompt], self.padding)
+                _write(path, row)
+        return row
+
+    def _path(self, fingerprint: str, prompt: str) -> Path:
+        encoders = FAMILIES[self.family].text_encoder_names(self.configs)
+        key = hashlib.sha256(json.dumps([fingerprint, self.family, encoders, self.padding, prompt]).encode()).hexdigest()[:32]
+        return cache_folder() / "prompts" / f"{key}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu") if path.is_file() else None
+    except (SafetensorError, OSError) as error:
+        log.warning("the cached prompt %s cannot be read and is made again: %s", path, error)
+        return None
+
+
+def _write(path: Path, embeddings: dict[str, Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors_io.write(path, embeddings, {})
+    except OSError as error:
+        log.warning("the prompt is not cached, so the text encoder is loaded again next time: %s", error)

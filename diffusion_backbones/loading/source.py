@@ -1,0 +1,227 @@
+"""Where a checkpoint's files come from: a diffusers folder, or another place with the weights of one network on top.
+
+Every place answers the same questions (:class:`Source`), so nothing behind it knows which it was. Repositories are in
+:mod:`diffusion_backbones.loading.hub`, single files in :mod:`diffusion_backbones.loading.single_file`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+
+from diffusion_backbones.families import Family
+from diffusion_backbones.ops.safetensors_io import PICKLE_REFUSED, PICKLES, TensorFiles
+from diffusion_backbones.spec.configs import Config, Configs
+
+log = logging.getLogger(__name__)
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_SMALL = (".json", ".txt", ".model", ".jinja")        # what configs and tokenizers are made of
+
+
+class Source(Protocol):
+    """A place that holds a checkpoint."""
+
+    provenance: dict[str, str]
+    """Where it is, for the record: ``repo`` and ``commit``, or ``path``."""
+
+    def configs(self, family: Family) -> Configs:
+        """The configs of the denoiser, the image encoder and the scheduler, at least."""
+
+    def tensors(self, component: str, half: bool) -> TensorFiles:
+        """The weights of a component, unread; ``half`` prefers float16 files where there are both."""
+
+    def text(self, component: str) -> tuple[Any, Any]:
+        """(tokenizer, text model) of a text encoder, on the CPU, float32, but for language models of billions of parameters."""
+
+    def text_fingerprint(self) -> str:
+        """Changes whenever the text encoders do."""
+
+
+class Folder:
+    """A folder in the diffusers layout.
+
+    Raises:
+        FileNotFoundError: It is not there, or is no folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.provenance = {"path": str(self.path)}
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path} is not a folder")
+
+    def names(self) -> list[str]:
+        """Relative names of the files in it and in its sub-folders; the layout goes no deeper."""
+        return [path.relative_to(self.path).as_posix() for depth in ("*", "*/*") for path in sorted(self.path.glob(depth)) if path.is_file()]
+
+    def file(self, name: str) -> Path:
+        """The local path of one of :meth:`names`."""
+        return self.path / name
+
+    def json(self, name: str) -> Config:
+        """Read a JSON file.
+
+        Raises:
+            FileNotFoundError: It is not there; what the folder holds is listed.
+            ValueError: It is no JSON object.
+        """
+        names = self.names()
+        if name not in names:
+            here = ", ".join(sorted({PurePosixPath(n).parts[0] for n in names})) or "nothing"
+            raise FileNotFoundError(f"{self} has no {name}; it holds {here}. A checkpoint is in the diffusers layout, with unet/config.json and so on.")
+        try:
+            data: Config = json.loads(self.file(name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self}: {name} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{self}: {name} must hold a JSON object, got {type(data).__name__}")
+        return data
+
+    def holds(self, family: Family) -> bool:
+        """Whether there is a denoiser of a family."""
+        name = self._where(family.denoiser, "config.json")
+        return name in self.names() and family.recognises(self.json(name))
+
+    def _where(self, component: str, file: str) -> str:
+        """Where a component's file is: in its folder, or at the root of a repository that holds one network alone."""
+        inside = f"{component}/{file}"
+        return file if file in self.names() and inside not in self.names() else inside
+
+    def configs(self, family: Family) -> Configs:
+        required = [family.denoiser, *([family.encoder] if family.encoder else [])]
+        configs = {name: self.json(self._where(name, "config.json") if name == family.denoiser else f"{name}/config.json") for name in required}
+        pipeline = {"model_index": self.json("model_index.json")} if family.reads_pipeline and "model_index.json" in self.names() else {}
+        return configs | {"scheduler": self.json(self._where("scheduler", "scheduler_config.json"))} | pipeline
+
+    def tensors(self, component: str, half: bool) -> TensorFiles:
+        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), _modern)
+
+    def _weights(self, component: str, stem: str, half: bool) -> list[Path]:
+        names = self.names()
+        try:
+            name = choose(names, component, stem, half)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self}: {error}") from error
+        if "fp16" in name and not half:
+            log.warning("%s has the weights of %s in float16 only, and they are used in higher precision", self, component)
+        if not name.endswith(".json"):
+            return [self.file(name)]
+        shards = [str(PurePosixPath(name).with_name(shard)) for shard in self._shards(name)]
+        for shard in shards:
+            if shard not in names:
+                raise FileNotFoundError(f"{self}: {name} lists {len(shards)} shards, and {shard} is not there; download it again")
+        return [self.file(shard) for shard in shards]
+
+    def _shards(self, index: str) -> list[str]:
+        try:
+            return sorted(set(self.json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files") from error
+
+    def text(self, component: str) -> tuple[Any, Any]:
+        from diffusion_backbones.families.text import clip, language_model
+
+        files = self._weights(component, "model", half=False)
+        config = self.json(f"{component}/config.json")
+        tokenizer = self._tokenizer(component.replace("text_encoder", "tokenizer"))
+        architectures = set(config.get("architectures") or ())
+        if architectures & set(language_model.GENERATIVE):
+            return tokenizer, language_model.pretrained(config, files[0].parent)
+        weights = TensorFiles(files)
+        build = language_model.text_model if architectures & set(language_model.ARCHITECTURES) else clip.text_model
+        return tokenizer, build(config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights))
+
+    def _tokenizer(self, component: str) -> Any:
+        from transformers import AutoTokenizer
+
+        files = [self.file(name) for name in self.names() if name.startswith(component + "/") and name.endswith(_SMALL)]
+        if not files:
+            raise FileNotFoundError(f"{self} has no {component}/, so prompts cannot be encoded")
+        return AutoTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+
+    def text_fingerprint(self) -> str:
+        parts = [str(self.path.resolve())]
+        for path in sorted(self.path.glob("t*/*")):                     # text_encoder*, tokenizer*
+            stat = path.stat()
+            parts.append(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}")
+        return digest(parts)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class WithComponent:
+    """Another source with the weights of one network taken from one file, as those of CleanDIFT's and PixArt's denoisers are published.
+
+    Args:
+        base: Where everything else comes from.
+        component: Name of the network.
+        file: Gives the path of its weights; called when they are read.
+        provenance: Where that file comes from.
+        config: Its own config; None if it is that of ``base``.
+    """
+
+    def __init__(self, base: Source, component: str, file: Callable[[], Path], provenance: Mapping[str, str], config: Config | None = None):
+        self.base, self.component, self._file, self.config = base, component, file, config
+        self.provenance = base.provenance | {f"{component}_{k}": v for k, v in provenance.items()}
+
+    def configs(self, family: Family) -> Configs:
+        configs = self.base.configs(family)
+        return {**configs, self.component: self.config} if self.config else configs
+
+    def tensors(self, component: str, half: bool) -> TensorFiles:
+        return TensorFiles([self._file()], _modern) if component == self.component else self.base.tensors(component, half)
+
+    def text(self, component: str) -> tuple[Any, Any]:
+        return self.base.text(component)
+
+    def text_fingerprint(self) -> str:
+        return self.base.text_fingerprint()
+
+
+def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
+    """Which of a checkpoint's files holds a component's weights.
+
+    Args:
+        names: All file names, relative to the checkpoint.
+        component: Sub-folder, ``unet`` ...
+        stem: ``diffusion_pytorch_model`` or ``model``.
+        half: Prefer the ``fp16`` variant, otherwise the full precision one; whichever exists is taken.
+
+    Returns:
+        One ``.safetensors`` name, or the name of the index of a sharded one.
+
+    Raises:
+        FileNotFoundError: There is none; a pickle that is there instead is named.
+    """
+    names = list(names)
+    inside = [name for name in names if name.startswith(component + "/") and name.count("/") == 1]
+    alone = not inside and any(name.startswith(f"{stem}.") for name in names)                  # at the root of a repository of one network
+    inside, at = ([name for name in names if "/" not in name], "") if alone else (inside, f"{component}/")
+    full = [f"{at}{stem}.safetensors", f"{at}{stem}.safetensors.index.json"]
+    fp16 = [f"{at}{stem}.fp16.safetensors", f"{at}{stem}.safetensors.index.fp16.json", f"{at}{stem}.fp16.safetensors.index.json"]
+    for candidate in fp16 + full if half else full + fp16:
+        if candidate in inside:
+            return candidate
+    for name in inside:
+        if name.endswith(PICKLES):
+            raise FileNotFoundError(f"{name} {PICKLE_REFUSED}")
+    raise FileNotFoundError(f"no {full[0]} (nor its fp16 variant, nor an index of shards); {component}/ holds: {', '.join(inside) or 'nothing'}")
+
+
+def _modern(name: str) -> str:
+    """Attention layers of old VAE files are named as before diffusers 0.18."""
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """24 hexadecimal digits that name ``parts``."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

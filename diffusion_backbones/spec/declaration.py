@@ -1,0 +1,60 @@
+"""A declaration: a checkpoint read by a recipe, under a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.input_format import SYMMETRIC, InputFormat
+from diffusion_backbones.spec.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A backbone: a checkpoint read by a recipe, under a name."""
+
+    name: str
+    checkpoint: Checkpoint
+    recipe: Recipe
+
+    @property
+    def architecture(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition(".")[2]
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels that the source of the recipe used, or the checkpoint's own."""
+        return self.recipe.input_size or self.checkpoint.input_size
+
+
+def pretrained_cfg(declaration: Declaration, format: InputFormat = SYMMETRIC) -> dict[str, Any]:
+    """The keys that ``timm.data.resolve_model_data_config`` and timm's hub code read.
+
+    Images are normalised with mean = std = 0.5, that is to [-1, 1], unless the format is another; the size is the recipe's.
+    """
+    checkpoint, size = declaration.checkpoint, declaration.input_size
+    return {
+        "architecture": declaration.architecture,
+        "tag": declaration.tag,
+        "hf_hub_id": checkpoint.hub_id or None,
+        "custom_load": True,
+        "input_size": (3, size, size),
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": format.mean,
+        "std": format.std,
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": None,
+        "classifier": None,
+        "license": str(checkpoint.license),
+        "origin_url": f"https://huggingface.co/{checkpoint.hub_id}" if checkpoint.hub_id else None,
+        "paper_ids": [f"arXiv:{p.arxiv}" for p in (declaration.recipe.paper, checkpoint.paper) if p and p.arxiv],
+    }

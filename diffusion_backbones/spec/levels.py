@@ -1,0 +1,102 @@
+"""Levels of a pyramid, as arithmetic on sites: channels, strides, and which of them are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusion_backbones.spec.activations import Site
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """One level of a pyramid: ``channels`` at ``stride`` pixels, read at ``sites``."""
+
+    sites: tuple[Site, ...]
+
+    @property
+    def channels(self) -> int:
+        return sum(site.channels for site in self.sites)
+
+    @property
+    def stride(self) -> int:
+        return self.sites[0].stride
+
+    @property
+    def module(self) -> str:
+        """The stock modules it is read from, joined by ``+``."""
+        return "+".join(site.path for site in self.sites)
+
+
+def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
+    """Check that the sites of each level share a stride, and that levels run fine to coarse.
+
+    Raises:
+        ValueError: They do not; a site is an attention map, which has no channels to concatenate; or none is in the denoiser.
+    """
+    infos = tuple(LevelInfo(tuple(sites)) for sites in levels)
+    for info in infos:
+        for site in info.sites:
+            if site.layout == "attention":
+                raise ValueError(f"{site.id} is an attention map (heads, queries, keys) and cannot be a level of a pyramid; read it with forward_activations")
+            if site.stride != info.stride:
+                first = info.sites[0]
+                raise ValueError(f"one level has one stride, but {first.id} has {first.stride} and {site.id} has {site.stride}; put them into two levels")
+    if all(site.encoder for info in infos for site in info.sites):
+        raise ValueError(f"{infos[0].sites[0].id} is read in the image encoder, and no level in the diffusion network; add one that is")
+    strides = [info.stride for info in infos]
+    if strides != sorted(strides):
+        raise ValueError(f"levels must run fine to coarse, got strides {strides}; reorder them")
+    return infos
+
+
+def fine(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelInfo]) -> tuple[LevelInfo, ...]:
+    """Levels of the image encoder for those of ``strides`` that are finer than all ``levels``: its last residual block there.
+
+    Args:
+        sites: All of the network.
+
+    Raises:
+        ValueError: The image encoder has none at such a stride.
+    """
+    found = []
+    for stride in (s for s in strides if s < levels[0].stride):
+        there = [site for site in sites if site.encoder and site.stride == stride and site.id.endswith("res-out")]
+        if not there:
+            known = sorted({site.stride for site in sites if site.encoder})
+            said = known or "none that can be read, as a tiny encoder has not"
+            raise ValueError(f"encoder_levels=True: no map of the image encoder has stride {stride}; it has {said}")
+        found.append(LevelInfo((there[-1],)))
+    return tuple(found)
+
+
+def group_by_stride(sites: Sequence[Site]) -> list[list[Site]]:
+    """A flat choice of sites -> levels, fine to coarse, in the order given within each."""
+    return [[site for site in sites if site.stride == stride] for stride in sorted({site.stride for site in sites})]
+
+
+def nearest(stride: int, strides: Sequence[int]) -> int:
+    """The position of the stride that is nearest by ratio; of equals the first, that is the finer or the earlier."""
+    return min(range(len(strides)), key=lambda i: abs(math.log2(strides[i] / stride)))
+
+
+def take(indices: int | Sequence[int] | None, n: int) -> list[int]:
+    """timm's way of naming some of n maps -> their positions, in the order given.
+
+    Args:
+        indices: None for all, an integer k for the last k, or positions, negative ones from the end.
+
+    Raises:
+        ValueError: A position that is not there, or twice the same.
+    """
+    if indices is None:
+        return list(range(n))
+    if isinstance(indices, int):
+        if not 1 <= indices <= n:
+            raise ValueError(f"the last {indices} maps were asked for, and there are {n}")
+        return list(range(n - indices, n))
+    wanted = [i + n if i < 0 else i for i in indices]
+    if not wanted or any(not 0 <= i < n for i in wanted) or len(set(wanted)) < len(wanted):
+        raise ValueError(f"indices must be different positions from {-n} to {n - 1}, got {list(indices)}")
+    return wanted

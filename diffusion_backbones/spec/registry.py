@@ -1,0 +1,144 @@
+"""Which checkpoints and backbones exist, by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.validation import closest
+
+_checkpoints: dict[str, Checkpoint] = {}
+_declarations: dict[str, Declaration] = {}
+_listeners: list[Callable[[Declaration], None]] = []
+
+
+def register_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Make a checkpoint known by its name and return it.
+
+    Raises:
+        ValueError: The name is taken, or is not of lower-case letters, digits and underscores.
+    """
+    _check_name(checkpoint.name, _checkpoints)
+    _checkpoints[checkpoint.name] = checkpoint
+    return checkpoint
+
+
+def register_model(checkpoint: Checkpoint | str, recipe: Recipe, *, name: str | None = None, tag: str = "") -> Declaration:
+    """Declare a backbone. From here on it is in ``list_models``, ``create_model``, timm, the hub entries, the cards and the tests.
+
+    Args:
+        checkpoint: A checkpoint or the name of a registered one.
+        recipe: How it is read.
+        name: Defaults to ``{checkpoint}_{recipe}``.
+        tag: Names other weights for the same architecture and recipe: ``{name}.{tag}``.
+
+    Raises:
+        ValueError: The name is taken or malformed.
+    """
+    if isinstance(checkpoint, str):
+        checkpoint = get_checkpoint(checkpoint)
+    name = name or f"{checkpoint.name}_{recipe.name}"
+    _check_name(name, _declarations if not tag else ())
+    full = f"{name}.{tag}" if tag else name
+    if full in _declarations:
+        raise ValueError(f"a backbone {full!r} is already registered")
+    declaration = _declarations[full] = Declaration(full, checkpoint, recipe)
+    for listener in _listeners:
+        listener(declaration)
+    return declaration
+
+
+def _check_name(name: str, taken: Iterable[str]) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"a name is made of lower-case letters, digits and underscores, got {name!r}")
+    if name in taken:
+        raise ValueError(f"{name!r} is already registered")
+
+
+def on_register(listener: Callable[[Declaration], None]) -> None:
+    """Call ``listener`` for every declaration, those made so far included."""
+    _listeners.append(listener)
+    for declaration in _declarations.values():
+        listener(declaration)
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def list_models(
+    filter: str | Sequence[str] = "", pretrained: bool = False, exclude_filters: str | Sequence[str] = "", include_tags: bool | None = None
+) -> list[str]:
+    """Names of the registered backbones, in natural order.
+
+    Args:
+        filter: Shell-style pattern or patterns; empty means all.
+        pretrained: Only those with weights to load, which all have; with their tags unless ``include_tags`` is False.
+        exclude_filters: Patterns to leave out.
+        include_tags: Whether names with a tag are listed; by default only with ``pretrained``.
+    """
+    include_tags = pretrained if include_tags is None else include_tags
+    names = [d.name for d in _declarations.values() if (include_tags or not d.tag)]
+    wanted, unwanted = ([p] if isinstance(p, str) else list(p) for p in (filter, exclude_filters))
+    if any(wanted):
+        names = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in wanted)]
+    names = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in unwanted)]
+    return sorted(names, key=_natural)
+
+
+def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:
+    """Names of the backbones that have trained weights, tags included."""
+    return list_models(filter, pretrained=True, exclude_filters=exclude_filters)
+
+
+def list_checkpoints(filter: str = "") -> list[str]:
+    """Names of the registered checkpoints, with and without published recipes, in natural order."""
+    return sorted((n for n in _checkpoints if not filter or fnmatch.fnmatchcase(n, filter)), key=_natural)
+
+
+def is_model(name: str) -> bool:
+    """Whether a backbone of this name is registered."""
+    return name in _declarations
+
+
+def get_declaration(name: str) -> Declaration:
+    """The declaration of a backbone.
+
+    Raises:
+        KeyError: Unknown; the message names the closest backbones and what to do with a bare checkpoint.
+    """
+    if name in _declarations:
+        return _declarations[name]
+    if name in _checkpoints:
+        known = [d.name for d in _declarations.values() if d.checkpoint.name == name]
+        published = f" Published recipes: {', '.join(known)}." if known else " It has no published recipe."
+        raise KeyError(f"{name!r} is a checkpoint, and a backbone needs a recipe too: create_model({name!r}, recipe=[...]).{published}")
+    architecture, _, tag = name.partition(".")
+    if tag and architecture in _declarations:
+        tags = [d.tag for d in _declarations.values() if d.architecture == architecture and d.tag]
+        raise KeyError(f"{architecture!r} has no weights tagged {tag!r}. It has: {', '.join(tags) or 'no tags, only the default weights'}.")
+    hint = f" For a repository on the hub use 'hf-hub:{name}'." if "/" in name else ""
+    raise KeyError(f"no backbone is called {name!r}.{closest(name, [*_declarations, *_checkpoints])}{hint} `list_models()` lists them all.")
+
+
+def get_checkpoint(name: str) -> Checkpoint:
+    """A registered checkpoint.
+
+    Raises:
+        KeyError: Unknown; the message names the closest.
+    """
+    if name in _checkpoints:
+        return _checkpoints[name]
+    raise KeyError(f"no checkpoint is called {name!r}.{closest(name, _checkpoints)} `list_checkpoints()` lists them all.")
+
+
+def get_pretrained_cfg(name: str) -> dict[str, Any]:
+    """timm's description of a backbone's input and weights, see :func:`pretrained_cfg`."""
+    return pretrained_cfg(get_declaration(name))
+
+
