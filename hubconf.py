@@ -4,7 +4,17 @@ from collections.abc import Callable as _Callable
 from importlib.util import find_spec as _find_spec
 from typing import Any as _Any
 
-dependencies = ["torch", "torchvision", "diffusers", "transformers", "timm", "safetensors", "huggingface_hub", "yaml", "wrapt"]
+dependencies = [
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "timm",
+    "safetensors",
+    "huggingface_hub",
+    "yaml",
+    "wrapt",
+]
 
 
 def _entry(name: str) -> _Callable[..., _Any]:
@@ -25,5 +35,5 @@ def _entries() -> dict[str, _Callable[..., _Any]]:
     return {name: _entry(name) for name in db.list_models()}
 
 
-if all(map(_find_spec, dependencies)):          # otherwise torch.hub says which of them are missing
+if all(map(_find_spec, dependencies)):  # otherwise torch.hub says which of them are missing
     globals().update(_entries())

@@ -26,7 +26,10 @@ def draw(folder: Path, kind: str, count: int) -> Sequence[Any]:
     source, random = Image.open(PHOTO).convert("RGB"), np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
-        part = np.asarray(source.resize(SIDES[kind], box=(i, i, i + 320, i + 240), resample=Image.Resampling.BICUBIC), dtype=np.float32)
+        part = np.asarray(
+            source.resize(SIDES[kind], box=(i, i, i + 320, i + 240), resample=Image.Resampling.BICUBIC),
+            dtype=np.float32,
+        )
         noisy = (part + random.normal(0, 4, part.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{i:03}.jpg", quality=90)
     return images.find([folder])
@@ -54,9 +57,10 @@ def median_ratio(seconds: dict[Any, list[float]], a: Any, b: Any) -> float:
 def extract(rounds: int) -> dict[str, float]:
     """Reading, computing and writing at once against one after another, and images a second by batch size.
 
-    Photographs of 1.9 megapixels, cut down to 64 x 64, on ``tinysd_gdf``: first on the CPU, where all three want the same cores; then on a
-    stand-in for a device of its own, which waits, without using the CPU, as long as reading and writing take together, and gives maps as large
-    as those of ``sd15_gdf`` at 512 x 512. At best half of the time is left, and the device is never without work.
+    Photographs of 1.9 megapixels, cut down to 64 x 64, on ``tinysd_gdf``: first on the CPU, where all three want the
+    same cores; then on a stand-in for a device of its own, which waits, without using the CPU, as long as reading and
+    writing take together, and gives maps as large as those of ``sd15_gdf`` at 512 x 512. At best half of the time is
+    left, and the device is never without work.
     """
     import torch
 
@@ -68,7 +72,10 @@ def extract(rounds: int) -> dict[str, float]:
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         photos = draw(Path(scratch) / "photos", "photographs", 32)
-        cpu = times(rounds, {w: lambda out, w=w: extract(backbone, photos, out, size=64, batch_size=4, workers=w) for w in (0, 1)})
+        cpu = times(
+            rounds,
+            {w: lambda out, w=w: extract(backbone, photos, out, size=64, batch_size=4, workers=w) for w in (0, 1)},
+        )
         results["extract: CPU, at once / one after another"] = median_ratio(cpu, 1, 0)
 
         pyramid = [torch.randn(4, channels, side, side) for channels, side in SD15_AT_512]
@@ -98,7 +105,10 @@ def extract(rounds: int) -> dict[str, float]:
         results["extract: stand-in, at once / the device alone"] = statistics.median(waited[1]) / (pause * len(photos))
 
         small = draw(Path(scratch) / "small", "thumbnails", 32)
-        batched = times(max(1, rounds // 2), {b: lambda out, b=b: extract(backbone, small, out, batch_size=b) for b in (1, 2, 4, 8, 16)})
+        batched = times(
+            max(1, rounds // 2),
+            {b: lambda out, b=b: extract(backbone, small, out, batch_size=b) for b in (1, 2, 4, 8, 16)},
+        )
         for b in batched:
             results[f"extract: CPU, 64 x 64, images a second, batch {b}"] = len(small) / statistics.median(batched[b])
         results["extract: CPU, 64 x 64, seconds, batch 16 / batch 1"] = median_ratio(batched, 16, 1)
@@ -125,7 +135,13 @@ def extract_memory(first: int = 500, count: int = 10_000, side: int = 32) -> dic
         peaks = []
         for some in (files[:first], files):
             extract(backbone, some, out, dtype=torch.float32, batch_size=16, workers=1)
-            peaks.append(next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+            peaks.append(
+                next(
+                    int(line.split()[1]) * 1024
+                    for line in Path("/proc/self/status").read_text().splitlines()
+                    if line.startswith("VmHWM")
+                )
+            )
     return {
         f"extract_memory: peak after {first:,} images, MB": peaks[0] / 1e6,
         f"extract_memory: peak after {count:,} images, MB": peaks[1] / 1e6,

@@ -1,7 +1,8 @@
 """What ``fold=True`` drops, and what it does to time.
 
-    python benchmarks/folding.py count sd15_gdf sdxl_gdf flux_dev_ditf      at full size, without memory: weights are overlapping views of a few numbers
-    python benchmarks/folding.py time sd15_gdf --size 512                   random weights, the same in both, turn by turn, with latents given
+python benchmarks/folding.py count sd15_gdf sdxl_gdf flux_dev_ditf      at full size, without memory: weights are
+overlapping views of a few numbers python benchmarks/folding.py time sd15_gdf --size 512                   random
+weights, the same in both, turn by turn, with latents given
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, given.dtype))
     for name in given.names:
-        print(count(name, given.recipe) if given.what == "count" else timed(name, given.recipe, given.size, given.rounds), flush=True)
+        print(
+            count(name, given.recipe) if given.what == "count" else timed(name, given.recipe, given.size, given.rounds),
+            flush=True,
+        )
 
 
 def count(name: str, recipe: list[str] | None) -> str:
@@ -43,10 +47,16 @@ def count(name: str, recipe: list[str] | None) -> str:
     before, start = count_parameters(denoiser), time.perf_counter()
     fold(backbone)
     seconds, after = time.perf_counter() - start, count_parameters(denoiser)
-    values = sum(output.numel() for constant in constant_folding.constants(denoiser).values() for output in constant.outputs if output is not None)
+    values = sum(
+        output.numel()
+        for constant in constant_folding.constants(denoiser).values()
+        for output in constant.outputs
+        if output is not None
+    )
     dropped = before - after
     return (
-        f"{name}: {before / 1e6:.1f} M parameters, {dropped / 1e6:.1f} M dropped ({dropped / before:.1%}) for {values / 1e6:.2f} M values in "
+        f"{name}: {before / 1e6:.1f} M parameters, {dropped / 1e6:.1f} M dropped ({dropped / before:.1%}) for "
+        f"{values / 1e6:.2f} M values in "
         f"{len(constant_folding.constants(denoiser))} places; {seconds:.0f} s"
     )
 
@@ -54,7 +64,9 @@ def count(name: str, recipe: list[str] | None) -> str:
 def filled(name: str, recipe: list[str] | None, weights: Callable[[Sequence[int]], Tensor]) -> db.DiffusionBackbone:
     """A backbone whose denoiser is on the CPU and whose image encoder is nowhere."""
     backbone = db.create_model(name, recipe=recipe, device="meta")
-    safetensors_io.fill(backbone.denoiser, [(key, weights(tensor.shape)) for key, tensor in backbone.denoiser.state_dict().items()])
+    safetensors_io.fill(
+        backbone.denoiser, [(key, weights(tensor.shape)) for key, tensor in backbone.denoiser.state_dict().items()]
+    )
     backbone.family.fill_buffers(backbone.denoiser, torch.device("cpu"))
     backbone.conditioning = type(backbone.conditioning)(backbone.family.blank_conditioning(backbone.configs))
     return backbone
@@ -66,7 +78,9 @@ def overlapping(shape: Sequence[int]) -> Tensor:
 
 
 def tiled(shape: Sequence[int]) -> Tensor:
-    """A tensor of any shape, a million random numbers over and over, as all of them take minutes in a large network; norms and biases of one."""
+    """A tensor of any shape, a million random numbers over and over, as all of them take minutes in a large network;
+    norms and biases of one.
+    """
     if len(shape) < 2:
         return torch.ones(shape)
     count, tile = math.prod(shape), 0.02 * torch.randn(2**20)
@@ -91,14 +105,17 @@ def timed(name: str, recipe: list[str] | None, size: int, rounds: int) -> str:
     one, other = (statistics.median(times) for times in seconds.values())
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return (
-        f"{name} at {size}, {z.dtype}, {torch.get_num_threads()} threads: {one:.3f} s, folded {other:.3f} s, median ratio {statistics.median(ratios):.3f} "
+        f"{name} at {size}, {z.dtype}, {torch.get_num_threads()} threads: {one:.3f} s, folded {other:.3f} s, median "
+        f"ratio {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f}); features differ by {worst:.1e} of their largest"
     )
 
 
 def fold(backbone: db.DiffusionBackbone) -> None:
     conditioning, timestep = dict(backbone.conditioning.items()), backbone.declaration.recipe.timestep
-    constant_folding.fold(backbone.denoiser, backbone.family, backbone.configs, conditioning, timestep, backbone.catalogue.all())
+    constant_folding.fold(
+        backbone.denoiser, backbone.family, backbone.configs, conditioning, timestep, backbone.catalogue.all()
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Measure what the README claims about cost: ``make bench``.
 
-Everything is measured in pairs inside one run, alternating, on full-size random weights of Stable Diffusion 1.5 in float32 on
-the CPU, and reported as ratios: a machine's own speed cancels. Loading is measured in fresh processes, and every loaded
-weight is touched, so that memory-mapped files count.
+Everything is measured in pairs inside one run, alternating, on full-size random weights of Stable Diffusion 1.5 in
+float32 on the CPU, and reported as ratios: a machine's own speed cancels. Loading is measured in fresh processes, and
+every loaded weight is touched, so that memory-mapped files count.
 
     python benchmarks/run.py [--only forward] [--rounds 5] [--images 64] [--json results.json]
 """
@@ -71,7 +71,11 @@ def stock(unet: Any, vae: Any, x: Any, prompt: Any, noise: Any, alpha: float, si
     emb = unet.time_embedding(unet.time_proj(t))
     skips = [h]
     for block in unet.down_blocks:
-        h, more = block(h, emb, encoder_hidden_states=prompt) if getattr(block, "has_cross_attention", False) else block(h, emb)
+        h, more = (
+            block(h, emb, encoder_hidden_states=prompt)
+            if getattr(block, "has_cross_attention", False)
+            else block(h, emb)
+        )
         skips += more
     h = unet.mid_block(h, emb, encoder_hidden_states=prompt)
     maps = {}
@@ -101,7 +105,9 @@ def stock(unet: Any, vae: Any, x: Any, prompt: Any, noise: Any, alpha: float, si
 
 
 def forward(rounds: int) -> dict[str, float]:
-    """Time of ``sd15_gdf`` at 512 x 512, batch 1, against hand-written stock code and against the whole U-Net with hooks."""
+    """Time of ``sd15_gdf`` at 512 x 512, batch 1, against hand-written stock code and against the whole U-Net with
+    hooks.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -171,18 +177,27 @@ print(json.dumps(dict(seconds=seconds, returned=returned, peak=memory("VmHWM") -
 def load(rounds: int) -> dict[str, float]:
     """Peak memory and time of loading ``sd15_gdf`` from a full-size folder, against diffusers' whole pipeline.
 
-    Seconds are counted until every weight is in memory, since both map large files and return before a byte was read; what
-    passes until the call returns is given beside it. The pipeline encodes no prompt while it loads; the first start of a
-    backbone does, and keeps what came out.
+    Seconds are counted until every weight is in memory, since both map large files and return before a byte was read;
+    what passes until the call returns is given beside it. The pipeline encodes no prompt while it loads; the first
+    start of a backbone does, and keeps what came out.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_full_size(Path(scratch) / "sd15")
         runs: dict[str, list[dict[str, float]]] = {"first": [], "stock": [], "later": []}
         for i in range(rounds):
             env = os.environ | {"DIFFUSION_BACKBONES_CACHE": f"{scratch}/cache{i}", "HF_HUB_OFFLINE": "1"}
-            for start, results in runs.items():                 # the first start loads and runs the text encoder, later ones read what came out
+            for (
+                start,
+                results,
+            ) in runs.items():  # the first start loads and runs the text encoder, later ones read what came out
                 kind = "stock" if start == "stock" else "ours"
-                out = subprocess.run([sys.executable, "-c", MEASURE, kind, str(folder)], check=True, capture_output=True, text=True, env=env)
+                out = subprocess.run(
+                    [sys.executable, "-c", MEASURE, kind, str(folder)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    env=env,
+                )
                 results.append(json.loads(out.stdout.splitlines()[-1]))
     seconds = {kind: [r["seconds"] for r in results] for kind, results in runs.items()}
     returned = {kind: [r["returned"] for r in results] for kind, results in runs.items()}
@@ -194,8 +209,12 @@ def load(rounds: int) -> dict[str, float]:
         "load: peak memory / kept bytes": max(r["peak"] / r["kept"] for r in [*runs["first"], *runs["later"]]),
         "load: first start / StableDiffusionPipeline.from_pretrained": ratio(seconds, "first", "stock"),
         "load: later start / StableDiffusionPipeline.from_pretrained": ratio(seconds, "later", "stock"),
-        "load: first start / StableDiffusionPipeline.from_pretrained, until the call returns": ratio(returned, "first", "stock"),
-        "load: later start / StableDiffusionPipeline.from_pretrained, until the call returns": ratio(returned, "later", "stock"),
+        "load: first start / StableDiffusionPipeline.from_pretrained, until the call returns": ratio(
+            returned, "first", "stock"
+        ),
+        "load: later start / StableDiffusionPipeline.from_pretrained, until the call returns": ratio(
+            returned, "later", "stock"
+        ),
     }
 
 
@@ -215,15 +234,23 @@ def write_full_size(folder: Path) -> Path:
     CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])).save_pretrained(folder / "text_encoder")
     shutil.copytree(CONFIGS / "tinysd" / "tokenizer", folder / "tokenizer")
     shutil.copytree(CONFIGS / "sd15" / "scheduler", folder / "scheduler")
-    index = json.loads((CONFIGS / "tinysd" / "model_index.json").read_text()) | {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index = json.loads((CONFIGS / "tinysd" / "model_index.json").read_text()) | {
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
 def imports(rounds: int) -> dict[str, float]:
     """Seconds that importing the package adds to importing torch and timm."""
-    code = "import torch, timm, time; t = time.perf_counter(); import diffusion_backbones; print(time.perf_counter() - t)"
-    times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) for _ in range(rounds)]
+    code = (
+        "import torch, timm, time; t = time.perf_counter(); import diffusion_backbones; print(time.perf_counter() - t)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(rounds)
+    ]
     return {"import: seconds added to torch and timm": statistics.median(times)}
 
 
@@ -234,7 +261,9 @@ def info(rounds: int) -> dict[str, float]:
     slowest = 0.0
     for name in db.list_models():
         start = time.perf_counter()
-        subprocess.run([Path(sys.executable).with_name("diffusion-backbones"), "info", name], check=True, capture_output=True)
+        subprocess.run(
+            [Path(sys.executable).with_name("diffusion-backbones"), "info", name], check=True, capture_output=True
+        )
         slowest = max(slowest, time.perf_counter() - start)
     return {"info: slowest backbone, seconds": slowest}
 
@@ -253,12 +282,17 @@ def threads(rounds: int) -> dict[str, float]:
         worker.start()
     for worker in workers:
         worker.join()
-    differences = [(a - b).abs().max().item() for got, want in zip(results, expected, strict=True) for a, b in zip(got, want, strict=True)]
+    differences = [
+        (a - b).abs().max().item()
+        for got, want in zip(results, expected, strict=True)
+        for a, b in zip(got, want, strict=True)
+    ]
     return {"threads: largest difference between eight and one": max(differences)}
 
 
 def latents(images: int, batch: int = 4, epochs: int = 2) -> dict[str, float]:
-    """Seconds of two epochs of a linear head on frozen ``sd15_gdf`` at 256 x 256: on cached latents, and with every image encoded in every epoch.
+    """Seconds of two epochs of a linear head on frozen ``sd15_gdf`` at 256 x 256: on cached latents, and with every
+    image encoded in every epoch.
 
     By operations an epoch on latents takes 0.37 of one with the encoder, and two of them with encoding once 0.68.
     """
@@ -272,7 +306,9 @@ def latents(images: int, batch: int = 4, epochs: int = 2) -> dict[str, float]:
 
     def train(features: Callable[[int], Any]) -> list[float]:
         torch.manual_seed(1)
-        head = torch.nn.Sequential(torch.nn.LayerNorm(backbone.num_features), torch.nn.Linear(backbone.num_features, 10))
+        head = torch.nn.Sequential(
+            torch.nn.LayerNorm(backbone.num_features), torch.nn.Linear(backbone.num_features, 10)
+        )
         optimizer, losses = torch.optim.SGD(head.parameters(), 1e-2), []
         for start in [*range(0, images, batch)] * epochs:
             loss = torch.nn.functional.cross_entropy(head(features(start)[-1].mean((2, 3))), y[start : start + batch])
@@ -301,7 +337,9 @@ def latents(images: int, batch: int = 4, epochs: int = 2) -> dict[str, float]:
 
 
 def select(images: int = 4) -> dict[str, float]:
-    """Memory and time of measuring every activation of ``sdxl`` at full size, on random images of 512 x 512 with two noise draws each."""
+    """Memory and time of measuring every activation of ``sdxl`` at full size, on random images of 512 x 512 with two
+    noise draws each.
+    """
     import torch
 
     import diffusion_backbones as db
@@ -312,11 +350,15 @@ def select(images: int = 4) -> dict[str, float]:
     ids = [site.id for site in candidates(backbone.catalogue[id] for id in backbone.catalogue)]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*backbone.parameters(), *backbone.buffers()))
     x = [torch.rand(3, 512, 512) * 2 - 1 for _ in range(images)]
-    Path("/proc/self/clear_refs").write_text("5")                       # the peak starts from what is there now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is there now
     began = time.perf_counter()
     measure(backbone, x, ids)
     seconds = time.perf_counter() - began
-    peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return {
         "select: sdxl, activations": len(ids),
         "select: sdxl, seconds an image": seconds / images,
@@ -326,9 +368,11 @@ def select(images: int = 4) -> dict[str, float]:
 
 
 def main() -> None:
-    parts: dict[str, Callable[[int], dict[str, float]]] = {f.__name__: f for f in (imports, info, threads, load, forward, extract)}
-    parts["latents"] = lambda rounds: latents(args.images)              # pairs of epochs are their own rounds
-    parts["select"] = lambda rounds: select()                            # 10 GB of weights, seen once
+    parts: dict[str, Callable[[int], dict[str, float]]] = {
+        f.__name__: f for f in (imports, info, threads, load, forward, extract)
+    }
+    parts["latents"] = lambda rounds: latents(args.images)  # pairs of epochs are their own rounds
+    parts["select"] = lambda rounds: select()  # 10 GB of weights, seen once
     parts["extract_memory"] = lambda rounds: extract_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, action="append")

@@ -1,10 +1,13 @@
-"""Cost against work: how long a backbone takes for larger images, larger batches and more levels, and the pictures of docs/speed.md.
+"""Cost against work: how long a backbone takes for larger images, larger batches and more levels, and the pictures of
+docs/speed.md.
 
-    python benchmarks/work.py measure sd15_gdf [--device cuda --dtype bfloat16] [--only size|batch|levels]      # appends to docs/speed_work.csv
-    python benchmarks/work.py plot                                                                             # docs/speed_*.png, from that and speed.csv
+    python benchmarks/work.py measure sd15_gdf [--device cuda --dtype bfloat16] [--only size|batch|levels]      #
+    appends to docs/speed_work.csv python benchmarks/work.py plot
+    # docs/speed_*.png, from that and speed.csv
 
-Random weights. What takes less than five seconds is run again, ``--rounds`` times, and the least counts; of what takes longer, the first run. Batches
-are at 256 pixels, levels at the backbone's own size. What does not fit is left out, and said.
+Random weights. What takes less than five seconds is run again, ``--rounds`` times, and the least counts; of what takes
+longer, the first run. Batches are at 256 pixels, levels at the backbone's own size. What does not fit is left out, and
+said.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ def measure(setting: benchmark.Setting, kinds: list[str], largest: int) -> None:
 
     def gflops(side: int, model: Any = backbone) -> float:
         levels = tuple(db.Level(tuple(site.id for site in level.sites)) for level in model.levels)
-        cost = costs.measure(replace(declaration, recipe=replace(declaration.recipe, input_size=side, levels=levels)), backbone.configs)
+        cost = costs.measure(
+            replace(declaration, recipe=replace(declaration.recipe, input_size=side, levels=levels)), backbone.configs
+        )
         return cost.encoder_gflops + declaration.recipe.ensemble * cost.denoiser_gflops
 
     def images(side: int, batch: int) -> torch.Tensor:
@@ -51,11 +56,16 @@ def measure(setting: benchmark.Setting, kinds: list[str], largest: int) -> None:
             jobs["batch", batch] = partial(backbone, images(256, batch)), batch * gflops(256)
     for count in range(1, len(backbone.levels) + 1):
         if "levels" in kinds:
-            part = db.create_model(setting.name, out_indices=range(len(backbone.levels))[-count:], dtype=setting.dtype, device=setting.device)
+            part = db.create_model(
+                setting.name,
+                out_indices=range(len(backbone.levels))[-count:],
+                dtype=setting.dtype,
+                device=setting.device,
+            )
             jobs["levels", count] = partial(part, images(setting.side, 1)), gflops(setting.side, part)
     product = 0.0
     for (kind, amount), (run, work) in jobs.items():
-        product = max(product, benchmark.matmul_gflops(setting.device, setting.dtype))                # a machine is slower at times
+        product = max(product, benchmark.matmul_gflops(setting.device, setting.dtype))  # a machine is slower at times
         try:
             seconds = benchmark.once(run, setting.device)
             if seconds < 5:
@@ -72,14 +82,20 @@ def measure(setting: benchmark.Setting, kinds: list[str], largest: int) -> None:
 
 
 def plot() -> None:
-    """Draw what ``measure`` and ``diffusion-backbones bench --csv diffusion_backbones/reports/data/speed.csv`` have written."""
+    """Draw what ``measure`` and ``diffusion-backbones bench --csv diffusion_backbones/reports/data/speed.csv`` have
+    written.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    labels = {"size": "side of the image in pixels, batch 1", "batch": "images in a call, 256 x 256", "levels": "levels, the coarsest first"}
+    labels = {
+        "size": "side of the image in pixels, batch 1",
+        "batch": "images in a call, 256 x 256",
+        "levels": "levels, the coarsest first",
+    }
     for axis, (kind, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
         for name in dict.fromkeys(row["backbone"] for row in rows):
             found = [row for row in rows if row["kind"] == kind and row["backbone"] == name]
@@ -102,11 +118,20 @@ def plot() -> None:
     timed = [row for row in speed() if row["encoder_seconds"]]
     if not timed:
         return
-    names = [f"{row['backbone']} {row['options']}\n{row['batch']} x {row['size']} px, {row['dtype']}, {row['hardware'].partition(',')[0]}" for row in timed]
+    names = [
+        f"{row['backbone']} {row['options']}\n{row['batch']} x {row['size']} px, {row['dtype']}, "
+        f"{row['hardware'].partition(',')[0]}"
+        for row in timed
+    ]
     figure = Figure(figsize=(9, 0.8 + 0.5 * len(timed)), layout="constrained")
     axis, left = figure.subplots(), [0.0] * len(timed)
-    parts = [[float(row[key]) / float(row["parts_seconds"]) for key in ("encoder_seconds", "denoiser_seconds")] for row in timed]
-    for label, shares in zip(("image encoder", "denoiser", "the rest"), zip(*((e, d, 1 - e - d) for e, d in parts), strict=True), strict=True):
+    parts = [
+        [float(row[key]) / float(row["parts_seconds"]) for key in ("encoder_seconds", "denoiser_seconds")]
+        for row in timed
+    ]
+    for label, shares in zip(
+        ("image encoder", "denoiser", "the rest"), zip(*((e, d, 1 - e - d) for e, d in parts), strict=True), strict=True
+    ):
         axis.barh(names, shares, left=left, label=label)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axis.set(xlabel="share of the time of a call", xlim=(0, 1))

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from diffusion_backbones.factory.export import export
 
 
-
 __all__ = [
     "Checkpoint",
     "DiffusionBackbone",

@@ -19,7 +19,14 @@ MOVED = {
     "activations": ("spec.activations",),
     "attention": ("ops.attention_maps",),
     "bench": ("evaluation.benchmark",),
-    "calls": ("backbone.call_arguments", "ops.noise", "ops.describe", "spec.levels", "spec.validation", "families.base"),
+    "calls": (
+        "backbone.call_arguments",
+        "ops.noise",
+        "ops.describe",
+        "spec.levels",
+        "spec.validation",
+        "families.base",
+    ),
     "capture": ("ops.recording",),
     "cards": ("reports.backbone_card", "spec.schedule"),
     "checkpoint_cards": ("reports.checkpoint_card",),
@@ -91,13 +98,17 @@ class OldPath(ModuleType):
             module = import_module(f"{PACKAGE}.{place}")
             if hasattr(module, name):
                 return getattr(module, name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; it moved to {', '.join(self.places)}")
+        raise AttributeError(
+            f"module {self.__name__!r} has no attribute {name!r}; it moved to {', '.join(self.places)}"
+        )
 
 
 class OldPaths(MetaPathFinder, Loader):
     """Finds old paths, after everything else that finds modules."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == PACKAGE and name in MOVED else None
 
@@ -108,7 +119,11 @@ class OldPaths(MetaPathFinder, Loader):
         assert isinstance(module, OldPath)
         module.places = MOVED[module.__name__.partition(".")[2]]
         now = " and ".join(f"{PACKAGE}.{place}" for place in module.places)
-        warnings.warn(f"{module.__name__} moved to {now}; the old path goes with the next release", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"{module.__name__} moved to {now}; the old path goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
 
 
 def install() -> None:

@@ -26,17 +26,39 @@ History = dict[str, list[tuple[int, float]]]
 def options(doc: str, steps: int) -> argparse.Namespace:
     """The command line of an example, whose docstring is its help. Makes the output folder."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build") / "examples", metavar="DIR", help="where pictures are written, default %(default)s")
-    parser.add_argument("--backbone", default="tinysd_gdf", metavar="NAME", help="any that list_models() names, default %(default)s")
-    parser.add_argument("--steps", type=int, default=steps, metavar="N", help="optimiser steps for each backbone, default %(default)s")
-    parser.add_argument("--scenes", type=Path, default=FOLDER, metavar="DIR", help="another set in the layout of load_scenes(), default the one in the package")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the head, the batches and the untrained weights, default %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build") / "examples",
+        metavar="DIR",
+        help="where pictures are written, default %(default)s",
+    )
+    parser.add_argument(
+        "--backbone", default="tinysd_gdf", metavar="NAME", help="any that list_models() names, default %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=steps, metavar="N", help="optimiser steps for each backbone, default %(default)s"
+    )
+    parser.add_argument(
+        "--scenes",
+        type=Path,
+        default=FOLDER,
+        metavar="DIR",
+        help="another set in the layout of load_scenes(), default the one in the package",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the head, the batches and the untrained weights, default %(default)s",
+    )
     args = parser.parse_args()
     try:
         db.get_declaration(args.backbone)
     except KeyError as error:
         parser.error(error.args[0])
-    if args.steps < 20:                     # the learning rate rises over the first tenth of them
+    if args.steps < 20:  # the learning rate rises over the first tenth of them
         parser.error(f"--steps must be 20 or more, got {args.steps}")
     args.output.mkdir(parents=True, exist_ok=True)
     return args
@@ -56,7 +78,9 @@ def pixels(backbone: db.DiffusionBackbone, images: Sequence[Image.Image]) -> Ten
 
 
 def report(stem: Path, rows: dict[str, dict[str, float]], histories: dict[str, History]) -> None:
-    """Print the numbers by row and column, and write them with the histories to ``stem``.json and the curves to ``stem``_curves.png."""
+    """Print the numbers by row and column, and write them with the histories to ``stem``.json and the curves to
+    ``stem``_curves.png.
+    """
     columns = list(next(iter(rows.values())))
     print(" " * 28, *(f"{column:>10}" for column in columns))
     for name, row in rows.items():
@@ -72,7 +96,13 @@ def curves(path: Path, histories: dict[str, History]) -> None:
     for axis, kind in zip(axes, kinds, strict=True):
         for name, history in histories.items():
             steps, values = zip(*history[kind], strict=True)
-            axis.plot(steps, values, color=COLOURS[name], alpha=0.3 if kind == "loss" else 1, label=None if kind == "loss" else f"{name} backbone")
+            axis.plot(
+                steps,
+                values,
+                color=COLOURS[name],
+                alpha=0.3 if kind == "loss" else 1,
+                label=None if kind == "loss" else f"{name} backbone",
+            )
             if kind == "loss":
                 width = max(1, len(values) // 20)
                 smooth = torch.tensor(values).unfold(0, width, 1).mean(1)

@@ -2,9 +2,10 @@
 
     python examples/detector.py [--output DIR] [--backbone tinysd_gdf] [--steps N] [--seed S]
 
-A feature pyramid network and the heads of FCOS learn the boxes and the 15 classes of 80 scenes and their mirror images, once on the
-trained backbone and once on the same network with random weights: same seed, same batches, same number of steps. The backbone runs once
-per image, since it stays frozen; what trains reads the maps that are kept. Needs pip install '.[train]' pycocotools.
+A feature pyramid network and the heads of FCOS learn the boxes and the 15 classes of 80 scenes and their mirror images,
+once on the trained backbone and once on the same network with random weights: same seed, same batches, same number of
+steps. The backbone runs once per image, since it stays frozen; what trains reads the maps that are kept. Needs pip
+install '.[train]' pycocotools.
 """
 
 from __future__ import annotations
@@ -50,17 +51,31 @@ def build(backbone: db.DiffusionBackbone, classes: int) -> FCOS:
     body = PyramidFPN(backbone, out_channels=64, extra="p6p7")
     anchors, head = body.anchors(1, ratios=(1.0,)), FCOSHead(64, 1, classes, num_convs=2)
     side = backbone.pretrained_cfg["input_size"][-1]
-    return FCOS(body, classes, min_size=side, max_size=side, anchor_generator=anchors, head=head, score_thresh=0.05, **body.transform).to(DEVICE)
+    return FCOS(
+        body,
+        classes,
+        min_size=side,
+        max_size=side,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=0.05,
+        **body.transform,
+    ).to(DEVICE)
 
 
 @torch.no_grad()
 def features(detector: FCOS, images: Sequence[Tensor], name: str) -> Maps:
     """Images (3, H, W) in [0, 1] -> the backbone's maps of them, (N, C, h, w) each."""
-    maps = [detector.backbone.body(detector.transform([image.to(DEVICE)])[0].tensors) for image in tqdm(images, name, leave=False, disable=None)]
+    maps = [
+        detector.backbone.body(detector.transform([image.to(DEVICE)])[0].tensors)
+        for image in tqdm(images, name, leave=False, disable=None)
+    ]
     return {level: torch.cat([m[level].cpu() for m in maps]) for level in maps[0]}
 
 
-def run(detector: FCOS, images: Sequence[Tensor], maps: Maps, which: Sequence[int], targets: Sequence[Target] | None = None) -> Any:
+def run(
+    detector: FCOS, images: Sequence[Tensor], maps: Maps, which: Sequence[int], targets: Sequence[Target] | None = None
+) -> Any:
     """The detector on some of the images: losses if there are targets, otherwise boxes."""
     detector.backbone.body.maps = {level: m[which].to(DEVICE) for level, m in maps.items()}
     wanted = [{key: value.to(DEVICE) for key, value in targets[i].items()} for i in which] if targets else None
@@ -78,7 +93,10 @@ def target(scene: Scene) -> Target:
     """Boxes (n, 4) in pixels as x0, y0, x1, y1, and classes (n,) from 1 on."""
     instances, classes = torch.tensor(scene.instances), torch.tensor(scene.classes).long()
     masks = torch.stack([instances == i for i in range(1, int(instances.max()) + 1)])
-    return {"boxes": masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]), "labels": torch.stack([classes[mask][0] for mask in masks])}
+    return {
+        "boxes": masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]),
+        "labels": torch.stack([classes[mask][0] for mask in masks]),
+    }
 
 
 def mirrored(wanted: Target, width: int) -> Target:
@@ -92,8 +110,16 @@ def average_precision(found: Sequence[Target], truth: Sequence[Target], by_class
     def entries(targets: Sequence[Target]) -> list[dict[str, Any]]:
         rows = []
         for image, t in enumerate(targets):
-            for (x0, y0, x1, y1), label, score in zip(t["boxes"].tolist(), t["labels"].tolist(), t.get("scores", t["labels"]).tolist(), strict=True):
-                row = {"id": len(rows) + 1, "image_id": image, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            for (x0, y0, x1, y1), label, score in zip(
+                t["boxes"].tolist(), t["labels"].tolist(), t.get("scores", t["labels"]).tolist(), strict=True
+            ):
+                row = {
+                    "id": len(rows) + 1,
+                    "image_id": image,
+                    "category_id": label,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                }
                 rows.append(row | {"score": score, "iscrowd": 0})
         return rows
 
@@ -104,7 +130,11 @@ def average_precision(found: Sequence[Target], truth: Sequence[Target], by_class
         coco = COCO()
         annotations = entries(truth)
         categories = [{"id": label} for label in sorted({row["category_id"] for row in annotations})]
-        coco.dataset = {"images": [{"id": i} for i in range(len(truth))], "categories": categories, "annotations": annotations}
+        coco.dataset = {
+            "images": [{"id": i} for i in range(len(truth))],
+            "categories": categories,
+            "annotations": annotations,
+        }
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(guesses), "bbox")
         evaluation.params.useCats = int(by_class)
@@ -114,7 +144,15 @@ def average_precision(found: Sequence[Target], truth: Sequence[Target], by_class
     return 100 * float(evaluation.stats[1])
 
 
-def train(detector: FCOS, images: list[Tensor], maps: Maps, targets: list[Target], steps: int, seed: int, measure: Callable[[FCOS], float]) -> History:
+def train(
+    detector: FCOS,
+    images: list[Tensor],
+    maps: Maps,
+    targets: list[Target],
+    steps: int,
+    seed: int,
+    measure: Callable[[FCOS], float],
+) -> History:
     """The loss of every step, and ``measure`` five times on the way."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.05)
@@ -135,7 +173,9 @@ def train(detector: FCOS, images: list[Tensor], maps: Maps, targets: list[Target
 
 def picture(path: Path, images: Sequence[Tensor], rows: dict[str, Sequence[Target]], names: Sequence[str]) -> None:
     """Scenes with the true boxes, and with what each detector is surest of: as many boxes as there are objects."""
-    figure, axes = plt.subplots(len(rows), len(images), figsize=(2.9 * len(images), 3 * len(rows)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), len(images), figsize=(2.9 * len(images), 3 * len(rows)), layout="constrained", squeeze=False
+    )
     for row, (title, targets) in enumerate(rows.items()):
         for axis, image, shown, true in zip(axes[row], images, targets, rows["truth"], strict=True):
             axis.imshow(image.permute(1, 2, 0))
@@ -143,7 +183,15 @@ def picture(path: Path, images: Sequence[Tensor], rows: dict[str, Sequence[Targe
             count, colour = len(true["boxes"]), COLOURS.get(title, "white")
             for (x0, y0, x1, y1), label in zip(shown["boxes"][:count].tolist(), shown["labels"].tolist(), strict=False):
                 axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
-                axis.text(x0 + 2, y0 + 2, names[label], fontsize=7, va="top", color="black", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
+                axis.text(
+                    x0 + 2,
+                    y0 + 2,
+                    names[label],
+                    fontsize=7,
+                    va="top",
+                    color="black",
+                    bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
+                )
         axes[row, 0].set_ylabel(title if title == "truth" else f"{title} backbone")
     figure.savefig(path, dpi=80, pil_kwargs={"quality": 70})
     plt.close(figure)

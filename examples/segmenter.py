@@ -2,9 +2,9 @@
 
     python examples/segmenter.py [--output DIR] [--backbone tinysd_gdf] [--steps N] [--seed S]
 
-An FPN decoder learns 16 classes from 80 scenes and their mirror images, once on the trained backbone and once on the same network with
-random weights: same seed, same batches, same number of steps. The backbone runs once per image, since it stays frozen; the decoder
-trains on the maps that are kept. Needs pip install '.[smp,train]'.
+An FPN decoder learns 16 classes from 80 scenes and their mirror images, once on the trained backbone and once on the
+same network with random weights: same seed, same batches, same number of steps. The backbone runs once per image, since
+it stays frozen; the decoder trains on the maps that are kept. Needs pip install '.[smp,train]'.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def build(backbone: db.DiffusionBackbone, classes: int) -> smp.FPN:
 @torch.no_grad()
 def features(model: smp.FPN, x: Tensor, name: str) -> list[Tensor]:
     """Images (N, 3, S, S) in [-1, 1] -> what the decoder reads: one tensor (N, C, h, w) a level."""
-    batches = [[level.cpu() for level in model.encoder(batch.to(DEVICE))] for batch in tqdm(x.split(4), name, leave=False, disable=None)]
+    batches = [
+        [level.cpu() for level in model.encoder(batch.to(DEVICE))]
+        for batch in tqdm(x.split(4), name, leave=False, disable=None)
+    ]
     return [torch.cat(level) for level in zip(*batches, strict=True)]
 
 
@@ -64,12 +67,23 @@ def iou(guess: Tensor, truth: Tensor, count: int) -> Tensor:
     return 100 * smp.metrics.iou_score(tp, fp, fn, tn, reduction="none")
 
 
-def train(model: smp.FPN, maps: list[Tensor], truth: Tensor, held_out: list[Tensor], held_out_truth: Tensor, count: int, steps: int, seed: int) -> History:
+def train(
+    model: smp.FPN,
+    maps: list[Tensor],
+    truth: Tensor,
+    held_out: list[Tensor],
+    held_out_truth: Tensor,
+    count: int,
+    steps: int,
+    seed: int,
+) -> History:
     """The loss of every step, and the mIoU on held-out scenes five times on the way."""
     size = (truth.shape[-2], truth.shape[-1])
     torch.manual_seed(seed)
     small = truth[:, 2::4, 2::4]
-    weight = torch.bincount(small.flatten(), minlength=count).clamp(min=1).rsqrt().to(DEVICE)       # four fifths of all pixels are background
+    weight = (
+        torch.bincount(small.flatten(), minlength=count).clamp(min=1).rsqrt().to(DEVICE)
+    )  # four fifths of all pixels are background
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     history: History = {"loss": [], "mIoU": []}
@@ -91,13 +105,24 @@ def picture(path: Path, scenes: Sequence[Scene], guesses: dict[str, Tensor], nam
     colours = ListedColormap(["black", *plt.get_cmap("tab20").colors[: len(names) - 1]])
     columns = {"image": [scene.image for scene in scenes], "truth": [scene.classes for scene in scenes]}
     columns |= {f"{name} backbone": list(guess) for name, guess in guesses.items()}
-    figure, axes = plt.subplots(len(scenes), len(columns), figsize=(2.2 * len(columns), 2.2 * len(scenes) + 1), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(scenes),
+        len(columns),
+        figsize=(2.2 * len(columns), 2.2 * len(scenes) + 1),
+        layout="constrained",
+        squeeze=False,
+    )
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title)
         for axis, shown in zip(axes[:, column], pictures, strict=True):
             axis.imshow(shown, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
             axis.axis("off")
-    figure.legend(handles=[Patch(color=colours(i), label=name) for i, name in enumerate(names)], loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(
+        handles=[Patch(color=colours(i), label=name) for i, name in enumerate(names)],
+        loc="outside lower center",
+        ncols=6,
+        fontsize=8,
+    )
     figure.savefig(path, dpi=80, pil_kwargs={"quality": 70})
     plt.close(figure)
 
@@ -114,11 +139,27 @@ def main() -> None:
         model = build(backbone, len(data.classes))
         images = pixels(backbone, [scene.image for scene in data.probe])
         maps = features(model, torch.cat([images, images.flip(-1)]), f"{name}: maps of the scenes to train on")
-        held_out = {split: features(model, pixels(backbone, [scene.image for scene in scenes]), f"{name}: {split}") for split, scenes in splits.items()}
-        histories[name] = train(model, maps, torch.cat([probe, probe.flip(-1)]), held_out["scenes"], truth["scenes"], len(data.classes), args.steps, args.seed)
+        held_out = {
+            split: features(model, pixels(backbone, [scene.image for scene in scenes]), f"{name}: {split}")
+            for split, scenes in splits.items()
+        }
+        histories[name] = train(
+            model,
+            maps,
+            torch.cat([probe, probe.flip(-1)]),
+            held_out["scenes"],
+            truth["scenes"],
+            len(data.classes),
+            args.steps,
+            args.seed,
+        )
         found = {split: predict(model, held_out[split], size) for split in splits}
-        rows[f"{name}: mIoU"] = {split: float(iou(found[split], truth[split], len(data.classes)).mean()) for split in splits}
-        rows[f"{name}: IoU of objects"] = {split: float(iou((found[split] > 0).long(), (truth[split] > 0).long(), 2)[1]) for split in splits}
+        rows[f"{name}: mIoU"] = {
+            split: float(iou(found[split], truth[split], len(data.classes)).mean()) for split in splits
+        }
+        rows[f"{name}: IoU of objects"] = {
+            split: float(iou((found[split] > 0).long(), (truth[split] > 0).long(), 2)[1]) for split in splits
+        }
         guesses[name] = found["scenes"][:SHOWN]
     print("intersection over union in per cent")
     report(args.output / "segmenter", rows, histories)

@@ -1,10 +1,12 @@
-"""What a backbone keeps in memory: whole, in eight bits, and with a block at a time on the GPU. Built on meta, so that nothing is loaded.
+"""What a backbone keeps in memory: whole, in eight bits, and with a block at a time on the GPU. Built on meta, so that
+nothing is loaded.
 
     python scripts/memory.py sd15_gdf sdxl_gdf flux_dev_ditf --dtype bfloat16
     python scripts/memory.py tinysd_gdf --deviation docs/cat.jpg
 
-Bytes are arithmetic on shapes. ``--deviation`` runs a backbone on a photograph, whole and in eight bits, and prints for each level the cosine similarity
-of the two, averaged over positions, the norm of the difference as a share of the norm, and how much longer a call takes.
+Bytes are arithmetic on shapes. ``--deviation`` runs a backbone on a photograph, whole and in eight bits, and prints for
+each level the cosine similarity of the two, averaged over positions, the norm of the difference as a share of the norm,
+and how much longer a call takes.
 """
 
 from __future__ import annotations
@@ -43,9 +45,16 @@ class Bytes(NamedTuple):
 
 def measure(name: str, dtype: torch.dtype) -> Bytes:
     """The bytes of a registered backbone, on ``meta``."""
-    backbone, rounded = (db.create_model(name, device="meta", dtype=dtype, weight_dtype=weight_dtype) for weight_dtype in (None, "int8"))
+    backbone, rounded = (
+        db.create_model(name, device="meta", dtype=dtype, weight_dtype=weight_dtype) for weight_dtype in (None, "int8")
+    )
     denoiser, encoder = backbone.denoiser, next(backbone.encoder.parameters(), torch.empty(0, dtype=dtype)).dtype
-    blocks = [size(block, dtype) for child in denoiser.children() if isinstance(child, (nn.ModuleList, nn.Sequential)) for block in child]
+    blocks = [
+        size(block, dtype)
+        for child in denoiser.children()
+        if isinstance(child, (nn.ModuleList, nn.Sequential))
+        for block in child
+    ]
     return Bytes(
         encoder=size(backbone.encoder, encoder),
         denoiser=size(denoiser, dtype),
@@ -61,12 +70,17 @@ def size(network: nn.Module, dtype: torch.dtype) -> int:
 
 def held(tensor: Any) -> int:
     """Bytes of a tensor, or of what torchao makes one of."""
-    return sum(getattr(tensor, part).nbytes for part in tensor.tensor_data_names) if hasattr(tensor, "tensor_data_names") else tensor.nbytes
+    return (
+        sum(getattr(tensor, part).nbytes for part in tensor.tensor_data_names)
+        if hasattr(tensor, "tensor_data_names")
+        else tensor.nbytes
+    )
 
 
 @torch.inference_mode()
 def deviation(name: str, photo: str, rounds: int = 5) -> tuple[list[tuple[float, float]], float]:
-    """(cosine similarity, relative difference) of every level in eight bits, and the seconds of a call as a multiple of those without.
+    """(cosine similarity, relative difference) of every level in eight bits, and the seconds of a call as a multiple of
+    those without.
 
     Args:
         name: A backbone with weights.
@@ -98,10 +112,18 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.names:
         kept = measure(name, getattr(torch, arguments.dtype))
-        print(f"{name} in {arguments.dtype}, GB: " + ", ".join(f"{part} {number / 1e9:.2f}" for part, number in kept._asdict().items()))
+        print(
+            f"{name} in {arguments.dtype}, GB: "
+            + ", ".join(f"{part} {number / 1e9:.2f}" for part, number in kept._asdict().items())
+        )
         if arguments.deviation:
             levels, ratio = deviation(name, arguments.deviation)
-            print("\n".join(f"  level {i}: cosine {cosine:.5f}, difference {difference:.4f}" for i, (cosine, difference) in enumerate(levels)))
+            print(
+                "\n".join(
+                    f"  level {i}: cosine {cosine:.5f}, difference {difference:.4f}"
+                    for i, (cosine, difference) in enumerate(levels)
+                )
+            )
             print(f"  a call takes {ratio:.2f} times as long")
 
 

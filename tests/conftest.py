@@ -9,7 +9,7 @@ from pathlib import Path
 CACHE = tempfile.mkdtemp(prefix="diffusion_backbones_tests_")
 os.environ["HF_HOME"] = CACHE
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"             # nobody listens: an accidental download fails at once
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: an accidental download fails at once
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("DIFFUSION_BACKBONES_CACHE", None)
 

@@ -1,6 +1,8 @@
-"""A decoder of every library on four kinds of pyramid, of the real topologies and tiny width: what ``test_decoders.py`` runs and the docs show.
+"""A decoder of every library on four kinds of pyramid, of the real topologies and tiny width: what ``test_decoders.py``
+runs and the docs show.
 
-    python tests/decoders.py                 write docs/decoders/table.csv; scripts/generate.py makes the table of docs/decoders/README.md from it
+python tests/decoders.py                 write docs/decoders/table.csv; scripts/generate.py makes the table of
+docs/decoders/README.md from it
 """
 
 from __future__ import annotations
@@ -57,22 +59,24 @@ TABLE = Path(__file__).parent.parent / "docs" / "decoders" / "table.csv"
 BACKBONES: dict[str, dict[str, Any]] = {
     "sd15_gdf": {"name": "sd15_gdf"},
     "sdxl_gdf": {"name": "sdxl_gdf"},
-    "sd21_probe3d": {"name": "sd21_probe3d"},                               # one level
+    "sd21_probe3d": {"name": "sd21_probe3d"},  # one level
     "sd15_gdf, resampled": {"name": "sd15_gdf", "out_strides": (4, 8, 16, 32)},
 }
 STEPS, SIZE, ODD = 20, (64, 64), (75, 101)
-original = functools.cache(db.create_model)             # a backbone without any library, built once: frozen, it has no state
+original = functools.cache(db.create_model)  # a backbone without any library, built once: frozen, it has no state
 
 
 class Decoder(NamedTuple):
-    """A model of some library on a backbone. Pixels are RGB, (B, 3, H, W) uint8; labels are (B, H, W), 0 and one rectangle of 1."""
+    """A model of some library on a backbone. Pixels are RGB, (B, 3, H, W) uint8; labels are (B, H, W), 0 and one
+    rectangle of 1.
+    """
 
     model: nn.Module
-    source: nn.Module                                   # what gives the decoder its maps
-    maps: Callable[[Any], Sequence[Tensor]]             # what ``source`` returns -> maps, fine to coarse
-    loss: Callable[[Tensor, Tensor], Tensor]            # pixels, labels -> ()
-    predict: Callable[[Tensor], Tensor]                 # pixels of one image -> masks or scores (N, H, W)
-    strides: tuple[int, ...] | None = None              # that the library wants of any backbone
+    source: nn.Module  # what gives the decoder its maps
+    maps: Callable[[Any], Sequence[Tensor]]  # what ``source`` returns -> maps, fine to coarse
+    loss: Callable[[Tensor, Tensor], Tensor]  # pixels, labels -> ()
+    predict: Callable[[Tensor], Tensor]  # pixels of one image -> masks or scores (N, H, W)
+    strides: tuple[int, ...] | None = None  # that the library wants of any backbone
 
 
 def symmetric(pixels: Tensor) -> Tensor:
@@ -81,8 +85,18 @@ def symmetric(pixels: Tensor) -> Tensor:
 
 def timm(backbone: Mapping[str, Any]) -> Decoder:
     """By way of timm's registry alone, in mmsegmentation's own wrapper."""
-    keywords = {"model_name" if key == "name" else key: value for key, value in backbone.items() if key != "checkpoint_path"}
-    return mmseg(dict(type="TIMMBackbone", features_only=True, pretrained_cfg_overlay=dict(file=backbone["checkpoint_path"]), **keywords), backbone)
+    keywords = {
+        "model_name" if key == "name" else key: value for key, value in backbone.items() if key != "checkpoint_path"
+    }
+    return mmseg(
+        dict(
+            type="TIMMBackbone",
+            features_only=True,
+            pretrained_cfg_overlay=dict(file=backbone["checkpoint_path"]),
+            **keywords,
+        ),
+        backbone,
+    )
 
 
 def openmmlab(backbone: Mapping[str, Any]) -> Decoder:
@@ -92,10 +106,28 @@ def openmmlab(backbone: Mapping[str, Any]) -> Decoder:
 def mmseg(cfg: dict[str, Any], backbone: Mapping[str, Any]) -> Decoder:
     register_all_modules(init_default_scope=True)
     channels = original(**backbone).feature_info.channels()
-    head = dict(type="UPerHead", in_channels=channels, in_index=list(range(len(channels))), channels=16, num_classes=2, pool_scales=(1, 2))
+    head = dict(
+        type="UPerHead",
+        in_channels=channels,
+        in_index=list(range(len(channels))),
+        channels=16,
+        num_classes=2,
+        pool_scales=(1, 2),
+    )
     head |= dict(norm_cfg=dict(type="BN"), align_corners=False, loss_decode=dict(type="CrossEntropyLoss"))
-    pixels = dict(type="SegDataPreProcessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, seg_pad_val=255, size=SIZE)
-    model = MODELS.build(ConfigDict(type="EncoderDecoder", data_preprocessor=pixels, backbone=cfg, decode_head=head, train_cfg={}, test_cfg=dict(mode="whole")))
+    pixels = dict(
+        type="SegDataPreProcessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, seg_pad_val=255, size=SIZE
+    )
+    model = MODELS.build(
+        ConfigDict(
+            type="EncoderDecoder",
+            data_preprocessor=pixels,
+            backbone=cfg,
+            decode_head=head,
+            train_cfg={},
+            test_cfg=dict(mode="whole"),
+        )
+    )
 
     def loss(pixels: Tensor, labels: Tensor) -> Tensor:
         size = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), tuple(labels.shape[1:]))
@@ -128,18 +160,29 @@ def mmdetection(backbone: Mapping[str, Any]) -> Decoder:
 
     cfg = dict(
         type="MaskRCNN",
-        data_preprocessor=dict(type="DetDataPreprocessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_mask=True, pad_size_divisor=32),
+        data_preprocessor=dict(
+            type="DetDataPreprocessor",
+            mean=[127.5] * 3,
+            std=[127.5] * 3,
+            bgr_to_rgb=True,
+            pad_mask=True,
+            pad_size_divisor=32,
+        ),
         backbone=dict(type="DiffusionBackbone", **backbone),
         neck=dict(type="FPN", in_channels=channels, out_channels=width, num_outs=len(channels) + 1),
         rpn_head=dict(type="RPNHead", in_channels=width, feat_channels=width, anchor_generator=anchors),
         roi_head=dict(
             type="StandardRoIHead",
             bbox_roi_extractor=extractor(7),
-            bbox_head=dict(type="Shared2FCBBoxHead", in_channels=width, fc_out_channels=width, roi_feat_size=7, num_classes=1),
+            bbox_head=dict(
+                type="Shared2FCBBoxHead", in_channels=width, fc_out_channels=width, roi_feat_size=7, num_classes=1
+            ),
             mask_roi_extractor=extractor(14),
             mask_head=dict(type="FCNMaskHead", num_convs=1, in_channels=width, conv_out_channels=8, num_classes=1),
         ),
-        train_cfg=dict(rpn=assign(0.7, 0.3, False, allowed_border=-1), rpn_proposal=few, rcnn=assign(0.5, 0.5, True, mask_size=28)),
+        train_cfg=dict(
+            rpn=assign(0.7, 0.3, False, allowed_border=-1), rpn_proposal=few, rcnn=assign(0.5, 0.5, True, mask_size=28)
+        ),
         test_cfg=dict(rpn=few, rcnn=dict(score_thr=0.0, nms=nms, max_per_img=3, mask_thr_binary=0.5)),
     )
     with DefaultScope.overwrite_default_scope("mmdet"):
@@ -151,7 +194,9 @@ def mmdetection(backbone: Mapping[str, Any]) -> Decoder:
             size = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), tuple(label.shape))
             sample = DetDataSample(metainfo=size | {"scale_factor": (1.0, 1.0)})
             masks = BitmapMasks(label[None].numpy().astype(np.uint8), *label.shape)
-            sample.gt_instances = InstanceData(bboxes=masks_to_boxes(label[None]), labels=torch.zeros(1, dtype=torch.long), masks=masks)
+            sample.gt_instances = InstanceData(
+                bboxes=masks_to_boxes(label[None]), labels=torch.zeros(1, dtype=torch.long), masks=masks
+            )
             samples.append(sample)
         return model.data_preprocessor(dict(inputs=list(pixels.flip(1)), data_samples=samples), training)
 
@@ -159,18 +204,24 @@ def mmdetection(backbone: Mapping[str, Any]) -> Decoder:
         return model.parse_losses(model(**prepared(pixels, labels, True), mode="loss"))[0]
 
     def predict(pixels: Tensor) -> Tensor:
-        return model(**prepared(pixels, torch.ones_like(pixels[:, 0], dtype=torch.long), False), mode="predict")[0].pred_instances.masks
+        return model(**prepared(pixels, torch.ones_like(pixels[:, 0], dtype=torch.long), False), mode="predict")[
+            0
+        ].pred_instances.masks
 
     return Decoder(model, model.backbone, tuple, loss, predict)
 
 
 def smp(backbone: Mapping[str, Any]) -> Decoder:
-    model = segmentation_models_pytorch.Unet(register(db.create_model(**backbone)), encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8), classes=2)
+    model = segmentation_models_pytorch.Unet(
+        register(db.create_model(**backbone)), encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8), classes=2
+    )
 
     def loss(pixels: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(symmetric(pixels)), labels)
 
-    return Decoder(model, model.encoder, lambda maps: maps[2:], loss, lambda x: model(symmetric(x))[0], strides=(4, 8, 16, 32))
+    return Decoder(
+        model, model.encoder, lambda maps: maps[2:], loss, lambda x: model(symmetric(x))[0], strides=(4, 8, 16, 32)
+    )
 
 
 def uper_net(backbone: Mapping[str, Any]) -> Decoder:
@@ -181,7 +232,13 @@ def uper_net(backbone: Mapping[str, Any]) -> Decoder:
     def loss(pixels: Tensor, labels: Tensor) -> Tensor:
         return model(pixel_values=symmetric(pixels), labels=labels).loss
 
-    return Decoder(model, model.backbone, lambda output: output.feature_maps, loss, lambda x: model(pixel_values=symmetric(x)).logits[0])
+    return Decoder(
+        model,
+        model.backbone,
+        lambda output: output.feature_maps,
+        loss,
+        lambda x: model(pixel_values=symmetric(x)).logits[0],
+    )
 
 
 def torchvision(backbone: Mapping[str, Any]) -> Decoder:
@@ -193,10 +250,19 @@ def torchvision(backbone: Mapping[str, Any]) -> Decoder:
     model = MaskRCNN(fpn, **parts, **heads, **few, _skip_resize=True, min_size=ODD[0], max_size=ODD[1], **fpn.transform)
 
     def loss(pixels: Tensor, labels: Tensor) -> Tensor:
-        targets = [{"boxes": masks_to_boxes(label[None]), "labels": torch.ones(1, dtype=torch.long), "masks": label[None].byte()} for label in labels]
+        targets = [
+            {
+                "boxes": masks_to_boxes(label[None]),
+                "labels": torch.ones(1, dtype=torch.long),
+                "masks": label[None].byte(),
+            }
+            for label in labels
+        ]
         return sum(model(list(pixels / 255), targets).values())
 
-    return Decoder(model, fpn.body, lambda maps: list(maps.values()), loss, lambda x: model(list(x / 255))[0]["masks"][:, 0])
+    return Decoder(
+        model, fpn.body, lambda maps: list(maps.values()), loss, lambda x: model(list(x / 255))[0]["masks"][:, 0]
+    )
 
 
 def detectron(backbone: Mapping[str, Any]) -> Decoder:
@@ -205,7 +271,12 @@ def detectron(backbone: Mapping[str, Any]) -> Decoder:
     cfg = detectron2.config.get_cfg()
     add_diffusion_config(cfg)
     cfg.MODEL.DIFFUSION.update({key.upper(): value for key, value in backbone.items()})
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = "cpu", "", "GeneralizedRCNN", True
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = (
+        "cpu",
+        "",
+        "GeneralizedRCNN",
+        True,
+    )
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.OUT_CHANNELS = "build_diffusion_fpn_backbone", 32
     cfg.MODEL.RPN.IN_FEATURES = [*names, f"p{strides[-1].bit_length()}"]
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8 * stride] for stride in (*strides, 2 * strides[-1])]
@@ -220,16 +291,26 @@ def detectron(backbone: Mapping[str, Any]) -> Decoder:
     def loss(pixels: Tensor, labels: Tensor) -> Tensor:
         batch = []
         for image, label in zip(pixels, labels, strict=True):
-            objects = Instances(tuple(label.shape), gt_boxes=Boxes(masks_to_boxes(label[None])), gt_classes=torch.zeros(1, dtype=torch.long))
+            objects = Instances(
+                tuple(label.shape),
+                gt_boxes=Boxes(masks_to_boxes(label[None])),
+                gt_classes=torch.zeros(1, dtype=torch.long),
+            )
             objects.gt_masks = BitMasks(label[None].bool())
             batch.append({"image": image, "instances": objects})
         with EventStorage(0):
             return sum(model(batch).values())
 
-    return Decoder(model, model.backbone.bottom_up, lambda maps: list(maps.values()), loss, lambda x: model([{"image": x[0]}])[0]["instances"].pred_masks)
+    return Decoder(
+        model,
+        model.backbone.bottom_up,
+        lambda maps: list(maps.values()),
+        loss,
+        lambda x: model([{"image": x[0]}])[0]["instances"].pred_masks,
+    )
 
 
-LIBRARIES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Decoder]]] = {           # distribution, decoder
+LIBRARIES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], Decoder]]] = {  # distribution, decoder
     "timm": ("timm", "mmseg's TIMMBackbone, UPerHead", timm),
     "segmentation_models_pytorch": ("segmentation_models_pytorch", "Unet", smp),
     "torchvision": ("torchvision", "MaskRCNN", torchvision),
@@ -279,13 +360,17 @@ def infer(decoder: Decoder) -> Tensor:
     return decoder.predict(sample(ODD, 1)[0])
 
 
-def row(library: str, backbone: str, keywords: Mapping[str, Any], losses: Sequence[float], prediction: Tensor) -> dict[str, str]:
+def row(
+    library: str, backbone: str, keywords: Mapping[str, Any], losses: Sequence[float], prediction: Tensor
+) -> dict[str, str]:
     """A line of the table."""
     distribution, decoder, _ = LIBRARIES[library]
     strides = original(**keywords).feature_info.reduction()
     return {
         "library": library,
-        "version": detectron2.__version__ if library == "detectron2" else version(distribution),        # which may run from a folder
+        "version": detectron2.__version__
+        if library == "detectron2"
+        else version(distribution),  # which may run from a folder
         "decoder": decoder,
         "backbone": backbone,
         "strides": " ".join(map(str, strides)),

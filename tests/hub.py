@@ -1,7 +1,7 @@
 """A Hugging Face hub on the loopback interface that answers what the real ``huggingface_hub`` asks.
 
-Repositories may be gated, private or removed, requests are recorded and their bytes counted, and the whole hub can be switched off.
-Weights are sent as the real hub sends them: by a redirect to another host.
+Repositories may be gated, private or removed, requests are recorded and their bytes counted, and the whole hub can be
+switched off. Weights are sent as the real hub sends them: by a redirect to another host.
 """
 
 from __future__ import annotations
@@ -84,10 +84,19 @@ class Hub:
 
     def add(self, repo: str, folder: Path, revision: str = "main", commit: str = "", **kind: bool) -> str:
         """Publish the files of a folder under a branch, and return the commit."""
-        return self.commit(repo, {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}, revision, commit, **kind)
+        return self.commit(
+            repo,
+            {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()},
+            revision,
+            commit,
+            **kind,
+        )
 
     def commit(self, repo: str, files: dict[str, bytes], revision: str = "main", commit: str = "", **kind: bool) -> str:
-        name = commit or hashlib.sha1(repr(sorted((n, hashlib.sha1(b).digest()) for n, b in files.items())).encode()).hexdigest()
+        name = (
+            commit
+            or hashlib.sha1(repr(sorted((n, hashlib.sha1(b).digest()) for n, b in files.items())).encode()).hexdigest()
+        )
         there = self.repos.setdefault(repo, Repo())
         there.commits[name] = files
         there.refs[revision] = name
@@ -139,8 +148,14 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 raise Refusal(404, message=f"this hub does not know {self.command} {path}")
         except Refusal as refusal:
-            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message, "X-Repo-Commit": refusal.commit}
-            self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), {k: v for k, v in headers.items() if v})
+            headers = {
+                "X-Error-Code": refusal.code,
+                "X-Error-Message": refusal.message,
+                "X-Repo-Commit": refusal.commit,
+            }
+            self._send(
+                refusal.status, json.dumps({"error": refusal.message}).encode(), {k: v for k, v in headers.items() if v}
+            )
 
     # Reading.
 
@@ -160,11 +175,22 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         commit = self._commit(repo, revision)
         if what == "tree":
-            files = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in repo.commits[commit].items()]
+            files = [
+                {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                for n, b in repo.commits[commit].items()
+            ]
             return self._send(200, json.dumps(files).encode())
         siblings = [{"rfilename": file} for file in sorted(repo.commits[commit])]
         gated = "manual" if repo.gated else False
-        info = {"id": name, "modelId": name, "sha": commit, "private": repo.private, "gated": gated, "siblings": siblings, "tags": []}
+        info = {
+            "id": name,
+            "modelId": name,
+            "sha": commit,
+            "private": repo.private,
+            "gated": gated,
+            "siblings": siblings,
+            "tags": [],
+        }
         self._send(200, json.dumps(info).encode())
 
     def _file(self, name: str, revision: str, file: str) -> None:
@@ -178,7 +204,16 @@ class _Handler(BaseHTTPRequestHandler):
         if file.endswith(LARGE):
             tag = hashlib.sha256(data).hexdigest()
             there = f"http://localhost:{self.hub._port}/cdn/{name}/{commit}/{file}"
-            self._send(302, b"", {"Location": there, "X-Repo-Commit": commit, "X-Linked-ETag": f'"{tag}"', "X-Linked-Size": str(len(data))})
+            self._send(
+                302,
+                b"",
+                {
+                    "Location": there,
+                    "X-Repo-Commit": commit,
+                    "X-Linked-ETag": f'"{tag}"',
+                    "X-Linked-Size": str(len(data)),
+                },
+            )
         else:
             self._send_file(f"{name}/{file}", data, {"X-Repo-Commit": commit})
 
@@ -217,7 +252,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._repo(name)
         if what == "preupload":
             paths = [file["path"] for file in json.loads(self.body)["files"]]
-            modes = [{"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False} for path in paths]
+            modes = [
+                {"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False}
+                for path in paths
+            ]
             return self._send(200, json.dumps({"files": modes}).encode())
         files: dict[str, bytes] = {}
         for line in map(json.loads, self.body.splitlines()):
@@ -228,7 +266,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = hub.large[value["oid"]]
         old = hub.repos[name].resolve(parts[5])
         commit = hub.commit(name, (hub.repos[name].commits[old] if old else {}) | files, parts[5])
-        return self._send(200, json.dumps({"commitOid": commit, "commitUrl": f"{hub.url}/{name}/commit/{commit}", "success": True}).encode())
+        return self._send(
+            200,
+            json.dumps(
+                {"commitOid": commit, "commitUrl": f"{hub.url}/{name}/commit/{commit}", "success": True}
+            ).encode(),
+        )
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked['organization'] or 'me'}/{asked['name']}"
@@ -240,7 +283,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate(self, card: str) -> None:
         front = yaml.safe_load(card.split("---")[1]) if card.startswith("---\n") else None
         if not isinstance(front, dict) or "license" not in front:
-            return self._send(400, json.dumps({"errors": [{"message": "the card has no front matter with a license"}], "warnings": []}).encode())
+            return self._send(
+                400,
+                json.dumps(
+                    {"errors": [{"message": "the card has no front matter with a license"}], "warnings": []}
+                ).encode(),
+            )
         return self._send(200, b'{"errors": [], "warnings": []}')
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """Importing this makes mmdet importable: the one that is installed, or else onedl-mmdetection from a folder.
 
-Its dependencies want an older numpy, and it needs operators of mmcv that onedl-mmcv on PyPI has not compiled. Mask R-CNN and RetinaNet use two of them,
-which are torchvision's here: non-maximum suppression and RoIAlign. That with a gradient mmcv itself takes from torchvision, with ``use_torchvision=True``.
+Its dependencies want an older numpy, and it needs operators of mmcv that onedl-mmcv on PyPI has not compiled. Mask
+R-CNN and RetinaNet use two of them, which are torchvision's here: non-maximum suppression and RoIAlign. That with a
+gradient mmcv itself takes from torchvision, with ``use_torchvision=True``.
 """
 
 from __future__ import annotations
@@ -35,15 +36,22 @@ class Operators(types.ModuleType):
         assert offset == 0
         return torchvision.ops.nms(boxes, scores, iou_threshold)
 
-    def roi_align_forward(self, maps: torch.Tensor, rois: torch.Tensor, output: torch.Tensor, *argmax: torch.Tensor, **how: Any) -> None:
+    def roi_align_forward(
+        self, maps: torch.Tensor, rois: torch.Tensor, output: torch.Tensor, *argmax: torch.Tensor, **how: Any
+    ) -> None:
         """Pool by averages, into ``output``. There is no backward: it is for the masks that are learned from."""
         assert how["pool_mode"] == 1
         size = (how["aligned_height"], how["aligned_width"])
-        output.copy_(torchvision.ops.roi_align(maps, rois, size, how["spatial_scale"], how["sampling_ratio"], how["aligned"]))
+        output.copy_(
+            torchvision.ops.roi_align(maps, rois, size, how["spatial_scale"], how["sampling_ratio"], how["aligned"])
+        )
 
 
 if importlib.util.find_spec("mmdet") is None:
-    unpacked.add("onedl_mmdetection-3.5.1", "onedl-mmdetection==3.5.1 --hash=sha256:2cd7fae8f74f644dd7a1f71cebc2cf531c330c6e027ffada46ee3d34ba7642dc")
+    unpacked.add(
+        "onedl_mmdetection-3.5.1",
+        "onedl-mmdetection==3.5.1 --hash=sha256:2cd7fae8f74f644dd7a1f71cebc2cf531c330c6e027ffada46ee3d34ba7642dc",
+    )
 if importlib.util.find_spec("mmcv._ext") is None:
     sys.modules["mmcv._ext"] = Operators("mmcv._ext")
-    sys.modules["mmcv._ext"].__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)       # mmengine asks for it
+    sys.modules["mmcv._ext"].__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)  # mmengine asks for it

@@ -1,7 +1,7 @@
 """An independent oracle: the stock, whole diffusers network with plain hooks, and ids read as text.
 
-Nothing of the package is used here. An id becomes a module path by rewriting its words, and attention maps come from the
-softmax of the whole score matrix.
+Nothing of the package is used here. An id becomes a module path by rewriting its words, and attention maps come from
+the softmax of the whole score matrix.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def write(checkpoint: str, folder: Path, path: Path) -> Path:
     else:
         state |= clip(part["text_encoder"], "conditioner.embedders.0.transformer.")
         state |= open_clip(part["text_encoder_2"], "conditioner.embedders.1.model.")
-    state |= {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000)}           # schedules, which such files hold too
+    state |= {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000)}  # schedules, which such files hold too
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
     return path
 
@@ -97,7 +97,9 @@ def vae(state: State) -> State:
         name = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets", r"encoder.down.\1.block", new)
         name = re.sub(r"encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample", name)
         name = re.sub(r"decoder\.up_blocks\.(\d+)\.resnets", lambda m: f"decoder.up.{3 - int(m[1])}.block", name)
-        name = re.sub(r"decoder\.up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"decoder.up.{3 - int(m[1])}.upsample", name)
+        name = re.sub(
+            r"decoder\.up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"decoder.up.{3 - int(m[1])}.upsample", name
+        )
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
         if ".attentions.0." in name:
@@ -115,7 +117,9 @@ def clip(state: State, prefix: str) -> State:
 
 
 def open_clip(state: State, prefix: str, beyond: bool = False) -> State:
-    """Queries, keys and values are one matrix, the projection is transposed, and SD 2.x's file has one block more than it uses."""
+    """Queries, keys and values are one matrix, the projection is transposed, and SD 2.x's file has one block more than
+    it uses.
+    """
     out: State = {"logit_scale": torch.tensor(4.6)}
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
@@ -128,7 +132,11 @@ def open_clip(state: State, prefix: str, beyond: bool = False) -> State:
             out[_open_clip(name)] = tensor
     if beyond:
         last = max(int(name.split(".")[2]) for name in out if name.startswith("transformer."))
-        out |= {name.replace(f"resblocks.{last}.", f"resblocks.{last + 1}."): t + 1 for name, t in out.items() if f"resblocks.{last}." in name}
+        out |= {
+            name.replace(f"resblocks.{last}.", f"resblocks.{last + 1}."): t + 1
+            for name, t in out.items()
+            if f"resblocks.{last}." in name
+        }
         width = len(state["final_layer_norm.weight"])
         out["text_projection"] = torch.zeros(width, width)
     return {prefix + name: tensor for name, tensor in out.items()}

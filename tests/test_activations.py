@@ -41,7 +41,18 @@ def test_ids_are_taken_apart(text, stage, level, repeat, block, kind):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "unet", "upblocks", "a..b", 7, None, "up-level1", "mid-res-out", "mid-level0-repeat0-res-out", "UP-level0-upsampler-out"),
+        *(
+            "",
+            "unet",
+            "upblocks",
+            "a..b",
+            7,
+            None,
+            "up-level1",
+            "mid-res-out",
+            "mid-level0-repeat0-res-out",
+            "UP-level0-upsampler-out",
+        ),
         *("up-level01-repeat0-res-out", "up-level1-repeat0-vit-blockX-out", "up-level1-repeat0-vit-block0-self"),
     ],
 )
@@ -59,7 +70,14 @@ def test_the_text_side_is_refused_by_name(kind):
 # Counts, channels and strides as the reference describes them: two independent ways to the same list.
 @pytest.mark.parametrize(
     ("name", "count", "without_maps"),
-    [("sd14", 197, 165), ("sd15", 197, 165), ("sd21", 197, 165), ("sdxl", 612, 472), ("pgv2", 612, 472), ("tinysd", 197, 165)],
+    [
+        ("sd14", 197, 165),
+        ("sd15", 197, 165),
+        ("sd21", 197, 165),
+        ("sdxl", 612, 472),
+        ("pgv2", 612, 472),
+        ("tinysd", 197, 165),
+    ],
 )
 def test_counts(name, count, without_maps):
     ids = list(catalogue(name))
@@ -71,18 +89,48 @@ def test_counts(name, count, without_maps):
 @pytest.mark.parametrize(
     ("name", "id", "path", "channels", "stride"),
     [
-        ("sd15", "up-level1-repeat1-vit-block0-cross-q", "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q", 1280, 32),
+        (
+            "sd15",
+            "up-level1-repeat1-vit-block0-cross-q",
+            "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",
+            1280,
+            32,
+        ),
         ("sd15", "up-level0-repeat2-res-in", "up_blocks.0.resnets.2.norm1", 2560, 64),
         ("sd15", "up-level1-repeat2-res-in", "up_blocks.1.resnets.2.norm1", 1920, 32),
         ("sd15", "up-level3-repeat2-res-in", "up_blocks.3.resnets.2.norm1", 640, 8),
         ("sd15", "up-level2-upsampler-out", "up_blocks.2.upsamplers.0", 640, 8),
-        ("sd15", "up-level3-repeat0-vit-block0-self-k", "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k", 320, 8),
+        (
+            "sd15",
+            "up-level3-repeat0-vit-block0-self-k",
+            "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k",
+            320,
+            8,
+        ),
         ("sd15", "mid-vit-block0-self-map", "mid_block.attentions.0.transformer_blocks.0.attn1", 8, 64),
-        ("sd21", "up-level1-repeat0-vit-block0-self-map", "up_blocks.1.attentions.0.transformer_blocks.0.attn1", 20, 32),
+        (
+            "sd21",
+            "up-level1-repeat0-vit-block0-self-map",
+            "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
+            20,
+            32,
+        ),
         ("sd15", "down-level2-downsampler-out", "down_blocks.2.downsamplers.0", 1280, 64),
         ("sdxl", "up-level0-repeat0-vit-block5-out", "up_blocks.0.attentions.0.transformer_blocks.5", 1280, 32),
-        ("sdxl", "up-level1-repeat0-vit-block1-ffn-inner", "up_blocks.1.attentions.0.transformer_blocks.1.ff.net.0", 2560, 16),
-        ("ssd_1b", "down-level2-repeat1-vit-block3-self-out", "down_blocks.2.attentions.1.transformer_blocks.3.attn1", 1280, 32),
+        (
+            "sdxl",
+            "up-level1-repeat0-vit-block1-ffn-inner",
+            "up_blocks.1.attentions.0.transformer_blocks.1.ff.net.0",
+            2560,
+            16,
+        ),
+        (
+            "ssd_1b",
+            "down-level2-repeat1-vit-block3-self-out",
+            "down_blocks.2.attentions.1.transformer_blocks.3.attn1",
+            1280,
+            32,
+        ),
     ],
 )
 def test_sites(name, id, path, channels, stride):
@@ -92,7 +140,12 @@ def test_sites(name, id, path, channels, stride):
 
 def test_forward_order():
     ids = list(catalogue("sd15"))
-    assert ids[:4] == ["unet-in", "unet-after-conv-in", "down-level0-repeat0-res-increment", "down-level0-repeat0-res-out"]
+    assert ids[:4] == [
+        "unet-in",
+        "unet-after-conv-in",
+        "down-level0-repeat0-res-increment",
+        "down-level0-repeat0-res-out",
+    ]
     block = ids.index("mid-vit-block0-self-q")
     words = ["self-q", "self-k", "self-v", "self-map", "cross-q", "cross-map", "ffn-inner", "out"]
     assert ids[block : block + 9] == [*(f"mid-vit-block0-{w}" for w in words), "mid-vit-out"]

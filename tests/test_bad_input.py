@@ -30,7 +30,11 @@ IMAGE = torch.zeros(1, 3, 64, 64)
         (torch.full((1, 3, 8, 8), float("nan")), ValueError, "NaN"),
         (torch.full((1, 3, 8, 8), float("inf")), ValueError, "infinite"),
         ("cat.jpg", TypeError, "str"),
-        ([torch.zeros(3, 64, 64), torch.zeros(3, 32, 64)], TypeError, "list; a batch is one tensor: .*several sizes one by one, or resized or padded"),
+        (
+            [torch.zeros(3, 64, 64), torch.zeros(3, 32, 64)],
+            TypeError,
+            "list; a batch is one tensor: .*several sizes one by one, or resized or padded",
+        ),
         (None, TypeError, "images x, or latents|either images"),
     ],
 )
@@ -56,7 +60,11 @@ def test_images(backbone, x, error, words):
         ({"prompt": 3}, TypeError, "prompt"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(77, 96)}, TypeError, "not both"),
         ({"prompt_embeds": torch.zeros(77, 31)}, ValueError, r"\(77, 96\).*\(77, 31\)"),
-        ({"pooled_prompt_embeds": torch.zeros(1, 32)}, TypeError, "not conditioned on pooled_prompt_embeds.*prompt_embeds"),
+        (
+            {"pooled_prompt_embeds": torch.zeros(1, 32)},
+            TypeError,
+            "not conditioned on pooled_prompt_embeds.*prompt_embeds",
+        ),
         ({"class_labels": torch.zeros(1)}, TypeError, "not conditioned on class_labels"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, TypeError, "either images x or latents"),
         ({"indices": [5]}, ValueError, "-3 to 2"),
@@ -68,7 +76,9 @@ def test_calls(backbone, call, error, words):
         backbone(IMAGE, **call)
 
 
-@pytest.mark.parametrize("z", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 9, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 0, 8)])
+@pytest.mark.parametrize(
+    "z", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 9, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 0, 8)]
+)
 def test_latents(backbone, z):
     with pytest.raises(ValueError, match=r"\(B, 4, h, w\) with h and w multiples of 8"):
         backbone.forward_latents(z)
@@ -188,9 +198,15 @@ def test_recipe_files(tmp_path, text, error, words):
 
 def test_levels_that_do_not_fit():
     with pytest.raises(ValueError, match="one level has one stride.*8.*32"):
-        db.create_model("sd15", recipe=Recipe("r", levels=(("up-level3-repeat2-vit-out", "up-level1-repeat2-res-out"),)), device="meta")
+        db.create_model(
+            "sd15",
+            recipe=Recipe("r", levels=(("up-level3-repeat2-vit-out", "up-level1-repeat2-res-out"),)),
+            device="meta",
+        )
     with pytest.raises(ValueError, match=r"fine to coarse, got strides \[32, 8\]"):
-        db.create_model("sd15", recipe=Recipe("r", levels=("up-level1-repeat2-res-out", "up-level3-repeat2-vit-out")), device="meta")
+        db.create_model(
+            "sd15", recipe=Recipe("r", levels=("up-level1-repeat2-res-out", "up-level3-repeat2-vit-out")), device="meta"
+        )
 
 
 def test_declarations():

@@ -29,27 +29,41 @@ def test_every_way_is_timed_and_counted(timed):
     assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in found)
     ours, latents, hooks = found
     assert hooks.speed(hooks) == 1
-    cost = db.costs.measure(db.get_declaration("tinysd_gdf"))                # at 256, four times as many pixels
+    cost = db.costs.measure(db.get_declaration("tinysd_gdf"))  # at 256, four times as many pixels
     assert 3 < (cost.denoiser_gflops + cost.encoder_gflops) / ours.gflops < 5
-    assert latents.gflops == pytest.approx(ours.gflops * cost.denoiser_gflops / (cost.denoiser_gflops + cost.encoder_gflops), rel=0.1)
+    assert latents.gflops == pytest.approx(
+        ours.gflops * cost.denoiser_gflops / (cost.denoiser_gflops + cost.encoder_gflops), rel=0.1
+    )
     assert 0 < ours.parts["encoder"] + ours.parts["denoiser"] <= ours.parts["call"]
     assert 0 < ours.footprint.seconds < 60
     assert latents.footprint is None
-    networks = [network for name, network in memory_benchmark.components(db.get_declaration("tinysd_gdf"), db.create_model("tinysd_gdf").configs, "meta")]
+    networks = [
+        network
+        for name, network in memory_benchmark.components(
+            db.get_declaration("tinysd_gdf"), db.create_model("tinysd_gdf").configs, "meta"
+        )
+    ]
     assert hooks.footprint.weights == sum(count_bytes(network) for network in networks)
-    assert cost.bytes < ours.footprint.weights < hooks.footprint.weights                # the noise and the prompt are kept too
+    assert cost.bytes < ours.footprint.weights < hooks.footprint.weights  # the noise and the prompt are kept too
     assert ours.footprint.peak > 0
 
 
 def test_without_room_nothing_is_written(monkeypatch):
     monkeypatch.setattr(memory_benchmark.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
     backbone = db.create_model("tinysd_gdf")
-    with pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"), memory_benchmark.written(backbone, "float32", print):
+    with (
+        pytest.raises(OSError, match=r"0\.\d GB of weights .* has room for 0\.0 GB; set TMPDIR"),
+        memory_benchmark.written(backbone, "float32", print),
+    ):
         pass
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
-    monkeypatch.setattr(benchmark, "_encode_each", lambda whole, backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()})
+    monkeypatch.setattr(
+        benchmark,
+        "_encode_each",
+        lambda whole, backbone, x, ids: {id: 2 * act for id, act in backbone.forward_activations(x, ids).items()},
+    )
     with pytest.raises(RuntimeError, match="an encode for each draw: .* differs by 1 of the largest value"):
         benchmark.bench(benchmark.Setting("tinysd_dift", size=64, rounds=1))
 
@@ -57,7 +71,11 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
 def test_a_tiny_encoder_is_timed_beside_the_exact_one():
     setting = benchmark.Setting("tinysd_gdf", size=64, rounds=1, options={"encoder": "tiny"})
     ours, latents, hooks = benchmark.bench(setting)
-    cost = db.costs.measure(replace(db.get_declaration("tinysd_gdf"), recipe=db.get_declaration("tinysd_gdf").recipe.override(input_size=64)))
+    cost = db.costs.measure(
+        replace(
+            db.get_declaration("tinysd_gdf"), recipe=db.get_declaration("tinysd_gdf").recipe.override(input_size=64)
+        )
+    )
     assert ours.gflops == pytest.approx(latents.gflops + cost.tiny_encoder_gflops, rel=1e-3)
     assert "encoder=tiny" in benchmark.rows([ours, latents, hooks], setting, 1.0)[0]["options"]
 

@@ -103,7 +103,12 @@ def test_a_direct_call_of_the_denoiser_records_nothing(backbone):
 
 
 def test_threads_that_ask_for_different_activations(backbone, x):
-    ids = ["mid-vit-out", "down-level0-repeat0-res-out", "up-level1-repeat0-vit-block0-self-map", "up-level2-repeat0-vit-out"] * 2
+    ids = [
+        "mid-vit-out",
+        "down-level0-repeat0-res-out",
+        "up-level1-repeat0-vit-block0-self-map",
+        "up-level2-repeat0-vit-out",
+    ] * 2
     fresh = db.create_model("tinysd_gdf", pretrained=True)
     expected = {id: fresh.forward_activations(x, [id])[id] for id in set(ids)}
     results: list[bool] = []

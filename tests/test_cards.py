@@ -22,7 +22,11 @@ from diffusion_backbones.spec.schedule import noise_level
 
 ROOT = Path(__file__).parent.parent
 NAMES = db.list_models(include_tags=True)
-CHECKPOINTS = [name for name in db.list_checkpoints() if not any(db.get_declaration(model).checkpoint.name == name for model in NAMES)]
+CHECKPOINTS = [
+    name
+    for name in db.list_checkpoints()
+    if not any(db.get_declaration(model).checkpoint.name == name for model in NAMES)
+]
 # hf.co/docs/hub/repositories-licenses, those in use here
 HUB_LICENSES = {"apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "cc-by-nc-4.0", "other"}
 
@@ -66,9 +70,15 @@ def test_front_matter(name):
 
 def test_a_license_is_never_made_up():
     declaration = db.get_declaration("sd15_gdf")
-    unknown = replace(declaration.checkpoint, license=db.License("other", name="Unknown; ask its author", verified=False))
+    unknown = replace(
+        declaration.checkpoint, license=db.License("other", name="Unknown; ask its author", verified=False)
+    )
     card = ModelCard(backbone_card.card(replace(declaration, checkpoint=unknown)))
-    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "unknown-ask-its-author", None)
+    assert (card.data.license, card.data.license_name, card.data.license_link) == (
+        "other",
+        "unknown-ask-its-author",
+        None,
+    )
     assert "which no source at hand confirms" in card.text
 
 
@@ -90,15 +100,23 @@ def test_levels_and_usage_are_those_of_the_network(name):
     for i, level in enumerate(backbone.levels):
         side = backbone.declaration.input_size // level.stride
         assert f"| {i} | {level.stride} | {level.channels} × {side} × {side} | `{level.sites[0].id}` |" in card
-    positions = [card.index(f"| `{site.id}` | {site.channels} | `{site.path}` |") for level in backbone.levels for site in level.sites]
+    positions = [
+        card.index(f"| `{site.id}` | {site.channels} | `{site.path}` |")
+        for level in backbone.levels
+        for site in level.sites
+    ]
     assert positions == sorted(positions)
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent.parent.name for path in CONFIGS.glob("*/scheduler/scheduler_config.json")))
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent.parent.name for path in CONFIGS.glob("*/scheduler/scheduler_config.json"))
+)
 def test_noise_levels_equal_diffusers(folder):
     config = package_configs(replace(db.get_checkpoint("sd15"), configs=folder))["scheduler"]
     if is_flow(config):
-        flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)                 # no shift: what a timestep means, not which are visited
+        flow = FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=1000
+        )  # no shift: what a timestep means, not which are visited
         for timestep, sigma in zip(flow.timesteps.tolist(), flow.sigmas.tolist(), strict=False):
             assert noise_level(config, timestep) == pytest.approx((1 - sigma, sigma), abs=1e-6)
         return
@@ -106,7 +124,7 @@ def test_noise_levels_equal_diffusers(folder):
     alpha_bar = DDPMScheduler(**{key: config[key] for key in keys}).alphas_cumprod.double()
     for timestep in (0, 1, 49, 51, 261, 500, 999):
         alpha, sigma = noise_level(config, timestep)
-        assert alpha == pytest.approx(alpha_bar[timestep].sqrt().item(), abs=1e-5)       # diffusers' are float32
+        assert alpha == pytest.approx(alpha_bar[timestep].sqrt().item(), abs=1e-5)  # diffusers' are float32
         assert sigma == pytest.approx((1 - alpha_bar[timestep]).sqrt().item(), abs=1e-5)
     assert noise_level(config, 51.9) == noise_level(config, 51)
 
@@ -149,7 +167,10 @@ def test_other_settings_change_the_details():
 def test_gated_weights_say_what_to_do():
     declaration = db.get_declaration("sd15_gdf")
     gated = replace(declaration, checkpoint=replace(declaration.checkpoint, gated=True))
-    assert "accept the terms at https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5" in backbone_card.card(gated)
+    assert (
+        "accept the terms at https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
+        in backbone_card.card(gated)
+    )
 
 
 def test_every_published_number_is_in_a_card_and_none_is_claimed():
@@ -213,7 +234,9 @@ def test_card_in_the_repository_is_current(name, generate):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_without_a_recipe_has_a_card(name, generate):
-    """Current, readable by the hub, with its licence, its gate and every doubt; and its usage is that of the network, at full size on meta."""
+    """Current, readable by the hub, with its licence, its gate and every doubt; and its usage is that of the network,
+    at full size on meta.
+    """
     checkpoint = db.get_checkpoint(name)
     card = checkpoint_card.card(checkpoint)
     _, _, text = (ROOT / f"model_cards/{name}.md").read_text().partition("\n# ")
@@ -228,9 +251,12 @@ def test_a_checkpoint_without_a_recipe_has_a_card(name, generate):
 
 
 def test_check_names_what_is_not_current(generate, tmp_path, monkeypatch, capsys):
-    declarations = [*map(db.get_declaration, NAMES), *(costs.entire(db.get_checkpoint(name)) for name in db.list_checkpoints())]
+    declarations = [
+        *map(db.get_declaration, NAMES),
+        *(costs.entire(db.get_checkpoint(name)) for name in db.list_checkpoints()),
+    ]
     known = {declaration: costs.costs(declaration) for declaration in declarations}
-    monkeypatch.setattr(costs, "measure", known.__getitem__)        # as they are in costs.json; measuring takes a minute
+    monkeypatch.setattr(costs, "measure", known.__getitem__)  # as they are in costs.json; measuring takes a minute
     monkeypatch.setattr(costs, "FILE", tmp_path / "costs.json")
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "CARDS", tmp_path / "model_cards")
@@ -252,7 +278,10 @@ def test_check_names_what_is_not_current(generate, tmp_path, monkeypatch, capsys
 
 
 def test_generated_tables_keep_the_text_around_them(generate):
-    assert generate.fill("a\n<!-- zoo -->\nold\n<!-- /zoo -->\nb", {"zoo": "new"}, "page.md") == "a\n<!-- zoo -->\nnew\n<!-- /zoo -->\nb"
+    assert (
+        generate.fill("a\n<!-- zoo -->\nold\n<!-- /zoo -->\nb", {"zoo": "new"}, "page.md")
+        == "a\n<!-- zoo -->\nnew\n<!-- /zoo -->\nb"
+    )
     with pytest.raises(ValueError, match="page.md needs a line <!-- zoo -->"):
         generate.fill("no markers", {"zoo": "new"}, "page.md")
 

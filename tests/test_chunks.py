@@ -32,7 +32,9 @@ def close(got, expected):
 def seen(backbone):
     """How many noisy latents each pass of the denoiser was given."""
     batches = []
-    handle = backbone.denoiser.register_forward_pre_hook(lambda module, args, kwargs: batches.append(len((*args, *kwargs.values())[0])), with_kwargs=True)
+    handle = backbone.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
     yield batches
     handle.remove()
 

@@ -54,13 +54,21 @@ def photo(tmp_path):
 @pytest.mark.parametrize(
     "args",
     [
-        ["list"], ["list", "--checkpoints"], ["info", "sdxl_gdf"], ["info", "flux2_dev"], ["activations", "sdxl", "--size", "1024", "--all"],
-        ["card", "sd15_gdf"], ["card", "qwen_image"],
+        ["list"],
+        ["list", "--checkpoints"],
+        ["info", "sdxl_gdf"],
+        ["info", "flux2_dev"],
+        ["activations", "sdxl", "--size", "1024", "--all"],
+        ["card", "sd15_gdf"],
+        ["card", "qwen_image"],
     ],
     ids=" ".join,
 )
 def test_what_reads_declarations_needs_no_torch(args):
-    code = "import sys; from diffusion_backbones.cli.program import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys; from diffusion_backbones.cli.program import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(*sys.modules, file=sys.stderr)"
+    )
     result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout
@@ -80,7 +88,10 @@ def test_list():
 
 
 def test_list_tells_of_checkpoints_that_no_recipe_reads():
-    assert run("list", "sd35").stderr.splitlines()[-1] == "0 backbones; 3 checkpoints without a published recipe match too: list --checkpoints"
+    assert (
+        run("list", "sd35").stderr.splitlines()[-1]
+        == "0 backbones; 3 checkpoints without a published recipe match too: list --checkpoints"
+    )
     assert run("list", "tinysd_gdf").stderr.splitlines()[-1] == "1 backbones"
 
 
@@ -88,7 +99,11 @@ def test_list_for_machines():
     rows = json.loads(ok("list", "--json"))
     assert [row["name"] for row in rows] == db.list_models()
     [row] = [row for row in rows if row["name"] == "sd15_gdf"]
-    assert row["levels"] == [{"channels": 320, "stride": 8}, {"channels": 640, "stride": 16}, {"channels": 2560, "stride": 32}]
+    assert row["levels"] == [
+        {"channels": 320, "stride": 8},
+        {"channels": 640, "stride": 16},
+        {"channels": 2560, "stride": 32},
+    ]
     assert (row["license"], row["gated"]) == ("creativeml-openrail-m", False)
     assert json.loads(ok("list", "nothing_like_it", "--json")) == []
 
@@ -104,8 +119,22 @@ def test_list_checkpoints():
 def test_info_says_everything(name):
     declaration, text = db.get_declaration(name), ok("info", name)
     recipe, checkpoint, cost = declaration.recipe, declaration.checkpoint, costs(declaration)
-    said = [*recipe.ids, *recipe.notes, *recipe.unverified, *checkpoint.unverified, *checkpoint.mirrors, recipe.source, checkpoint.hub_id, checkpoint.status]
-    said += [str(checkpoint.license), backbone_card.millions(cost.parameters), backbone_card.millions(cost.parameters_total), backbone_card.gflops(cost.encoder_gflops)]
+    said = [
+        *recipe.ids,
+        *recipe.notes,
+        *recipe.unverified,
+        *checkpoint.unverified,
+        *checkpoint.mirrors,
+        recipe.source,
+        checkpoint.hub_id,
+        checkpoint.status,
+    ]
+    said += [
+        str(checkpoint.license),
+        backbone_card.millions(cost.parameters),
+        backbone_card.millions(cost.parameters_total),
+        backbone_card.gflops(cost.encoder_gflops),
+    ]
     assert [sentence for sentence in said if sentence not in text] == []
 
 
@@ -113,8 +142,17 @@ def test_info_says_everything(name):
 def test_info_of_a_checkpoint_says_what_it_takes_and_what_is_doubted(name):
     checkpoint, text = db.get_checkpoint(name), ok("info", name)
     cost = costs(entire(checkpoint))
-    said = [checkpoint.title, checkpoint.hub_id, str(checkpoint.license), *checkpoint.unverified, backbone_card.millions(cost.parameters_total), backbone_card.memory(cost)]
-    said += [model for model in db.list_models() if db.get_declaration(model).checkpoint is checkpoint] or ["none published"]
+    said = [
+        checkpoint.title,
+        checkpoint.hub_id,
+        str(checkpoint.license),
+        *checkpoint.unverified,
+        backbone_card.millions(cost.parameters_total),
+        backbone_card.memory(cost),
+    ]
+    said += [model for model in db.list_models() if db.get_declaration(model).checkpoint is checkpoint] or [
+        "none published"
+    ]
     assert [sentence for sentence in said if sentence not in text] == []
     assert json.loads(ok("info", name, "--json"))["costs"]["parameters_total"] == cost.parameters_total
 
@@ -126,7 +164,9 @@ def test_info_for_machines():
     assert facts["recipe_digest"] == db.Recipe.from_dict(facts["recipe"]).digest
     assert db.Checkpoint.from_dict(facts["checkpoint"]) == backbone.declaration.checkpoint
     assert facts["costs"]["parameters"] == sum(p.numel() for p in backbone.denoiser.parameters())
-    assert facts["costs"]["bytes"] == 4 * (facts["costs"]["parameters"] + sum(p.numel() for p in backbone.encoder.parameters()))
+    assert facts["costs"]["bytes"] == 4 * (
+        facts["costs"]["parameters"] + sum(p.numel() for p in backbone.encoder.parameters())
+    )
 
 
 def test_activations():
@@ -140,7 +180,13 @@ def test_activations():
     beyond = run("activations", "dit_xl_256").stderr.splitlines()[-1]
     assert beyond.startswith("168 of 168 activations of dit_xl_256; --all adds ")
     some = run("activations", "sd15", "up-level1-*-cross-q")
-    assert some.stdout.split()[:5] == ["up-level1-repeat0-vit-block0-cross-q", "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q", "out", "1280", "32"]
+    assert some.stdout.split()[:5] == [
+        "up-level1-repeat0-vit-block0-cross-q",
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q",
+        "out",
+        "1280",
+        "32",
+    ]
     assert some.stderr.splitlines()[-1] == "3 of 197 activations of sd15"
     assert run("activations", "flux2_dev", "--all").stderr.splitlines()[-1].endswith(" activations of flux2_dev")
 
@@ -151,7 +197,9 @@ def test_shapes_are_those_of_the_network(size):
     rows = json.loads(ok("activations", "tinysd", "--all", "--size", size, "--json"))
     backbone = db.create_model("tinysd", recipe=["unet-out"])
     found = backbone.forward_activations(torch.zeros(1, 3, size, size), [row["id"] for row in rows])
-    assert {row["id"]: tuple(row["shape"]) for row in rows} == {id: tuple(tensor.shape[1:]) for id, tensor in found.items()}
+    assert {row["id"]: tuple(row["shape"]) for row in rows} == {
+        id: tuple(tensor.shape[1:]) for id, tensor in found.items()
+    }
 
 
 def test_card():
@@ -164,9 +212,18 @@ def test_card():
 
 def test_extract(photo, tmp_path):
     out = tmp_path / "out"
-    assert ok("extract", "tinysd_gdf", photo, "-o", out, "--levels", "2,0", "--dtype", "float32") == f"{out / 'manifest.json'}\n"
+    assert (
+        ok("extract", "tinysd_gdf", photo, "-o", out, "--levels", "2,0", "--dtype", "float32")
+        == f"{out / 'manifest.json'}\n"
+    )
     found = load_file(out / "photo.jpg.safetensors")
-    expected = dict(zip(("level0", "level2"), db.create_model("tinysd_gdf", pretrained=True)(load(photo), indices=[0, 2]), strict=True))
+    expected = dict(
+        zip(
+            ("level0", "level2"),
+            db.create_model("tinysd_gdf", pretrained=True)(load(photo), indices=[0, 2]),
+            strict=True,
+        )
+    )
     assert found.keys() == expected.keys()
     for name, level in expected.items():
         torch.testing.assert_close(found[name], level[0])
@@ -178,7 +235,19 @@ def test_extract(photo, tmp_path):
 
 
 def test_prompt_and_timestep_reach_the_network(photo, tmp_path):
-    ok("extract", "tinysd_gdf", photo, "-o", tmp_path / "out", "--prompt", "a cat", "--timestep", "7", "--dtype", "float32")
+    ok(
+        "extract",
+        "tinysd_gdf",
+        photo,
+        "-o",
+        tmp_path / "out",
+        "--prompt",
+        "a cat",
+        "--timestep",
+        "7",
+        "--dtype",
+        "float32",
+    )
     found = load_file(tmp_path / "out" / "photo.jpg.safetensors")
     for i, level in enumerate(db.create_model("tinysd_gdf", pretrained=True)(load(photo), prompt="a cat", timestep=7)):
         torch.testing.assert_close(found[f"level{i}"], level[0])
@@ -218,7 +287,12 @@ def test_visualize(photo, tmp_path):
     out = tmp_path / "pictures" / "out.png"
     result = run("visualize", "tinysd_gdf", photo, "-o", out)
     assert result.exit_code == 0, result.output
-    expected = ["level 0: (48, 6, 8) @ stride 8", "level 1: (96, 3, 4) @ stride 16", "level 2: (224, 2, 2) @ stride 32", str(out)]
+    expected = [
+        "level 0: (48, 6, 8) @ stride 8",
+        "level 1: (96, 3, 4) @ stride 16",
+        "level 2: (224, 2, 2) @ stride 32",
+        str(out),
+    ]
     assert result.stdout.splitlines() == expected
     assert visualize.UNTRAINED not in result.stderr
     alone = run("visualize", photo, "-o", tmp_path / "alone.png")
@@ -227,18 +301,26 @@ def test_visualize(photo, tmp_path):
     picture = Image.open(out)
     random = tmp_path / "random.png"
     assert visualize.UNTRAINED in run("visualize", "tinysd_gdf", photo, "-o", random, "--random-weights").stderr
-    assert visualize.RED in {colour for _, colour in Image.open(random).getcolors(2**24)}, "the picture itself must say that the weights are random"
+    assert visualize.RED in {colour for _, colour in Image.open(random).getcolors(2**24)}, (
+        "the picture itself must say that the weights are random"
+    )
     assert visualize.RED not in {colour for _, colour in picture.getcolors(2**24)}
     again = tmp_path / "again.png"
     ok("visualize", "tinysd_gdf", photo, "-o", again)
     assert Image.open(again).tobytes() == picture.tobytes()
-    assert ok("visualize", "tinysd_gdf", photo, "-o", out, "--size", "96", "--levels", "1").splitlines()[0] == "level 1: (96, 6, 6) @ stride 16"
+    assert (
+        ok("visualize", "tinysd_gdf", photo, "-o", out, "--size", "96", "--levels", "1").splitlines()[0]
+        == "level 1: (96, 6, 6) @ stride 16"
+    )
 
 
 def test_a_very_large_image_gets_advice(tmp_path):
     Image.open(PHOTO).resize((660, 440)).save(tmp_path / "large.jpg")
     for verb, out in (("extract", "out"), ("visualize", "out.png")):
-        assert "--size 256 takes far less" in run(verb, "tinysd_gdf", tmp_path / "large.jpg", "-o", tmp_path / out, "--levels", "2").stderr
+        assert (
+            "--size 256 takes far less"
+            in run(verb, "tinysd_gdf", tmp_path / "large.jpg", "-o", tmp_path / out, "--levels", "2").stderr
+        )
     assert "far less" not in run("extract", "tinysd_gdf", PHOTO, "-o", tmp_path / "two", "--size", "64").stderr
 
 
@@ -263,7 +345,10 @@ def test_a_very_large_image_gets_advice(tmp_path):
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--device", "abacus"], "'abacus' cannot be used here"),
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--dtype", "int8"], "'int8' is not one of"),
         (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--workers", "-1"], "-1 is not in the range x>=0"),
-        (["extract", "tinysd_gdf", PHOTO, "-o", "out", "--random-weights", "--prompt", "a"], "does not go with --prompt"),
+        (
+            ["extract", "tinysd_gdf", PHOTO, "-o", "out", "--random-weights", "--prompt", "a"],
+            "does not go with --prompt",
+        ),
         (["extract", "hf-hub:a/b", PHOTO, "-o", "out", "--random-weights"], "does not go with hf-hub:a/b"),
         (["visualize", "tinysd_gdf", PHOTO, "-o", "out.txt"], "'out.txt' ends in none of .png"),
     ],
@@ -280,7 +365,15 @@ def test_failures_are_one_line_and_status_1(photo, tmp_path):
     for told, args in {
         "is not a folder": ["extract", "local-dir:nowhere", photo, "-o", out],
         "holds no image": ["extract", "tinysd_gdf", tmp_path / "empty", "-o", out],
-        "indices must be different positions from -3 to 2, got [7]": ["extract", "tinysd_gdf", photo, "-o", out, "--levels", "7"],
+        "indices must be different positions from -3 to 2, got [7]": [
+            "extract",
+            "tinysd_gdf",
+            photo,
+            "-o",
+            out,
+            "--levels",
+            "7",
+        ],
         "timestep must be from -1 to 999": ["extract", "tinysd_gdf", photo, "-o", out, "--timestep", "1000"],
         "is a pickle": ["extract", "tinysd_gdf", photo, "-o", out, "--checkpoint-path", tmp_path / "weights.ckpt"],
         "cannot be downloaded": ["extract", "sd15_gdf", photo, "-o", out],

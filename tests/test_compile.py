@@ -67,9 +67,13 @@ def test_frozen_weights_are_packed_and_stay_as_they_are():
     with torch.compiler.set_stance("fail_on_recompile"):
         same(frozen(x), expected(x), 1e-4)
         same(frozen(x.contiguous(memory_format=torch.channels_last)), expected(x), 1e-4)
-    with pytest.raises(ValueError, match="the weights of this UNet2DModel are constants of compiled code.*create it without compile="):
+    with pytest.raises(
+        ValueError, match="the weights of this UNet2DModel are constants of compiled code.*create it without compile="
+    ):
         frozen.denoiser.load_state_dict(expected.denoiser.state_dict())
-    with pytest.raises(ValueError, match="compile='freeze' makes constants of the weights, and trainable='lora' changes them"):
+    with pytest.raises(
+        ValueError, match="compile='freeze' makes constants of the weights, and trainable='lora' changes them"
+    ):
         small(compile="freeze", trainable="lora")
 
 
@@ -77,10 +81,15 @@ def test_keywords_of_a_call_need_no_other_graph(backbone):
     compiled, x = traced(db.create_model("tinysd_gdf", pretrained=True)), images(2, 64, 128)
     with torch.no_grad():
         same(compiled(x), backbone(x))
-        assert counters["stats"]["unique_graphs"] == 2                        # the image encoder, the denoiser
+        assert counters["stats"]["unique_graphs"] == 2  # the image encoder, the denoiser
         own = torch.randn(2, 77, 96, generator=torch.Generator().manual_seed(0))
         with torch.compiler.set_stance("fail_on_recompile"):
-            for call in ({"timestep": 300, "noise": "none"}, {"ensemble": 2}, {"prompt_embeds": own}, {"timestep": [1, 900]}):
+            for call in (
+                {"timestep": 300, "noise": "none"},
+                {"ensemble": 2},
+                {"prompt_embeds": own},
+                {"timestep": [1, 900]},
+            ):
                 same(compiled(x, **call), backbone(x, **call))
             same(compiled(latents=backbone.encode(x)), backbone(x))
 
@@ -97,7 +106,11 @@ def test_a_batch_of_one_is_the_only_other_graph():
 @pytest.mark.parametrize("name", ["sd3_medium", "flux_schnell", "sana_1600m_1024"])
 def test_transformers_are_one_graph(name, tiny_folder):
     family, configs = FAMILIES[db.get_checkpoint(name).family], tiny.configs(name)
-    ids = [site.id for site in family.catalogue(configs, name).all() if site.layout in ("map", "tokens") and site.part is None]
+    ids = [
+        site.id
+        for site in family.catalogue(configs, name).all()
+        if site.layout in ("map", "tokens") and site.part is None
+    ]
     settings = {"recipe": [ids[len(ids) // 6]], "checkpoint_path": tiny_folder(name)}
     expected, compiled = db.create_model(name, **settings), traced(db.create_model(name, **settings))
     side = max(128, expected.size_divisibility) // expected.latent_stride
@@ -180,7 +193,9 @@ def test_maps_of_a_cuda_graph_are_copies(backbone):
     compiled.compiled = "reduce-overhead"
     z = backbone.encode(images(2, 64, 64))
     kept = []
-    compiled.denoiser.up_blocks[1].resnets[2].register_forward_hook(lambda module, args, output: kept.append(output.data_ptr()))
+    compiled.denoiser.up_blocks[1].resnets[2].register_forward_hook(
+        lambda module, args, output: kept.append(output.data_ptr())
+    )
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         maps = compiled(latents=z)
     assert kept
@@ -189,14 +204,16 @@ def test_maps_of_a_cuda_graph_are_copies(backbone):
 
 @pytest.mark.parametrize("mode", ["fast", 1.5, "reduce_overhead"])
 def test_unknown_modes(mode):
-    with pytest.raises(ValueError, match="compile must be True, False or one of 'freeze', 'default', 'reduce-overhead'.*got"):
+    with pytest.raises(
+        ValueError, match="compile must be True, False or one of 'freeze', 'default', 'reduce-overhead'.*got"
+    ):
         db.create_model("tinysd_gdf", compile=mode)
 
 
 def test_no_compiler():
     missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with missing, pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler.*or leave compile out"):
-        db.create_model("sd15_gdf", pretrained=True, compile=True)               # before anything is fetched
+        db.create_model("sd15_gdf", pretrained=True, compile=True)  # before anything is fetched
 
 
 def test_gradient_checkpointing_of_a_compiled_backbone():

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
@@ -102,11 +108,16 @@ def test_longest_padding_leaves_a_prompt_as_long_as_it_is(tiny_folder):
     folder = tiny_folder("sd15")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     for prompt in PROMPTS:
-        short, full = prompter(folder, "longest")([prompt])["prompt_embeds"], prompter(folder)([prompt])["prompt_embeds"]
+        short, full = (
+            prompter(folder, "longest")([prompt])["prompt_embeds"],
+            prompter(folder)([prompt])["prompt_embeds"],
+        )
         n = len(tokenizer(prompt).input_ids)
         assert short.shape[1] == n
         assert full.shape[1] == 77
-        torch.testing.assert_close(short, full[:, :n], rtol=1e-5, atol=1e-5)       # attention is causal: padding changes nothing before it
+        torch.testing.assert_close(
+            short, full[:, :n], rtol=1e-5, atol=1e-5
+        )  # attention is causal: padding changes nothing before it
     assert prompter(folder, "longest")([""])["prompt_embeds"].shape[1] == 2
 
 
@@ -118,7 +129,11 @@ def test_longest_padding_reaches_the_backbone(tiny_folder):
 
 def test_prompts_of_different_lengths_are_not_mixed_unless_padded(tiny_folder):
     prompts = ["a cat", "a very large cat"]
-    with pytest.raises(ValueError, match=r"prompt_padding='longest' leaves prompts at their lengths, here \{'a cat': \d+, 'a very large cat': \d+\}; give"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt_padding='longest' leaves prompts at their lengths, here \{'a cat': \d+, 'a very large cat': "
+        r"\d+\}; give",
+    ):
         prompter(tiny_folder("sd15"), "longest")(prompts)
     assert prompter(tiny_folder("sd15"))(prompts)["prompt_embeds"].shape[:2] == (2, 77)
 
@@ -129,7 +144,9 @@ def test_a_prompt_per_image(tiny_folder):
     for i, prompt in enumerate(["a cat", "a dog"]):
         for level, alone in zip(both, backbone(X[i : i + 1], prompt=prompt), strict=True):
             torch.testing.assert_close(level[i : i + 1], alone, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(backbone(X[:1], prompt="a cat")[0], backbone(X[:1], prompt="a dog")[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(
+        backbone(X[:1], prompt="a cat")[0], backbone(X[:1], prompt="a dog")[0], rtol=1e-3, atol=1e-4
+    )
     with pytest.raises(ValueError, match="prompt must be one string or 2, one per image; got 3"):
         backbone(X, prompt=["a", "b", "c"])
 
@@ -160,7 +177,7 @@ def test_embeddings_do_not_depend_on_the_backbones_dtype_or_autocast(tiny_folder
 def test_a_prompt_is_encoded_once_and_the_encoder_is_freed(tiny_folder, built, cache):
     encode = prompter(tiny_folder("sdxl"))
     first = encode(["a cat", "a cat", "a dog"])
-    assert len(built) == 4                                  # two prompts, two encoders
+    assert len(built) == 4  # two prompts, two encoders
     gc.collect()
     assert all(model() is None for model in built)
     assert len(list(cache.iterdir())) == 2
@@ -188,7 +205,10 @@ def test_one_text_encoder_is_held_at_a_time(tiny_folder, monkeypatch):
     assert len(alive) == 2
 
 
-@pytest.mark.parametrize(("name", "encoders"), [("flux_schnell", 2), ("sd3_medium", 3), ("hunyuan_dit_12", 2), ("flux2_klein_4b", 1), ("z_image_turbo", 1)])
+@pytest.mark.parametrize(
+    ("name", "encoders"),
+    [("flux_schnell", 2), ("sd3_medium", 3), ("hunyuan_dit_12", 2), ("flux2_klein_4b", 1), ("z_image_turbo", 1)],
+)
 def test_large_text_encoders_are_loaded_alone_used_once_and_freed(name, encoders, tiny_folder, monkeypatch):
     """T5 and language models too: never two at a time, none left, and a second start loads none."""
     held: list[Any] = []
@@ -263,14 +283,16 @@ def test_a_cache_that_cannot_be_written_is_told_of_and_does_not_stop(tiny_folder
 def test_threads_encode_a_prompt_once(tiny_folder, built):
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     results: list[Any] = []
-    threads = [threading.Thread(target=lambda: results.append(backbone.prompter(["a cat"])["prompt_embeds"])) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(backbone.prompter(["a cat"])["prompt_embeds"])) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 4
     assert all(torch.equal(result, results[0]) for result in results)
-    assert len(built) == 2                                  # the recipe's, and this one
+    assert len(built) == 2  # the recipe's, and this one
 
 
 def test_the_cache_lies_beside_the_hubs_unless_told_otherwise(monkeypatch, tmp_path):
@@ -286,7 +308,11 @@ def test_the_cache_lies_beside_the_hubs_unless_told_otherwise(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_prompt_that_is_too_long_names_the_limit(name, tiny_folder, cache):
-    with pytest.raises(ValueError, match=r"the prompt 'a cat and .*'\.\.\. has \d{3} tokens and the text encoder takes 77, start and end included; shorten"):
+    with pytest.raises(
+        ValueError,
+        match=r"the prompt 'a cat and .*'\.\.\. has \d{3} tokens and the text encoder takes 77, start and end "
+        r"included; shorten",
+    ):
         prompter(tiny_folder(name))(["a cat and " * 60])
     assert not cache.exists()
 
@@ -304,5 +330,8 @@ def test_a_prompt_of_exactly_the_limit_is_taken(tiny_folder):
 
 def test_without_a_text_encoder_a_prompt_says_what_to_do():
     backbone = db.create_model("sd15_gdf", device="meta")
-    with pytest.raises(FileNotFoundError, match=r"prompt='a cat' needs a text encoder.*built without weights.*Give prompt_embeds=, or load it with pre"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"prompt='a cat' needs a text encoder.*built without weights.*Give prompt_embeds=, or load it with pre",
+    ):
         backbone.prompter(["a cat"])

@@ -30,7 +30,9 @@ def test_full_size_shapes_are_what_feature_info_says(name):
     h, w = 3 * backbone.size_divisibility - 5, 2 * backbone.size_divisibility - 3
     maps = backbone(torch.empty(2, 3, h, w, device="meta"))
     info = backbone.feature_info
-    assert [tuple(m.shape) for m in maps] == [(2, c, -(-h // s), -(-w // s)) for c, s in zip(info.channels(), info.reduction(), strict=True)]
+    assert [tuple(m.shape) for m in maps] == [
+        (2, c, -(-h // s), -(-w // s)) for c, s in zip(info.channels(), info.reduction(), strict=True)
+    ]
     assert backbone.num_features == info.channels()[-1]
     assert info.reduction() == sorted(info.reduction())
 
@@ -66,7 +68,9 @@ def test_truncation_keeps_only_what_runs(name):
     backbone = db.create_model(name, device="meta")
     whole = introspection.build(backbone.declaration.checkpoint.family, backbone.configs)
     kept = safetensors_io.shapes(backbone.denoiser)
-    assert kept.items() <= safetensors_io.shapes(whole).items(), "a kept tensor has another name or shape than in the stock network"
+    assert kept.items() <= safetensors_io.shapes(whole).items(), (
+        "a kept tensor has another name or shape than in the stock network"
+    )
     assert len(kept) < len(safetensors_io.shapes(whole))
     ran: set[str] = set()
     for path, module in backbone.denoiser.named_modules():
@@ -110,7 +114,11 @@ def test_behaviour(name, tiny_folder, photo, tmp_path):
 
     backbone.train()
     assert not any(m.training for m in backbone.modules())
-    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone)), db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}")):
+    for other in (
+        copy.deepcopy(backbone),
+        pickle.loads(pickle.dumps(backbone)),
+        db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}"),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(maps, other(x), strict=True))
         assert list(other.state_dict()) == list(backbone.state_dict())
 
@@ -165,32 +173,63 @@ def test_random_weights_need_no_network_and_no_files():
 
 def test_stand_ins_have_no_parameters():
     linear = torch.nn.Linear(2, 2)
-    attention = type("A", (), {"to_q": linear, "heads": 1, "scale": 1.0, "upcast_attention": False, "upcast_softmax": False, "norm_q": None, "norm_k": None})()
-    assert [len(list(m.parameters())) for m in (Bypass(), StandIn(3, 1), AttentionTap(attention, {"to_q"}))] == [0, 0, 2]
+    attention = type(
+        "A",
+        (),
+        {
+            "to_q": linear,
+            "heads": 1,
+            "scale": 1.0,
+            "upcast_attention": False,
+            "upcast_softmax": False,
+            "norm_q": None,
+            "norm_k": None,
+        },
+    )()
+    assert [len(list(m.parameters())) for m in (Bypass(), StandIn(3, 1), AttentionTap(attention, {"to_q"}))] == [
+        0,
+        0,
+        2,
+    ]
 
 
 IDS = [site.id for site in FAMILIES["unet"].catalogue(tiny.configs("sd15"), "sd15").all()]
 
 
-KINDS = ("unet", "down-level0-repeat1", "down-level1-down", "down-level3", "mid", "up-level0-repeat2", "up-level1-repeat1", "up-level3-repeat2")
+KINDS = (
+    "unet",
+    "down-level0-repeat1",
+    "down-level1-down",
+    "down-level3",
+    "mid",
+    "up-level0-repeat2",
+    "up-level1-repeat1",
+    "up-level3-repeat2",
+)
 
 
 @pytest.mark.parametrize("id", [i for i in IDS if i.startswith(KINDS)])
 def test_a_network_cut_at_any_id_gives_that_id(id, tiny_folder):
-    """Cut right behind each kind of activation: the same value as uncut, no idle parameter, and it can still be pruned to itself."""
+    """Cut right behind each kind of activation: the same value as uncut, no idle parameter, and it can still be pruned
+    to itself.
+    """
     whole = db.create_model("sd15", recipe=["unet-out"], checkpoint_path=tiny_folder("sd15"), noise="none")
     torch.manual_seed(3)
     z = torch.randn(1, 4, 16, 8)
     [expected] = whole.forward_activations(None, [id], latents=z).values()
     if id.endswith("-map"):
-        reads = [f"{whole.catalogue[id].path}.to_q", f"{whole.catalogue[id].path}.to_k"] if "self" in id else [id.replace("-map", "-q")]
+        reads = (
+            [f"{whole.catalogue[id].path}.to_q", f"{whole.catalogue[id].path}.to_k"]
+            if "self" in id
+            else [id.replace("-map", "-q")]
+        )
     else:
         reads = [id]
     cut = db.create_model("sd15", recipe=reads, checkpoint_path=tiny_folder("sd15"), noise="none", trainable=True)
     if not id.endswith("-map"):
         [got] = cut.forward_activations(None, [id], latents=z).values()
         assert torch.equal(got, expected)
-    if id != "unet-in":                     # the input has no gradient
+    if id != "unet-in":  # the input has no gradient
         sum(m.pow(2).sum() for m in cut.forward_latents(z, prompt_embeds=torch.randn(77, tiny.CROSS))).backward()
         assert [n for n, p in cut.denoiser.named_parameters() if p.grad is None] == []
     before = [m.detach() for m in cut.forward_latents(z)]

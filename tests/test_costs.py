@@ -37,14 +37,16 @@ class Counter:
 
     def count(self, layer, args, kwargs, out):
         if isinstance(layer, nn.Conv2d):
-            self.operations += 2 * out.numel() * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+            self.operations += (
+                2 * out.numel() * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+            )
         elif isinstance(layer, nn.Linear):
             self.operations += 2 * out.numel() * layer.in_features
         else:
             queries = args[0].flatten(2).shape[2] if args[0].ndim == 4 else args[0].shape[1]
             text = kwargs.get("encoder_hidden_states")
             keys = queries if text is None else text.shape[1]
-            self.operations += 2 * 2 * queries * keys * layer.inner_dim      # q k^T, then the weights times v
+            self.operations += 2 * 2 * queries * keys * layer.inner_dim  # q k^T, then the weights times v
 
 
 def test_operations_equal_an_independent_count():
@@ -85,7 +87,9 @@ def test_operations_of_transformers_equal_an_independent_count(name, monkeypatch
     latent = backbone.declaration.input_size // backbone.latent_stride
     backbone.forward_latents(torch.empty(1, backbone.latent_channels, latent, latent, device="meta"), ensemble=1)
     assert products
-    assert costs(backbone.declaration).denoiser_gflops == pytest.approx((layers.operations + sum(products)) / 1e9, rel=1e-4)
+    assert costs(backbone.declaration).denoiser_gflops == pytest.approx(
+        (layers.operations + sum(products)) / 1e9, rel=1e-4
+    )
 
 
 def test_operations_of_flux_by_arithmetic():
@@ -93,10 +97,14 @@ def test_operations_of_flux_by_arithmetic():
     image, text, width = 1600, 512, 3072
     tokens = image + text
     attention = 4 * tokens**2 * width
-    double = 2 * tokens * (4 + 8) * width**2 + attention + 2 * 12 * width**2                # projections, FFN; attention; two modulations
+    double = (
+        2 * tokens * (4 + 8) * width**2 + attention + 2 * 12 * width**2
+    )  # projections, FFN; attention; two modulations
     single = 2 * tokens * (3 + 4 + 5) * width**2 + attention + 2 * 3 * width**2
     entry = 2 * width * (64 * image + 4096 * text)
-    assert costs(db.get_declaration("flux_dev_ditf")).denoiser_gflops == pytest.approx((19 * double + 9 * single + entry) / 1e9, rel=1e-4)
+    assert costs(db.get_declaration("flux_dev_ditf")).denoiser_gflops == pytest.approx(
+        (19 * double + 9 * single + entry) / 1e9, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", db.list_models())
@@ -119,21 +127,35 @@ def test_published_costs_of_a_checkpoint_are_those_of_its_whole_network(name):
 
 @pytest.mark.parametrize("name", db.list_checkpoints())
 def test_costs_of_every_checkpoint_are_published(name, monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail(f"costs.json does not have {name}; run: python scripts/generate.py"))
+    monkeypatch.setattr(
+        module, "measure", lambda *_: pytest.fail(f"costs.json does not have {name}; run: python scripts/generate.py")
+    )
     assert costs(entire(db.get_checkpoint(name))).parameters_total > 0
 
 
 @pytest.mark.parametrize("name", db.list_models(include_tags=True))
 def test_costs_of_every_backbone_are_published(name, monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail(f"costs.json does not have {name}; run: python scripts/generate.py"))
+    monkeypatch.setattr(
+        module, "measure", lambda *_: pytest.fail(f"costs.json does not have {name}; run: python scripts/generate.py")
+    )
     assert costs(db.get_declaration(name)).parameters > 0
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("flux_dev_ditf", None), ("sd35_large", ["vit-block37-out"]), ("flux2_dev", ["vit-block55-out"])])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("flux_dev_ditf", None), ("sd35_large", ["vit-block37-out"]), ("flux2_dev", ["vit-block55-out"])],
+)
 def test_the_memory_that_the_documents_name(name, recipe):
-    """docs/memory.md: the weights in sixteen bits, in eight as diffusers casts them, and two blocks with what is in none."""
+    """docs/memory.md: the weights in sixteen bits, in eight as diffusers casts them, and two blocks with what is in
+    none.
+    """
     denoiser = db.create_model(name, recipe=recipe, dtype=torch.bfloat16, device="meta").denoiser
-    blocks = [sum(p.nbytes for p in block.parameters()) for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    blocks = [
+        sum(p.nbytes for p in block.parameters())
+        for part in denoiser.children()
+        if isinstance(part, nn.ModuleList)
+        for block in part
+    ]
     whole = sum(p.nbytes for p in denoiser.parameters())
     denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     eight = sum(p.nbytes for p in denoiser.parameters())

@@ -30,7 +30,11 @@ class Stock(Oracle):
         super().__init__(unet, plain=True)
 
     def __getitem__(self, id):
-        return super().__getitem__(id.replace("-cross-map", "-self-map"))[..., self.keys(id)] if id.endswith("-map") else super().__getitem__(id)
+        return (
+            super().__getitem__(id.replace("-cross-map", "-self-map"))[..., self.keys(id)]
+            if id.endswith("-map")
+            else super().__getitem__(id)
+        )
 
     def keys(self, id):
         return slice(0, 77) if id.endswith("cross-map") else slice(77, None)
@@ -38,7 +42,9 @@ class Stock(Oracle):
     def heads(self, where, *names):
         """(B, heads, keys, d): what the projections of a layer give, one after another."""
         heads = self.unet.get_submodule(where).heads
-        return torch.cat([self.outputs[f"{where}.{name}"].unflatten(-1, (heads, -1)).transpose(1, 2) for name in names], 2)
+        return torch.cat(
+            [self.outputs[f"{where}.{name}"].unflatten(-1, (heads, -1)).transpose(1, 2) for name in names], 2
+        )
 
     def _map(self, where):
         q, k = self.heads(where, "to_q"), self.heads(where, "add_k_proj", "to_k")
@@ -82,9 +88,13 @@ def test_every_activation_is_that_of_the_stock_network(timestep, size, folder):
     oracle = Stock(stock(folder))
     oracle(noisy(backbone, x, timestep), timestep, encoder_hidden_states=text)
     acts = backbone.forward_activations(x, [site.id for site in sites], prompt_embeds=text)
-    maps = backbone.forward_activations(x, [site.id for site in sites if site.layout != "attention"], prompt_embeds=text, as_maps=True)
+    maps = backbone.forward_activations(
+        x, [site.id for site in sites if site.layout != "attention"], prompt_embeds=text, as_maps=True
+    )
     for site in sites:
-        torch.testing.assert_close(acts[site.id], oracle[site.id], rtol=1e-4, atol=1e-4, msg=lambda text, id=site.id: f"{id}: {text}")
+        torch.testing.assert_close(
+            acts[site.id], oracle[site.id], rtol=1e-4, atol=1e-4, msg=lambda text, id=site.id: f"{id}: {text}"
+        )
         n = size[0] // site.stride * (size[1] // site.stride)
         if site.layout == "attention":
             assert acts[site.id].shape == (2, site.channels, n, 77 if site.id.endswith("cross-map") else n), site.id
@@ -109,7 +119,13 @@ def test_maps_are_the_weights_of_the_stock_attention(folder):
             out = layer.to_out[0]((weights @ oracle.heads(site.path, "add_v_proj", "to_v")).transpose(1, 2).flatten(2))
         residual = oracle.inputs[site.path]
         expected = oracle.outputs[site.path] - residual
-        torch.testing.assert_close(out.transpose(1, 2).reshape(residual.shape), expected, rtol=1e-4, atol=1e-4, msg=lambda text, id=site.id: f"{id}: {text}")
+        torch.testing.assert_close(
+            out.transpose(1, 2).reshape(residual.shape),
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda text, id=site.id: f"{id}: {text}",
+        )
 
 
 def test_a_network_that_was_cut_gives_the_same_and_holds_less(folder, tmp_path):
@@ -118,7 +134,11 @@ def test_a_network_that_was_cut_gives_the_same_and_holds_less(folder, tmp_path):
     count = count_parameters(whole.denoiser)
     held = []
     sites = [site for site in whole.catalogue.all() if not site.id.endswith("self-map")]
-    for site in [*sites[:3], *[whole.catalogue[f"down-level1-repeat0-vit-block0-{kind}"] for kind in ("self-q", "self-v", "cross-map")], *sites[3::11]]:
+    for site in [
+        *sites[:3],
+        *[whole.catalogue[f"down-level1-repeat0-vit-block0-{kind}"] for kind in ("self-q", "self-v", "cross-map")],
+        *sites[3::11],
+    ]:
         backbone = db.create_model(NAME, recipe=Recipe("mine", (Level((site.id,)),)), checkpoint_path=folder)
         if site.layout == "attention":
             [expected] = whole.forward_activations(x, [site.id]).values()
@@ -134,20 +154,36 @@ def test_a_network_that_was_cut_gives_the_same_and_holds_less(folder, tmp_path):
     assert torch.equal(saved(x)[0], backbone(x)[0])
 
 
-@pytest.mark.parametrize("id", [f"down-level1-repeat0-{kind}" for kind in ("res-increment", "vit-block0-self-q", "vit-block0-cross-map", "vit-out")])
+@pytest.mark.parametrize(
+    "id",
+    [
+        f"down-level1-repeat0-{kind}"
+        for kind in ("res-increment", "vit-block0-self-q", "vit-block0-cross-map", "vit-out")
+    ],
+)
 def test_nothing_that_a_call_cannot_reach_is_kept(id, folder):
     backbone = db.create_model(NAME, recipe=[id], checkpoint_path=folder, trainable=True)
     sum(m.pow(2).sum() for m in backbone(torch.randn(1, 3, 32, 32))).backward()
     assert [name for name, p in backbone.denoiser.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("id", ["unet-after-conv-in", "down-level0-repeat1-res-out", "down-level1-repeat0-res-out", "down-level1-repeat0-vit-block0-self-q"])
+@pytest.mark.parametrize(
+    "id",
+    [
+        "unet-after-conv-in",
+        "down-level0-repeat1-res-out",
+        "down-level1-repeat0-res-out",
+        "down-level1-repeat0-vit-block0-self-q",
+    ],
+)
 def test_the_text_is_not_projected_where_no_attention_reads_it(id, folder):
     backbone = db.create_model(NAME, recipe=[id], checkpoint_path=folder)
     assert isinstance(backbone.denoiser.encoder_hid_proj, Bypass)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     [empty], [cat] = backbone(x), backbone(x, prompt=["a cat", "a dog"])
-    assert torch.equal(empty, cat) == (id == "unet-after-conv-in"), "the pooled text is part of the timestep's embedding"
+    assert torch.equal(empty, cat) == (id == "unet-after-conv-in"), (
+        "the pooled text is part of the timestep's embedding"
+    )
 
 
 def test_full_size_on_meta():
@@ -167,7 +203,9 @@ def test_full_size_on_meta():
             layer = network.get_submodule(site.path)
             assert (site.channels, layer.to_q.out_features) == (layer.heads, 64 * layer.heads), site.id
         else:
-            assert tuple(maps[site.id].shape) == (2, site.channels, -(-59 // site.stride), -(-45 // site.stride)), site.id
+            assert tuple(maps[site.id].shape) == (2, site.channels, -(-59 // site.stride), -(-45 // site.stride)), (
+                site.id
+            )
     assert {site.stride for site in sites} == {1, 2, 4, 8}
     early = db.create_model(NAME, recipe=["down-level1-repeat1-vit-out"], device="meta")
     assert count_parameters(early.denoiser) < 0.2 * count_parameters(network)
@@ -191,7 +229,11 @@ def test_prompts_are_encoded_as_the_pipeline_does(prompt, folder):
 
 
 def test_a_prompt_conditions_a_call(folder):
-    backbone = db.create_model(NAME, recipe=["mid-vit-block0-cross-map", "up-level0-repeat0-vit-out", "up-level3-repeat0-res-out"], checkpoint_path=folder)
+    backbone = db.create_model(
+        NAME,
+        recipe=["mid-vit-block0-cross-map", "up-level0-repeat0-vit-out", "up-level3-repeat0-res-out"],
+        checkpoint_path=folder,
+    )
     assert backbone.feature_info.channels() == [8, 77 + 32]
     x = torch.rand(2, 3, 43, 62) * 2 - 1
     maps = backbone(x)
@@ -203,7 +245,12 @@ def test_a_prompt_conditions_a_call(folder):
         backbone(x, prompt="cat " * 100)
     with pytest.raises(TypeError, match="is not conditioned on pooled_prompt_embeds; it takes prompt_embeds"):
         backbone(x, pooled_prompt_embeds=torch.zeros(1, 4))
-    half = db.create_model(NAME, recipe=["mid-vit-block0-cross-map", "up-level3-repeat0-res-out"], checkpoint_path=folder, dtype=torch.bfloat16)
+    half = db.create_model(
+        NAME,
+        recipe=["mid-vit-block0-cross-map", "up-level3-repeat0-res-out"],
+        checkpoint_path=folder,
+        dtype=torch.bfloat16,
+    )
     assert all(m.dtype == torch.bfloat16 and m.isfinite().all() for m in half(x))
 
 
@@ -221,4 +268,6 @@ def test_a_folder_says_itself_what_it_is(folder):
     assert (backbone.declaration.checkpoint.family, backbone.declaration.input_size) == ("deepfloyd", 64)
     config = package_configs(db.get_checkpoint(NAME))["unet"]
     for other in ({"class_embed_type": "timestep"}, {"addition_embed_type": "image"}):
-        assert not any(family.recognises(config | other) for family in FAMILIES.values()), "an upscaler of IF, Kandinsky"
+        assert not any(family.recognises(config | other) for family in FAMILIES.values()), (
+            "an upscaler of IF, Kandinsky"
+        )

@@ -33,12 +33,17 @@ BACKBONES = {
     "one level": ("sd15", {"NAME": "sd15", "RECIPE": ["up-level1-upsampler-out"]}, [16]),
     "four strides": ("sd15", {"NAME": "sd15_gdf", "OUT_STRIDES": (4, 8, 16, 32)}, [4, 8, 16, 32]),
 }
-FPN_BUILDERS = {"RetinaNet": "build_retinanet_diffusion_fpn_backbone", "GeneralizedRCNN": "build_diffusion_fpn_backbone"}
+FPN_BUILDERS = {
+    "RetinaNet": "build_retinanet_diffusion_fpn_backbone",
+    "GeneralizedRCNN": "build_diffusion_fpn_backbone",
+}
 
 
 @pytest.fixture
 def config(tiny_folder):
-    """``config(meta architecture, backbone)`` -> a small model's configuration; ``fpn=False`` puts the heads on the backbone itself."""
+    """``config(meta architecture, backbone)`` -> a small model's configuration; ``fpn=False`` puts the heads on the
+    backbone itself.
+    """
 
     def get(meta, which="sd15_gdf", fpn=True):
         checkpoint, keys, strides = BACKBONES[which]
@@ -46,7 +51,9 @@ def config(tiny_folder):
         add_diffusion_config(cfg)
         cfg.MODEL.DIFFUSION.update(keys, CHECKPOINT_PATH=str(tiny_folder(checkpoint)))
         cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.META_ARCHITECTURE = "cpu", "", meta
-        cfg.MODEL.BACKBONE.NAME = FPN_BUILDERS.get(meta, "build_diffusion_fpn_backbone") if fpn else "build_diffusion_backbone"
+        cfg.MODEL.BACKBONE.NAME = (
+            FPN_BUILDERS.get(meta, "build_diffusion_fpn_backbone") if fpn else "build_diffusion_backbone"
+        )
         cfg.MODEL.FPN.OUT_CHANNELS = 8
         names = [f"p{int(np.log2(s))}" if fpn else f"s{s}" for s in strides]
         extra = 2 if meta == "RetinaNet" else 1
@@ -56,7 +63,11 @@ def config(tiny_folder):
         cfg.MODEL.ROI_HEADS.IN_FEATURES = cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = names
         cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 5
         cfg.MODEL.RETINANET.NUM_CONVS = 1
-        cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = True, "StandardROIHeads", 0.0
+        cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = (
+            True,
+            "StandardROIHeads",
+            0.0,
+        )
         box, mask, seg = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.SEM_SEG_HEAD
         box.NAME, box.NUM_FC, box.FC_DIM, box.POOLER_RESOLUTION = "FastRCNNConvFCHead", 1, 16, 7
         mask.NAME, mask.NUM_CONV, mask.CONV_DIM, mask.POOLER_RESOLUTION = "MaskRCNNConvUpsampleHead", 1, 8, 14
@@ -75,9 +86,17 @@ def sample(height, width, seed=0):
     """What detectron2's data loader gives: an image with one object on it."""
     objects = Instances((height, width))
     objects.gt_boxes, objects.gt_classes = Boxes(torch.tensor([[10.0, 10, 60, 50]])), torch.tensor([1])
-    objects.gt_masks = BitMasks(torch.zeros(1, height, width, dtype=torch.bool).index_fill(1, torch.arange(10, 50), True))
+    objects.gt_masks = BitMasks(
+        torch.zeros(1, height, width, dtype=torch.bool).index_fill(1, torch.arange(10, 50), True)
+    )
     classes = torch.zeros(height, width, dtype=torch.long).index_fill(0, torch.arange(height // 2), 1)
-    return {"image": pixels(height, width, seed), "height": height, "width": width, "instances": objects, "sem_seg": classes}
+    return {
+        "image": pixels(height, width, seed),
+        "height": height,
+        "width": width,
+        "instances": objects,
+        "sem_seg": classes,
+    }
 
 
 def network(model):
@@ -103,7 +122,7 @@ def check_step_and_inference(model):
 
 
 @pytest.mark.parametrize("which", BACKBONES)
-@pytest.mark.parametrize("meta", ["RetinaNet", "SemanticSegmentor"])                   # test_decoders.py has R-CNN
+@pytest.mark.parametrize("meta", ["RetinaNet", "SemanticSegmentor"])  # test_decoders.py has R-CNN
 def test_fpn(meta, which, config):
     model = build_model(config(meta, which))
     assert model.backbone.size_divisibility == BACKBONES[which][2][-1]
@@ -127,8 +146,16 @@ def test_panoptic_fpn(config):
 def test_names_channels_and_strides(config):
     backbone = build_model(config("SemanticSegmentor", fpn=False)).backbone
     maps = backbone(torch.rand(2, 3, 70, 90) * 2 - 1)
-    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {"s8": (16, 8), "s16": (32, 16), "s32": (128, 32)}
-    assert {n: tuple(m.shape) for n, m in maps.items()} == {"s8": (2, 16, 9, 12), "s16": (2, 32, 5, 6), "s32": (2, 128, 3, 3)}
+    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
+        "s8": (16, 8),
+        "s16": (32, 16),
+        "s32": (128, 32),
+    }
+    assert {n: tuple(m.shape) for n, m in maps.items()} == {
+        "s8": (2, 16, 9, 12),
+        "s16": (2, 32, 5, 6),
+        "s32": (2, 128, 3, 3),
+    }
 
 
 @pytest.mark.parametrize("which", ["sd15_gdf", "sdxl_gdf"])
@@ -165,20 +192,34 @@ def test_what_detectron2_feeds_by_default_is_undone(std, config, tiny_folder):
 
 
 def test_lazy_config(tiny_folder, tmp_path):
-    bottom_up = L(Detectron2Backbone)(name="sd15_gdf", checkpoint_path=str(tiny_folder("sd15")), out_strides=[8, 16, 32])
+    bottom_up = L(Detectron2Backbone)(
+        name="sd15_gdf", checkpoint_path=str(tiny_folder("sd15")), out_strides=[8, 16, 32]
+    )
     top = L(LastLevelP6P7)(in_channels=128, out_channels="${..out_channels}", in_feature="s32")
     cfg = L(FPN)(bottom_up=bottom_up, in_features=["s8", "s16", "s32"], out_channels=8, top_block=top)
     LazyConfig.save(cfg, str(tmp_path / "fpn.yaml"))
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(str(tmp_path / "fpn.yaml")), ["out_channels=12", "bottom_up.pixel_std=[1,1,1]"])
+    cfg = LazyConfig.apply_overrides(
+        LazyConfig.load(str(tmp_path / "fpn.yaml")), ["out_channels=12", "bottom_up.pixel_std=[1,1,1]"]
+    )
     fpn = instantiate(cfg)
     maps = fpn(torch.zeros(1, 3, 64, 96))
-    assert {n: tuple(m.shape[1:]) for n, m in maps.items()} == {"p3": (12, 8, 12), "p4": (12, 4, 6), "p5": (12, 2, 3), "p6": (12, 1, 2), "p7": (12, 1, 1)}
+    assert {n: tuple(m.shape[1:]) for n, m in maps.items()} == {
+        "p3": (12, 8, 12),
+        "p4": (12, 4, 6),
+        "p5": (12, 2, 3),
+        "p6": (12, 1, 2),
+        "p7": (12, 1, 1),
+    }
     assert network(fpn).input_format.std == (1 / 255,) * 3
-    own = instantiate(L(Detectron2Backbone)(name="sd15", checkpoint_path=str(tiny_folder("sd15")), recipe=["up-level1-upsampler-out"]))
+    own = instantiate(
+        L(Detectron2Backbone)(name="sd15", checkpoint_path=str(tiny_folder("sd15")), recipe=["up-level1-upsampler-out"])
+    )
     assert list(own.output_shape()) == ["s16"]
 
 
-@pytest.mark.skipif(not VITDET, reason="detectron2 has no ViTDet up to release 0.6; it has where it was built from its repository")
+@pytest.mark.skipif(
+    not VITDET, reason="detectron2 has no ViTDet up to release 0.6; it has where it was built from its repository"
+)
 def test_simple_feature_pyramid_under_mask_rcnn(tiny_folder, config):
     """ViTDet's pyramid makes p2 to p6 of the one map at stride 16, in the place of FPN on four strides."""
     from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
@@ -211,7 +252,11 @@ def test_a_trainable_network_gets_gradients(config):
 def test_strides_that_fpn_cannot_take(config):
     cfg = config("RetinaNet")
     cfg.MODEL.DIFFUSION.OUT_INDICES = [0, 2]
-    with pytest.raises(ValueError, match=r"powers of two and double .* sd15_gdf gives it \[8, 32\]; set OUT_STRIDES \(out_strides\) to \[8, 16, 32\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"powers of two and double .* sd15_gdf gives it \[8, 32\]; set OUT_STRIDES \(out_strides\) to \[8, 16, "
+        r"32\]",
+    ):
         build_model(cfg)
     cfg.MODEL.DIFFUSION.OUT_INDICES, cfg.MODEL.DIFFUSION.OUT_STRIDES = None, [6, 12, 24]
     with pytest.raises(ValueError, match=r"gives it \[6, 12, 24\]; set OUT_STRIDES \(out_strides\) to \[4, 8, 16\]"):
@@ -219,23 +264,36 @@ def test_strides_that_fpn_cannot_take(config):
 
 
 def test_two_levels_of_one_stride():
-    message = r"tinysd_genpercept has strides \[8, 8, 16, 32\]; set OUT_STRIDES \(out_strides\) to \[8, 16, 32\], or choose levels with OUT_INDICES"
+    message = (
+        r"tinysd_genpercept has strides \[8, 8, 16, 32\]; set OUT_STRIDES \(out_strides\) to \[8, 16, 32\], or "
+        r"choose levels with OUT_INDICES"
+    )
     with pytest.raises(ValueError, match=message):
         Detectron2Backbone("tinysd_genpercept", device="meta")
-    assert list(Detectron2Backbone("tinysd_genpercept", device="meta", out_strides=[8, 16, 32]).output_shape()) == ["s8", "s16", "s32"]
+    assert list(Detectron2Backbone("tinysd_genpercept", device="meta", out_strides=[8, 16, 32]).output_shape()) == [
+        "s8",
+        "s16",
+        "s32",
+    ]
 
 
 def test_levels_that_the_recipe_lacks(config):
     cfg = config("RetinaNet", "sdxl_gdf")
     cfg.MODEL.FPN.IN_FEATURES = ["s8", "s16", "s32"]
-    with pytest.raises(ValueError, match=r"sdxl_gdf gives s16, s32, and MODEL.FPN.IN_FEATURES asks for s8; leave it empty or set OUT_STRIDES"):
+    with pytest.raises(
+        ValueError,
+        match=r"sdxl_gdf gives s16, s32, and MODEL.FPN.IN_FEATURES asks for s8; leave it empty or set OUT_STRIDES",
+    ):
         build_model(cfg)
 
 
 def test_images_that_are_not_what_the_backbone_was_told():
     backbone = Detectron2Backbone("tinysd_gdf", pretrained=True)
     default = pixels(64, 64).flip(0)[None] - torch.tensor(get_cfg().MODEL.PIXEL_MEAN)[:, None, None]
-    message = r"expect RGB in \[-1, 1\], and the images reach from -1.* to 15.*INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"
+    message = (
+        r"expect RGB in \[-1, 1\], and the images reach from -1.* to 15.*INPUT.FORMAT, MODEL.PIXEL_MEAN and "
+        r"MODEL.PIXEL_STD"
+    )
     with pytest.raises(ValueError, match=message):
         backbone(default)
     with pytest.raises(ValueError, match="NaN"):
@@ -244,7 +302,11 @@ def test_images_that_are_not_what_the_backbone_was_told():
 
 @pytest.mark.parametrize("wrong", [{"input_format": "L"}, {"pixel_mean": [127.5]}, {"pixel_std": [1.0] * 4}])
 def test_images_without_three_channels(wrong):
-    with pytest.raises(ValueError, match=r"three channels, so INPUT.FORMAT must be 'RGB' or 'BGR', and MODEL.PIXEL_MEAN and MODEL.PIXEL_STD three numbers"):
+    with pytest.raises(
+        ValueError,
+        match=r"three channels, so INPUT.FORMAT must be 'RGB' or 'BGR', and MODEL.PIXEL_MEAN and MODEL.PIXEL_STD "
+        r"three numbers",
+    ):
         Detectron2Backbone("tinysd_gdf", device="meta", **wrong)
 
 
@@ -258,7 +320,10 @@ def test_misspelt_keys(config):
 def test_without_detectron2():
     code = "import sys; sys.modules['detectron2'] = None; import diffusion_backbones.integrations.detectron2"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'diffusion-backbones[detectron2]' && pip install --no-build-isolation git+https://github.com/" in run.stderr.splitlines()[-1]
+    assert (
+        "pip install 'diffusion-backbones[detectron2]' && pip install --no-build-isolation git+https://github.com/"
+        in run.stderr.splitlines()[-1]
+    )
 
 
 def test_the_page():

@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL
 
 import diffusion_backbones as db
 
-IDS = [f"encoder-level{level}-repeat{repeat}-res-out" for level in range(4) for repeat in range(2)] + [f"encoder-level{i}-downsampler-out" for i in range(3)]
+IDS = [f"encoder-level{level}-repeat{repeat}-res-out" for level in range(4) for repeat in range(2)] + [
+    f"encoder-level{i}-downsampler-out" for i in range(3)
+]
 STRIDES = (4, 8, 16, 32)
 
 
@@ -40,12 +42,19 @@ def test_every_map_is_that_of_the_stock_encoder(folder, x):
         torch.testing.assert_close(act, kept[id], rtol=1e-5, atol=1e-5)
     assert all(id in backbone.catalogue for id in IDS)
     assert not set(IDS) & set(iter(backbone.catalogue)), "no id of GDF"
-    assert db.create_model("sd15", recipe=["up_blocks.1.resnets.2", "encoder.down_blocks.0.resnets.1"], device="meta").feature_info.reduction() == [1, 32]
+    assert db.create_model(
+        "sd15", recipe=["up_blocks.1.resnets.2", "encoder.down_blocks.0.resnets.1"], device="meta"
+    ).feature_info.reduction() == [1, 32]
 
 
 @torch.no_grad()
 def test_they_stand_in_a_recipe_beside_the_denoisers_own(folder, x, tmp_path):
-    ids = ["encoder-level2-repeat1-res-out", "encoder-level3-repeat1-res-out", "up-level3-repeat2-vit-out", "up-level1-repeat2-res-out"]
+    ids = [
+        "encoder-level2-repeat1-res-out",
+        "encoder-level3-repeat1-res-out",
+        "up-level3-repeat2-vit-out",
+        "up-level1-repeat2-res-out",
+    ]
     backbone = db.create_model("sd15", recipe=ids, checkpoint_path=folder)
     assert (backbone.feature_info.channels(), backbone.feature_info.reduction()) == ([32, 32 + 16, 64], [4, 8, 32])
     maps = backbone(x)
@@ -69,14 +78,21 @@ def test_they_take_the_place_of_upsampling_and_change_nothing_else(folder, x):
     backbone = db.create_model("sd15_gdf", checkpoint_path=folder, out_strides=STRIDES, encoder_levels=True)
     assert (backbone.feature_info.channels()[0], backbone.feature_info.reduction()) == (32, [4, 8, 16, 32])
     maps = backbone(x)
-    assert torch.equal(maps[0], backbone.forward_activations(x, ["encoder-level2-repeat1-res-out"], as_maps=True)["encoder-level2-repeat1-res-out"])
+    assert torch.equal(
+        maps[0],
+        backbone.forward_activations(x, ["encoder-level2-repeat1-res-out"], as_maps=True)[
+            "encoder-level2-repeat1-res-out"
+        ],
+    )
     assert all(torch.equal(a, b) for a, b in zip(maps[1:], upsampled(x)[1:], strict=True))
     parameters = {n: p.shape for n, p in backbone.named_parameters()}
     assert parameters == {n: p.shape for n, p in upsampled.named_parameters()}, "they cost nothing"
 
 
 def test_training_leaves_the_encoder_as_it_is(folder, x):
-    backbone = db.create_model("sd15_gdf", checkpoint_path=folder, out_strides=STRIDES, encoder_levels=True, trainable=True)
+    backbone = db.create_model(
+        "sd15_gdf", checkpoint_path=folder, out_strides=STRIDES, encoder_levels=True, trainable=True
+    )
     maps = backbone.train()(x)
     assert not maps[0].requires_grad
     sum(m.float().pow(2).mean() for m in maps[1:]).backward()
@@ -87,18 +103,31 @@ def test_training_leaves_the_encoder_as_it_is(folder, x):
 def test_what_cannot_be_is_refused(folder, x):
     backbone = db.create_model("sd15_gdf", checkpoint_path=folder, out_strides=STRIDES, encoder_levels=True)
     z = backbone.encode(x)
-    with pytest.raises(ValueError, match=r"encoder-level2-repeat1-res-out is read in the image encoder, so it needs the image, and latents were given"):
+    with pytest.raises(
+        ValueError,
+        match=r"encoder-level2-repeat1-res-out is read in the image encoder, so it needs the image, and latents were "
+        r"given",
+    ):
         backbone(latents=z)
     with pytest.raises(ValueError, match="take other levels with indices="):
         backbone.forward_latents(z, (100, 150))
     assert len(backbone.forward_latents(z, (100, 150), indices=[1, 2, 3])) == 3
-    with pytest.raises(ValueError, match="encoder-level0-repeat0-res-out is read in the image encoder, and no level in the diffusion network"):
+    with pytest.raises(
+        ValueError,
+        match="encoder-level0-repeat0-res-out is read in the image encoder, and no level in the diffusion network",
+    ):
         db.create_model("sd15", recipe=["encoder-level0-repeat0-res-out"], device="meta")
-    with pytest.raises(ValueError, match=r"encoder_levels=True: no map of the image encoder has stride 3; it has \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"encoder_levels=True: no map of the image encoder has stride 3; it has \[1, 2, 4, 8\]"
+    ):
         db.create_model("sd15_gdf", device="meta", out_strides=(3, 8), encoder_levels=True)
     with pytest.raises(ValueError, match="no map of the image encoder has stride 4; it has none that can be read"):
-        db.create_model("sana_1600m_1024", recipe=["vit-block3-out"], device="meta", out_strides=(4, 8), encoder_levels=True)
-    with pytest.raises(ValueError, match=r"encoder_levels=True fills strides .* needs out_strides=, such as \(4, 8, 16, 32\)"):
+        db.create_model(
+            "sana_1600m_1024", recipe=["vit-block3-out"], device="meta", out_strides=(4, 8), encoder_levels=True
+        )
+    with pytest.raises(
+        ValueError, match=r"encoder_levels=True fills strides .* needs out_strides=, such as \(4, 8, 16, 32\)"
+    ):
         db.create_model("sd15_gdf", device="meta", encoder_levels=True)
     with pytest.raises(KeyError, match="encoder-level9-repeat0-res-out"):
         db.create_model("sd15", recipe=["encoder-level9-repeat0-res-out"], device="meta")

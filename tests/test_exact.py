@@ -71,7 +71,11 @@ def test_a_pyramid_is_the_whole_published_path(name, tiny_folder, photo):
     with torch.no_grad():
         z = networks["vae"].encode(padded).latent_dist.mode()
     z = z * (networks["vae"].config.scaling_factor if recipe.scaled else 1)
-    draws = [backbone.canvas[i, :, : z.shape[2], : z.shape[3]] for i in range(recipe.ensemble)] if recipe.noise == "fixed" else [None]
+    draws = (
+        [backbone.canvas[i, :, : z.shape[2], : z.shape[3]] for i in range(recipe.ensemble)]
+        if recipe.noise == "fixed"
+        else [None]
+    )
     scheduler = DDPMScheduler.from_config(package_configs(checkpoint)["scheduler"])
     expected: dict[str, list[torch.Tensor]] = {id: [] for id in recipe.ids}
     oracle = Oracle(networks["unet"])
@@ -80,7 +84,10 @@ def test_a_pyramid_is_the_whole_published_path(name, tiny_folder, photo):
         cond: dict[str, object] = {"encoder_hidden_states": backbone.conditioning.prompt_embeds}
         if hasattr(backbone.conditioning, "pooled_prompt_embeds"):
             time_ids = torch.tensor([[90.0, 130, 0, 0, 90, 130]])
-            cond["added_cond_kwargs"] = {"text_embeds": backbone.conditioning.pooled_prompt_embeds, "time_ids": time_ids}
+            cond["added_cond_kwargs"] = {
+                "text_embeds": backbone.conditioning.pooled_prompt_embeds,
+                "time_ids": time_ids,
+            }
         oracle(z_t, recipe.timestep, **cond)
         for id in recipe.ids:
             act = (vae if id.startswith("encoder") else oracle)[id]

@@ -32,20 +32,27 @@ def few(tmp_path_factory):
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
     index = json.loads((folder / "scenes.json").read_text())
     index["splits"] = {name: captions[: 4 if name == "probe" else 1] for name, captions in index["splits"].items()}
-    rows = {split: [i for i, row in enumerate(index["pairs"]) if row["split"] == split][:2] for split in ("identities", "style")}
+    rows = {
+        split: [i for i, row in enumerate(index["pairs"]) if row["split"] == split][:2]
+        for split in ("identities", "style")
+    }
     chosen = sorted(rows["identities"] + rows["style"])
     for new, old in enumerate(chosen):
         for end in ("source", "target"):
             shutil.copy(FOLDER / "pairs" / f"{old:03}-{end}.jpg", folder / "pairs" / f"{new:03}-{end}.jpg")
     index["pairs"] = [index["pairs"][i] for i in chosen]
     (folder / "scenes.json").write_text(json.dumps(index))
-    assert [len(part) for part in (load_scenes(folder).probe, load_scenes(folder).style, load_scenes(folder).pairs)] == [4, 1, 4]
+    assert [
+        len(part) for part in (load_scenes(folder).probe, load_scenes(folder).style, load_scenes(folder).pairs)
+    ] == [4, 1, 4]
     return folder
 
 
 def run(name: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    return subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py", *options], env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", *options], env=env, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -53,7 +60,9 @@ def test_an_example_learns_and_writes_what_it_says(name, few, tmp_path):
     process = run(name, "--output", tmp_path / "new" / "folder", "--steps", "20", "--scenes", few)
     assert process.returncode == 0, process.stderr
     written = json.loads((tmp_path / "new" / "folder" / f"{name}.json").read_text())
-    assert list(written["table"]) == [f"{backbone}: {row}" for backbone in ("trained", "untrained") for row in ROWS[name]]
+    assert list(written["table"]) == [
+        f"{backbone}: {row}" for backbone in ("trained", "untrained") for row in ROWS[name]
+    ]
     for title, row in written["table"].items():
         printed = re.search(rf"^{re.escape(title)} +(.*)$", process.stdout, flags=re.MULTILINE)
         assert printed[1].split() == [f"{value:.1f}" for value in row.values()]

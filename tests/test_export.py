@@ -48,7 +48,10 @@ def same(maps, expected):
 def run_without_the_package(path, batches, tmp_path):
     torch.save(batches, tmp_path / "images.pt")
     run = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(path), str(tmp_path / "images.pt"), str(tmp_path / "maps.pt")], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", WITHOUT, str(path), str(tmp_path / "images.pt"), str(tmp_path / "maps.pt")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(tmp_path / "maps.pt"), json.loads(run.stdout.splitlines()[-1])
@@ -73,7 +76,23 @@ def test_a_compiled_file_of_any_size_and_batch(tmp_path):
 
 def test_the_command(backbone, tmp_path):
     path = tmp_path / "new" / "program.pt2"
-    result = CliRunner().invoke(main, ["export", "tinysd_gdf", "-o", str(path), "--program", "--levels", "0,2", "--size", "64", "128", "--device", "cpu"])
+    result = CliRunner().invoke(
+        main,
+        [
+            "export",
+            "tinysd_gdf",
+            "-o",
+            str(path),
+            "--program",
+            "--levels",
+            "0,2",
+            "--size",
+            "64",
+            "128",
+            "--device",
+            "cpu",
+        ],
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == str(path)
     assert "(B, 3, H, W) float32, RGB in [-1, 1]" in result.stdout
@@ -81,7 +100,12 @@ def test_the_command(backbone, tmp_path):
     [maps], about = run_without_the_package(path, [x], tmp_path)
     same(maps, backbone(x, indices=[0, 2]))
     assert about["name"] == "tinysd_gdf"
-    assert (about["channels"], about["strides"], about["size"], about["batch"]) == ("48 224", "8 32", "64 x 128", "1 to 32")
+    assert (about["channels"], about["strides"], about["size"], about["batch"]) == (
+        "48 224",
+        "8 32",
+        "64 x 128",
+        "1 to 32",
+    )
 
 
 @pytest.mark.parametrize("settings", [{"size": (50, 36)}, {"size": (32, 32), "batch": 2}, {"dynamic": True}], ids=str)
@@ -159,10 +183,15 @@ def test_bad_input(backbone, tmp_path):
 
 
 def test_what_is_missing_is_said(backbone, tmp_path, monkeypatch):
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(FileNotFoundError, match="needs a C\\+\\+ compiler"),
+    ):
         db.export(backbone, tmp_path / "a.pt2")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"onnx and onnxscript; install them with pip install 'diffusion-backbones\[export\]'"):
+    with pytest.raises(
+        ImportError, match=r"onnx and onnxscript; install them with pip install 'diffusion-backbones\[export\]'"
+    ):
         db.export(backbone, tmp_path / "a.onnx")
 
 

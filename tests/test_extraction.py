@@ -44,7 +44,9 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     (folder / "inner").mkdir(parents=True)
     photo = Image.open(PHOTO)
-    for i, (name, size) in enumerate([("a.jpg", (64, 48)), ("b.png", (64, 48)), ("c.jpg", (80, 64)), ("inner/a.jpg", (64, 48))]):
+    for i, (name, size) in enumerate(
+        [("a.jpg", (64, 48)), ("b.png", (64, 48)), ("c.jpg", (80, 64)), ("inner/a.jpg", (64, 48))]
+    ):
         photo.crop((40 * i, 30 * i, 40 * i + size[0], 30 * i + size[1])).save(folder / name)
     return folder
 
@@ -57,12 +59,18 @@ def metadata(path: Path) -> dict[str, str]:
 def same(one: Path, other: Path) -> bool:
     """Whether two files hold the same features and say the same about them; safetensors orders metadata at random."""
     a, b = load_file(one), load_file(other)
-    return metadata(one) == metadata(other) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return (
+        metadata(one) == metadata(other) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    )
 
 
 def litter(folder: Path) -> list[Path]:
     """Whatever is neither a manifest nor a whole file of features."""
-    return [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and (p.name.startswith(".") or p.suffix != ".safetensors")]
+    return [
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != MANIFEST and (p.name.startswith(".") or p.suffix != ".safetensors")
+    ]
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -77,7 +85,13 @@ def test_files_hold_the_pyramid_and_say_what_it_is(backbone, photos, tmp_path):
     summary = extract(backbone, images.find([photos]), out)
     assert (summary.done, summary.skipped, summary.failed) == (4, 0, {})
     written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-    assert written == ["a.jpg.safetensors", "b.png.safetensors", "c.jpg.safetensors", "inner/a.jpg.safetensors", "manifest.json"]
+    assert written == [
+        "a.jpg.safetensors",
+        "b.png.safetensors",
+        "c.jpg.safetensors",
+        "inner/a.jpg.safetensors",
+        "manifest.json",
+    ]
     x = to_tensor(Image.open(photos / "c.jpg"))[None] * 2 - 1
     found = load_file(out / "c.jpg.safetensors")
     for i, level in enumerate(backbone(x)):
@@ -110,7 +124,11 @@ def test_a_size_means_what_timm_means(backbone, photos, tmp_path):
 def test_batches_hold_images_of_one_size_and_change_nothing(backbone, photos, tmp_path, monkeypatch):
     shapes = []
     forward = DiffusionBackbone.forward
-    monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x, *args, **kwargs: shapes.append(tuple(x.shape)) or forward(self, x, *args, **kwargs))
+    monkeypatch.setattr(
+        DiffusionBackbone,
+        "forward",
+        lambda self, x, *args, **kwargs: shapes.append(tuple(x.shape)) or forward(self, x, *args, **kwargs),
+    )
     extract(backbone, images.find([photos]), tmp_path / "alone")
     assert [shape[0] for shape in shapes] == [1, 1, 1, 1]
     shapes.clear()
@@ -158,7 +176,12 @@ def test_threads_change_nothing(backbone, photos, tmp_path, batch_size, capsys):
     for workers in (0, 1, 3):
         out = tmp_path / f"out{workers}"
         summary = extract(backbone, images.find([photos]), out, batch_size=batch_size, workers=workers)
-        told[workers] = summary, json.loads((out / MANIFEST).read_text()), sorted(p.relative_to(out) for p in out.rglob("*")), capsys.readouterr()
+        told[workers] = (
+            summary,
+            json.loads((out / MANIFEST).read_text()),
+            sorted(p.relative_to(out) for p in out.rglob("*")),
+            capsys.readouterr(),
+        )
         assert told[workers] == told[0]
         for path in (tmp_path / "out0").rglob("*.safetensors"):
             assert same(out / path.relative_to(tmp_path / "out0"), path)
@@ -170,8 +193,16 @@ def meet(monkeypatch, timeout: float) -> threading.Barrier:
     barrier, calls = threading.Barrier(3, timeout=timeout), iter(range(1000))
     load, forward, write = images.load, DiffusionBackbone.forward, safetensors_io.write
     monkeypatch.setattr(images, "load", lambda path: (barrier.wait() if path.name == "04.png" else None, load(path))[1])
-    monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x: (barrier.wait() if next(calls) == 1 else None, forward(self, x))[1])
-    monkeypatch.setattr(safetensors_io, "write", lambda path, *args: (barrier.wait() if path.name.startswith("00.png") else None, write(path, *args))[1])
+    monkeypatch.setattr(
+        DiffusionBackbone,
+        "forward",
+        lambda self, x: (barrier.wait() if next(calls) == 1 else None, forward(self, x))[1],
+    )
+    monkeypatch.setattr(
+        safetensors_io,
+        "write",
+        lambda path, *args: (barrier.wait() if path.name.startswith("00.png") else None, write(path, *args))[1],
+    )
     return barrier
 
 
@@ -188,7 +219,8 @@ def test_without_threads_one_thing_is_done_after_another(backbone, strip, tmp_pa
 
 def test_a_slow_disk_stops_the_reading(backbone, strip, tmp_path, monkeypatch):
     batch_size, workers = 2, 3
-    # Two batches are computed, one image more tells that the second is full, and the next batch and one for each worker are read meanwhile.
+    # Two batches are computed, one image more tells that the second is full, and the next batch and one for each worker
+    # are read meanwhile.
     most = 2 * batch_size + 1 + batch_size + workers
     read, changed, seen = [], threading.Condition(), []
     load, write = images.load, safetensors_io.write
@@ -203,7 +235,7 @@ def test_a_slow_disk_stops_the_reading(backbone, strip, tmp_path, monkeypatch):
         if path.name.startswith("00.png"):
             with changed:
                 seen.append(changed.wait_for(lambda: len(read) >= most, timeout=120))
-            time.sleep(0.3)                                   # time to read on, if nothing held it
+            time.sleep(0.3)  # time to read on, if nothing held it
             seen.append(len(read))
         write(path, *args)
 
@@ -226,10 +258,12 @@ def test_the_features_of_few_batches_are_in_memory(backbone, strip, tmp_path, mo
         return output
 
     monkeypatch.setattr(Computer, "__call__", counting)
-    monkeypatch.setattr(safetensors_io, "write", lambda *args: (time.sleep(0.08), write(*args)))        # slower than the network
+    monkeypatch.setattr(
+        safetensors_io, "write", lambda *args: (time.sleep(0.08), write(*args))
+    )  # slower than the network
     extract(backbone, images.find([strip]), tmp_path / "out", batch_size=2, workers=2)
     assert len(most) == 12
-    assert 2 <= max(most) <= 3, most                         # two, or a third that a thread has written and still holds
+    assert 2 <= max(most) <= 3, most  # two, or a third that a thread has written and still holds
 
 
 def fail_at(monkeypatch, where: str) -> None:
@@ -241,11 +275,21 @@ def fail_at(monkeypatch, where: str) -> None:
             raise error
 
     if where == "read":
-        monkeypatch.setattr(images, "load", lambda path: (when(path.name == "03.png", RuntimeError("broken")), load(path))[1])
+        monkeypatch.setattr(
+            images, "load", lambda path: (when(path.name == "03.png", RuntimeError("broken")), load(path))[1]
+        )
     elif where == "compute":
-        monkeypatch.setattr(DiffusionBackbone, "forward", lambda self, x: (when(next(calls) == 1, RuntimeError("broken")), forward(self, x))[1])
+        monkeypatch.setattr(
+            DiffusionBackbone,
+            "forward",
+            lambda self, x: (when(next(calls) == 1, RuntimeError("broken")), forward(self, x))[1],
+        )
     else:
-        monkeypatch.setattr(safetensors_io, "write", lambda path, *args: (when(path.name.startswith("03.png"), OSError("broken")), write(path, *args))[1])
+        monkeypatch.setattr(
+            safetensors_io,
+            "write",
+            lambda path, *args: (when(path.name.startswith("03.png"), OSError("broken")), write(path, *args))[1],
+        )
 
 
 @pytest.mark.parametrize(("where", "finished"), [("read", 2), ("compute", 2), ("write", 3)])
@@ -273,7 +317,11 @@ def test_values_are_not_read_before_they_have_arrived(backbone, strip, tmp_path,
     def late(self, batch):
         output = compute(self, batch)
         maps = [torch.zeros_like(level) for level in output.pyramid]
-        return replace(output, pyramid=maps, arrived=lambda: [level.copy_(value) for level, value in zip(maps, output.pyramid, strict=True)])
+        return replace(
+            output,
+            pyramid=maps,
+            arrived=lambda: [level.copy_(value) for level, value in zip(maps, output.pyramid, strict=True)],
+        )
 
     monkeypatch.setattr(Computer, "__call__", late)
     extract(backbone, files, tmp_path / "late", batch_size=2)
@@ -282,7 +330,9 @@ def test_values_are_not_read_before_they_have_arrived(backbone, strip, tmp_path,
 
 
 def test_what_a_gpu_is_asked_for(backbone, strip, tmp_path, monkeypatch):
-    """Every image is pinned, every copy leaves the CPU free, and every batch is waited for: CUDA's calls, answered by the CPU."""
+    """Every image is pinned, every copy leaves the CPU free, and every batch is waited for: CUDA's calls, answered by
+    the CPU.
+    """
     files, asked = images.find([strip])[:6], []
     to = torch.Tensor.to
 
@@ -471,13 +521,28 @@ def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_p
 
 
 def start(photos: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "diffusion_backbones.cli.program", "extract", NAME, str(photos), "-o", str(out), "--device", "cpu"]
-    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # otherwise another number rounds the last digit
+    command = [
+        sys.executable,
+        "-m",
+        "diffusion_backbones.cli.program",
+        "extract",
+        NAME,
+        str(photos),
+        "-o",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    env = os.environ | dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads())
+    )  # otherwise another number rounds the last digit
 
-    def interruptible() -> None:                # a shell that runs tests in the background lets its children ignore Ctrl-C
+    def interruptible() -> None:  # a shell that runs tests in the background lets its children ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=interruptible)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=interruptible
+    )
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, n: int) -> None:
@@ -506,7 +571,9 @@ def test_interrupted_and_killed_runs_go_on_where_they_stopped(backbone, tmp_path
     assert "Traceback" not in told
     assert 3 <= len(first) < n
     assert litter(out) == []
-    assert {name for name, status in statuses(out).items() if status == "done"} == {path.name.removesuffix(".safetensors") for path in first}
+    assert {name for name, status in statuses(out).items() if status == "done"} == {
+        path.name.removesuffix(".safetensors") for path in first
+    }
 
     process = start(photos, out)
     wait_for(process, out, len(first) + 3)
@@ -540,7 +607,11 @@ shutil.copytree(full, copy)
 
 
 def can_mount() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
+    return (
+        bool(shutil.which("unshare"))
+        and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode
+        == 0
+    )
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs user namespaces: `unshare -rm mount -t tmpfs tmpfs /mnt`")
@@ -552,7 +623,9 @@ def test_full_and_read_only_disks(photos, tmp_path):
         folder.mkdir()
     copy = tmp_path / "copy"
     command = ["unshare", "-rm", sys.executable, "-c", MOUNTS, str(photos), *map(str, folders), str(copy)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "cache")})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "cache")}
+    )
     assert result.returncode == 0, result.stderr
     full, read_only = result.stdout.splitlines()
     assert full.startswith("1 Error: ")

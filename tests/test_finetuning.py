@@ -92,7 +92,9 @@ def test_copies_saved_folders_and_shorter_networks_are_what_was_trained(way, x, 
         step(backbone, optimizer, x)
     maps = backbone(x)
     again = build(way)
-    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in trained(again).values())), trained(again).values())
+    torch.nn.utils.vector_to_parameters(
+        torch.zeros(sum(p.numel() for p in trained(again).values())), trained(again).values()
+    )
     again.load_state_dict({n: p.detach() for n, p in trained(backbone).items()}, strict=False)
     for other in (again, copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
         assert same(other(x), maps)
@@ -101,7 +103,9 @@ def test_copies_saved_folders_and_shorter_networks_are_what_was_trained(way, x, 
     for a, b in zip(saved(x), maps, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert list(trained(saved)) == list(trained(backbone))
-    assert load_file(tmp_path / "model.safetensors").keys() == build(False).state_dict().keys() - {"canvas"}, "adapters are merged"
+    assert load_file(tmp_path / "model.safetensors").keys() == build(False).state_dict().keys() - {"canvas"}, (
+        "adapters are merged"
+    )
 
     backbone.prune_intermediate_layers([1, 2])
     backbone.zero_grad()
@@ -130,7 +134,7 @@ def test_training_resumes_as_if_it_had_not_stopped(way, x, tmp_path):
 @every_way
 def test_checkpointing_gives_the_same_gradients(way, x):
     backbone = build(way).train()
-    if way == "lora":                       # with B at zero, A has no gradient that could differ
+    if way == "lora":  # with B at zero, A has no gradient that could differ
         for name, parameter in trained(backbone).items():
             if ".lora_B" in name:
                 torch.nn.init.normal_(parameter, 0, 0.02)
@@ -205,7 +209,11 @@ def test_timm_groups_by_depth_and_spares_the_prompt(way):
     backbone = build(way)
     groups = param_groups_layer_decay(backbone, layer_decay=0.5, no_weight_decay_list=backbone.no_weight_decay())
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in trained(backbone).values()}
-    decay = {id(p): g["weight_decay"] for g in param_groups_weight_decay(backbone, 0.1, no_weight_decay_list=backbone.no_weight_decay()) for p in g["params"]}
+    decay = {
+        id(p): g["weight_decay"]
+        for g in param_groups_weight_decay(backbone, 0.1, no_weight_decay_list=backbone.no_weight_decay())
+        for p in g["params"]
+    }
     assert ({decay[id(p)] for p in trained(backbone).values()} == {0.0}) == (way == "prompt")
     if way == "lora":
         scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -221,10 +229,16 @@ def test_timm_groups_by_depth_and_spares_the_prompt(way):
 @pytest.mark.parametrize(("checkpoint", "recipe"), [("sd15", "sd15_gdf"), ("dit_xl_256", ["vit-block3-out"])])
 def test_adapters_are_on_the_projections_that_are_left(checkpoint, recipe, tiny_folder, x):
     name, recipe = (recipe, None) if isinstance(recipe, str) else (checkpoint, recipe)
-    backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(checkpoint), trainable="lora", lora_rank=2)
+    backbone = db.create_model(
+        name, recipe=recipe, checkpoint_path=tiny_folder(checkpoint), trainable="lora", lora_rank=2
+    )
     plain = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(checkpoint))
     assert same(backbone(x), plain(x))
-    linear = {n for n, m in plain.denoiser.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(trainable.PROJECTIONS)}
+    linear = {
+        n
+        for n, m in plain.denoiser.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.endswith(trainable.PROJECTIONS)
+    }
     adapted = {n.removeprefix("denoiser.").partition(".lora_")[0] for n in trained(backbone)}
     assert adapted == linear
     assert {min(p.shape) for p in trained(backbone).values()} == {2}
@@ -290,7 +304,9 @@ def test_some_tokens_can_be_learned_and_a_call_may_bring_its_own(x, frozen, tmp_
 
 def test_learned_tokens_are_not_masked(tiny_folder):
     """The empty prompt of PixArt has one token, and its others are masked; of learned ones none is."""
-    kwargs = dict(recipe=["vit-block6-out"], checkpoint_path=tiny_folder("pixart_alpha_256"), trainable="prompt", noise="none")
+    kwargs = dict(
+        recipe=["vit-block6-out"], checkpoint_path=tiny_folder("pixart_alpha_256"), trainable="prompt", noise="none"
+    )
     torch.manual_seed(0)
     z = torch.randn(1, 4, 8, 8)
     reached = []
@@ -335,11 +351,27 @@ def test_a_head_on_kept_latents_learns_what_it_learns_on_images(x):
         (dict(trainable="all"), ValueError, "trainable must be one of False, True, 'lora', 'prompt', got 'all'"),
         (dict(trainable=1), ValueError, "trainable must be one of .*, got 1"),
         (dict(lora_rank=4), TypeError, "lora_rank=4 is for trainable='lora', and trainable is False"),
-        (dict(trainable="lora", prompt_tokens=4), TypeError, "prompt_tokens=4 is for trainable='prompt', and trainable is 'lora'"),
+        (
+            dict(trainable="lora", prompt_tokens=4),
+            TypeError,
+            "prompt_tokens=4 is for trainable='prompt', and trainable is 'lora'",
+        ),
         (dict(trainable="lora", lora_rank=0), ValueError, "lora_rank must be an integer from 1 up, got 0"),
-        (dict(trainable="prompt", prompt_tokens=78), ValueError, "prompt_tokens=78 is more than the 77 tokens of the recipe's prompt"),
-        (dict(trainable="prompt", recipe=["down-level0-repeat0-res-out"]), ValueError, "no activation of tinysd_custom depends on the prompt.*trainable=True"),
-        (dict(trainable="lora", recipe=["down-level0-repeat0-res-out"]), ValueError, "depends on a projection of attention .*trainable=True"),
+        (
+            dict(trainable="prompt", prompt_tokens=78),
+            ValueError,
+            "prompt_tokens=78 is more than the 77 tokens of the recipe's prompt",
+        ),
+        (
+            dict(trainable="prompt", recipe=["down-level0-repeat0-res-out"]),
+            ValueError,
+            "no activation of tinysd_custom depends on the prompt.*trainable=True",
+        ),
+        (
+            dict(trainable="lora", recipe=["down-level0-repeat0-res-out"]),
+            ValueError,
+            "depends on a projection of attention .*trainable=True",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(kwargs, error, message):

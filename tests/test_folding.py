@@ -1,4 +1,6 @@
-"""Folding: the features of a network that was not folded, at any size and batch, without the weights of what does not depend on the image."""
+"""Folding: the features of a network that was not folded, at any size and batch, without the weights of what does not
+depend on the image.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def close(maps, others, names=None):
     """To rounding: within 1e-5 of the largest value."""
     assert len(maps) == len(others) > 0
     for name, a, b in zip(names or range(len(maps)), maps, others, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1, float(b.abs().max())), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-5, atol=1e-5 * max(1, float(b.abs().max())), msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def equal(maps, others):
@@ -40,7 +44,11 @@ def equal(maps, others):
 
 def leaves(network):
     """Path -> module, of those that are a matrix and no more."""
-    return {path: module for path, module in network.named_modules() if not list(module.children()) and any(p.ndim > 1 for p in module.parameters())}
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if not list(module.children()) and any(p.ndim > 1 for p in module.parameters())
+    }
 
 
 # Against the gradient: what an image's gradient does not reach does not depend on the image.
@@ -48,14 +56,19 @@ def leaves(network):
 
 def case_of(name, latent):
     case = Case(name, latent, 50)
-    case.conditioning = {key: tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for key, tensor in case.conditioning.items()}
+    case.conditioning = {
+        key: tensor[:1].repeat(2, *[1] * (tensor.ndim - 1)) for key, tensor in case.conditioning.items()
+    }
     return case
 
 
 def outputs(case):
     """Of every leaf that runs, what it gave; with a graph to the latents."""
     seen, z = {}, case.z.clone().requires_grad_()
-    hooks = [module.register_forward_hook(lambda m, a, out, path=path: seen.setdefault(path, out)) for path, module in leaves(case.cut).items()]
+    hooks = [
+        module.register_forward_hook(lambda m, a, out, path=path: seen.setdefault(path, out))
+        for path, module in leaves(case.cut).items()
+    ]
     case.family.call(case.cut.requires_grad_(False), z, case.timestep, case.conditioning, case.size)
     for hook in hooks:
         hook.remove()
@@ -67,7 +80,11 @@ def test_what_is_gone_is_what_neither_the_image_nor_its_size_reaches_and_every_a
     cases = {shape: case_of(name, latent) for shape, latent in LATENT.items()}
     cases["square"].conditioning = cases["wide"].conditioning
     one, other = (outputs(case) for case in cases.values())
-    constant = {path for path, out in one.items() if not out.requires_grad and out.shape == other[path].shape and torch.equal(out, other[path])}
+    constant = {
+        path
+        for path, out in one.items()
+        if not out.requires_grad and out.shape == other[path].shape and torch.equal(out, other[path])
+    }
     assert constant
     case = cases["wide"]
     folded = copy.deepcopy(case.cut)
@@ -82,7 +99,10 @@ def test_what_is_gone_is_what_neither_the_image_nor_its_size_reaches_and_every_a
 
 @pytest.mark.parametrize("name", UNETS)
 def test_every_activation_of_a_unet_stays(name, tiny_folder):
-    plain, folded = (db.create_model(name, recipe=["unet-out"], checkpoint_path=tiny_folder(name), fold=fold) for fold in (False, True))
+    plain, folded = (
+        db.create_model(name, recipe=["unet-out"], checkpoint_path=tiny_folder(name), fold=fold)
+        for fold in (False, True)
+    )
     assert count_parameters(folded.denoiser) < count_parameters(plain.denoiser)
     ids = [site.id for site in plain.catalogue.all() if not site.encoder]
     d = plain.size_divisibility
@@ -110,7 +130,9 @@ def tiny_backbone(name, tiny_folder, **keywords):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_folded_backbone_gives_the_same_and_is_saved_without_what_it_dropped(name, tiny_folder, photo, tmp_path, monkeypatch):
+def test_a_folded_backbone_gives_the_same_and_is_saved_without_what_it_dropped(
+    name, tiny_folder, photo, tmp_path, monkeypatch
+):
     monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     plain, folded = tiny_backbone(name, tiny_folder), tiny_backbone(name, tiny_folder, fold=True)
     x = torch.cat([photo[..., :75, :170], photo[..., 100:175, 200:370]])
@@ -119,16 +141,24 @@ def test_a_folded_backbone_gives_the_same_and_is_saved_without_what_it_dropped(n
     close(folded(x[:1], ensemble=2, noise="fixed"), plain(x[:1], ensemble=2, noise="fixed"))
 
     gone = constant_folding.constants(folded.denoiser)
-    assert count_parameters(plain.denoiser) - count_parameters(folded.denoiser) == sum(count_parameters(plain.denoiser.get_submodule(path)) for path in gone)
+    assert count_parameters(plain.denoiser) - count_parameters(folded.denoiser) == sum(
+        count_parameters(plain.denoiser.get_submodule(path)) for path in gone
+    )
     assert count_parameters(folded.denoiser) < count_parameters(plain.denoiser)
 
     folder = folded.save_pretrained(tmp_path / "saved")
     names = set(load_file(folder / "model.safetensors"))
-    dropped = {f"denoiser.{path}.{key}" for path in gone for key in safetensors_io.shapes(plain.denoiser.get_submodule(path))}
+    dropped = {
+        f"denoiser.{path}.{key}" for path in gone for key in safetensors_io.shapes(plain.denoiser.get_submodule(path))
+    }
     assert dropped
     assert not names & dropped
     read = []
-    monkeypatch.setattr(safetensors_io, "fill", lambda module, some, fill=safetensors_io.fill: fill(module, (read.append(n) or (n, t) for n, t in some)))
+    monkeypatch.setattr(
+        safetensors_io,
+        "fill",
+        lambda module, some, fill=safetensors_io.fill: fill(module, (read.append(n) or (n, t) for n, t in some)),
+    )
     again = db.create_model(f"local-dir:{folder}")
     assert not {f"denoiser.{n}" for n in read} & dropped
     assert again.folded
@@ -136,7 +166,9 @@ def test_a_folded_backbone_gives_the_same_and_is_saved_without_what_it_dropped(n
     equal(list(again.state_dict().values()), list(folded.state_dict().values()))
     equal(again(x), maps)
     skeleton = db.create_model(f"local-dir:{folder}", device="meta")
-    assert [tuple(m.shape) for m in skeleton(torch.empty(2, 3, 75, 170, device="meta"))] == [tuple(m.shape) for m in maps]
+    assert [tuple(m.shape) for m in skeleton(torch.empty(2, 3, 75, 170, device="meta"))] == [
+        tuple(m.shape) for m in maps
+    ]
 
 
 def test_half_precision(tiny_folder, photo, tmp_path, monkeypatch):
@@ -169,7 +201,11 @@ def x(photo):
 def test_copies_pickles_threads_and_timm(plain, folded, x):
     maps = folded(x)
     close(maps, plain(x))
-    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded)), timm.create_model("tinysd_gdf", pretrained=True, features_only=True, fold=True)):
+    for other in (
+        copy.deepcopy(folded),
+        pickle.loads(pickle.dumps(folded)),
+        timm.create_model("tinysd_gdf", pretrained=True, features_only=True, fold=True),
+    ):
         assert other.folded
         equal(other(x), maps)
     results = []
@@ -222,7 +258,9 @@ def test_it_may_be_cut_afterwards(name, level, tiny_folder, x, tmp_path, monkeyp
 def test_a_deepfloyd_may_be_cut_afterwards(tiny_folder):
     """What the text goes through is in no parameter any more, and still runs."""
     recipe = ["down-level2-repeat0-vit-out", "mid-vit-out"]
-    backbone = db.create_model("deepfloyd_if_xl", recipe=recipe, checkpoint_path=tiny_folder("deepfloyd_if_xl"), fold=True)
+    backbone = db.create_model(
+        "deepfloyd_if_xl", recipe=recipe, checkpoint_path=tiny_folder("deepfloyd_if_xl"), fold=True
+    )
     x = torch.rand(1, 3, 64, 64)
     [expected, _] = backbone(x)
     backbone.prune_intermediate_layers([0])
@@ -238,7 +276,9 @@ def test_under_transformers_it_is_saved_and_loaded(tiny_folder, x, tmp_path):
 
 
 def test_what_a_constant_gives_may_be_written_to():
-    constant = constant_folding.Constant([torch.ones(1, 2), None, torch.ones(3)], [0, None, None], (0, 1, 5), as_tuple=True)
+    constant = constant_folding.Constant(
+        [torch.ones(1, 2), None, torch.ones(3)], [0, None, None], (0, 1, 5), as_tuple=True
+    )
     two, none, same = constant(torch.empty(7, 10))
     assert (tuple(two.shape), none, tuple(same.shape)) == ((2, 2), None, (3,))
     two.zero_(), same.zero_()
@@ -257,7 +297,10 @@ def test_what_a_constant_gives_may_be_written_to():
     ({"guidance": torch.zeros(1)}, "guidance"),
 ])  # fmt: skip
 def test_another_prompt_or_timestep_is_refused(call, named, folded, x):
-    said = rf"tinysd_gdf was built with fold=True, .*so a call cannot change {named}; build it without fold=True, or with the prompt= and timestep="
+    said = (
+        rf"tinysd_gdf was built with fold=True, .*so a call cannot change {named}; build it without fold=True, or "
+        r"with the prompt= and timestep="
+    )
     with pytest.raises(TypeError, match=said):
         folded(x, **call)
     with pytest.raises(TypeError, match=said):
@@ -280,7 +323,10 @@ def test_nothing_is_trained(folded, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: "a card")
     folder = folded.save_pretrained(tmp_path / "saved")
     for way in (True, "prompt"):
-        with pytest.raises(TypeError, match=rf"tinysd_gdf: trainable={way!r} needs the weights that fold=True drops; train it without fold=True"):
+        with pytest.raises(
+            TypeError,
+            match=rf"tinysd_gdf: trainable={way!r} needs the weights that fold=True drops; train it without fold=True",
+        ):
             db.create_model("tinysd_gdf", pretrained=True, fold=True, trainable=way)
         with pytest.raises(TypeError, match=rf"trainable={way!r} needs the weights that fold=True drops"):
             db.create_model(f"local-dir:{folder}", trainable=way)
@@ -293,7 +339,10 @@ def test_random_weights_are_folded(x):
 
 
 def test_on_meta_there_is_nothing_to_fold():
-    with pytest.raises(ValueError, match="tinysd_gdf: fold=True keeps values, and on the meta device there are none; build it on another"):
+    with pytest.raises(
+        ValueError,
+        match="tinysd_gdf: fold=True keeps values, and on the meta device there are none; build it on another",
+    ):
         db.create_model("tinysd_gdf", device="meta", fold=True)
     with pytest.raises(TypeError, match="fold must be True or False, got 'yes'"):
         db.create_model("tinysd_gdf", fold="yes")

@@ -27,7 +27,12 @@ SD15, SD21, SDXL = (db.get_checkpoint(name) for name in ("sd15", "sd21", "sdxl")
 ID = "up-level1-repeat1-vit-out"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIGS = {"unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"}
-TEXT = {"text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+TEXT = {
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+}
 NOT_NEEDED = (
     "README.md",
     "v1-5-pruned.safetensors",
@@ -78,7 +83,9 @@ def equal(a: db.DiffusionBackbone, b: db.DiffusionBackbone) -> bool:
 def test_exactly_the_needed_files_are_downloaded(hub, sd15, tiny_folder):
     backbone = db.create_model("sd15_gdf", pretrained=True)
     assert hub.downloaded(sd15) == CONFIGS | TEXT | {f"unet/{WEIGHTS}", f"vae/{WEIGHTS}"}
-    assert all(hub.sent[f"{sd15}/{name}"] == len(hub.repos[sd15].commits[SD15.revision][name]) for name in hub.downloaded(sd15)), "a file was sent twice"
+    assert all(
+        hub.sent[f"{sd15}/{name}"] == len(hub.repos[sd15].commits[SD15.revision][name]) for name in hub.downloaded(sd15)
+    ), "a file was sent twice"
     assert backbone.provenance == {"repo": sd15, "commit": SD15.revision}
     assert equal(backbone, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
 
@@ -91,13 +98,16 @@ def test_the_template_of_a_chat_belongs_to_a_tokenizer(hub, tiny_folder):
     assert backbone.conditioning.prompt_attention_mask.sum() > 2, "the words of the chat"
 
 
-@pytest.mark.parametrize(("dtype", "published", "expected"), [
-    (torch.float32, ("", ".fp16"), ""),
-    (torch.float16, ("", ".fp16"), ".fp16"),
-    (torch.bfloat16, ("", ".fp16"), ".fp16"),
-    (torch.float16, ("",), ""),
-    (torch.float32, (".fp16",), ".fp16"),
-])
+@pytest.mark.parametrize(
+    ("dtype", "published", "expected"),
+    [
+        (torch.float32, ("", ".fp16"), ""),
+        (torch.float16, ("", ".fp16"), ".fp16"),
+        (torch.bfloat16, ("", ".fp16"), ".fp16"),
+        (torch.float16, ("",), ""),
+        (torch.float32, (".fp16",), ".fp16"),
+    ],
+)
 def test_the_variant_that_fits_the_dtype_is_downloaded(dtype, published, expected, hub, tiny_folder, caplog):
     files = contents(tiny_folder("sd15"))
     for name in ("unet", "vae"):
@@ -112,10 +122,17 @@ def test_the_variant_that_fits_the_dtype_is_downloaded(dtype, published, expecte
 
 def test_an_encoder_that_stays_float32_gets_float32_weights(hub, tiny_folder):
     files = contents(tiny_folder("sdxl"))
-    halves = {name.replace("model.safe", "model.fp16.safe"): data for name, data in files.items() if name.endswith(".safetensors")}
+    halves = {
+        name.replace("model.safe", "model.fp16.safe"): data
+        for name, data in files.items()
+        if name.endswith(".safetensors")
+    }
     hub.commit(SDXL.hub_id, files | halves, commit=SDXL.revision)
     backbone = db.create_model("sdxl_gdf", pretrained=True, dtype=torch.float16)
-    assert {n for n in hub.downloaded(SDXL.hub_id) if "pytorch_model" in n} == {f"vae/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert {n for n in hub.downloaded(SDXL.hub_id) if "pytorch_model" in n} == {
+        f"vae/{WEIGHTS}",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    }
     assert next(backbone.encoder.parameters()).dtype == torch.float32
 
 
@@ -137,7 +154,9 @@ def test_a_repository_of_pickles_is_refused(hub, tiny_folder):
     files = contents(tiny_folder("sd15"))
     files = {name.replace(".safetensors", ".bin"): data for name, data in files.items()}
     hub.commit(SD15.hub_id, files, commit=SD15.revision)
-    with pytest.raises(FileNotFoundError, match=r"hf-hub:stable-diff.*/.*\.bin is a pickle.*runs whatever code.*Convert it once"):
+    with pytest.raises(
+        FileNotFoundError, match=r"hf-hub:stable-diff.*/.*\.bin is a pickle.*runs whatever code.*Convert it once"
+    ):
         db.create_model("sd15_gdf", pretrained=True)
     assert not any(name.endswith(".bin") for name in hub.downloaded(SD15.hub_id))
 
@@ -181,11 +200,18 @@ def test_cleandift_takes_its_unet_from_its_own_repository(hub, sd15, tiny_folder
     cleandift = db.get_checkpoint("cleandift_sd15").denoiser
     tuned = tiny.build("sd15", seed=1)["unet"]
     tuned.save_pretrained(tmp_path / "tuned")
-    commit = hub.commit(cleandift.repo, {cleandift.filename: (tmp_path / "tuned" / WEIGHTS).read_bytes(), "README.md": b""})
+    commit = hub.commit(
+        cleandift.repo, {cleandift.filename: (tmp_path / "tuned" / WEIGHTS).read_bytes(), "README.md": b""}
+    )
     backbone = db.create_model("sd15_cleandift", pretrained=True)
     assert hub.downloaded(cleandift.repo) == {cleandift.filename}
     assert hub.downloaded(sd15) == CONFIGS | TEXT | {f"vae/{WEIGHTS}"}, "the U-Net that is replaced is not downloaded"
-    assert backbone.provenance == {"repo": sd15, "commit": SD15.revision, "unet_repo": cleandift.repo, "unet_commit": commit}
+    assert backbone.provenance == {
+        "repo": sd15,
+        "commit": SD15.revision,
+        "unet_repo": cleandift.repo,
+        "unet_commit": commit,
+    }
     torch.testing.assert_close(backbone.denoiser.conv_in.weight, tuned.conv_in.weight)
     assert torch.equal(next(backbone.encoder.parameters()), next(tiny.build("sd15")["vae"].parameters()))
 
@@ -197,10 +223,14 @@ def test_a_tiny_encoder_comes_from_its_own_repository(hub, sd15, tmp_path):
     whole.save_pretrained(tmp_path / "published")
     commit = hub.add(file.repo, tmp_path / "published")
     with pytest.raises(ConnectionError, match="madebyollin/taesdxl is not on the hub"):
-        db.create_model("sdxl_gdf", pretrained=True, encoder="tiny", checkpoint_path=tiny.folder("sdxl", tmp_path / "sdxl"))
+        db.create_model(
+            "sdxl_gdf", pretrained=True, encoder="tiny", checkpoint_path=tiny.folder("sdxl", tmp_path / "sdxl")
+        )
     backbone = db.create_model("sd15_gdf", pretrained=True, encoder="tiny")
     assert hub.downloaded(file.repo) == {"config.json", file.filename}
-    assert hub.downloaded(sd15) == CONFIGS | TEXT | {f"unet/{WEIGHTS}"}, "the encoder that is replaced is not downloaded"
+    assert hub.downloaded(sd15) == CONFIGS | TEXT | {f"unet/{WEIGHTS}"}, (
+        "the encoder that is replaced is not downloaded"
+    )
     assert backbone.provenance == {"repo": sd15, "commit": SD15.revision, "vae_repo": file.repo, "vae_commit": commit}
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
@@ -218,7 +248,9 @@ def test_cleandift_on_meta_downloads_no_weight(hub, sd15):
 def test_a_denoiser_that_is_published_alone_brings_its_config(hub, tmp_path):
     """PixArt-Sigma 512: VAE and T5 are those of 1024, the transformer and its config its own."""
     checkpoint = db.get_checkpoint("pixart_sigma_512")
-    hub.commit(checkpoint.hub_id, contents(tiny.folder("pixart_sigma_1024", tmp_path / "base")), commit=checkpoint.revision)
+    hub.commit(
+        checkpoint.hub_id, contents(tiny.folder("pixart_sigma_1024", tmp_path / "base")), commit=checkpoint.revision
+    )
     own = tiny.build("pixart_sigma_512", seed=5)["transformer"]
     own.save_pretrained(tmp_path / "own" / "transformer")
     hub.commit(checkpoint.denoiser.repo, contents(tmp_path / "own"), commit=checkpoint.denoiser.revision)
@@ -226,7 +258,9 @@ def test_a_denoiser_that_is_published_alone_brings_its_config(hub, tmp_path):
     assert backbone.configs["transformer"]["sample_size"] == 64
     assert torch.equal(backbone.denoiser.pos_embed.proj.weight, own.pos_embed.proj.weight)
     assert backbone.conditioning.prompt_embeds.shape[1] == 300
-    assert not any(name.startswith(f"{checkpoint.hub_id}/transformer/") and name.endswith(".safetensors") for name in hub.sent)
+    assert not any(
+        name.startswith(f"{checkpoint.hub_id}/transformer/") and name.endswith(".safetensors") for name in hub.sent
+    )
 
 
 def test_a_denoiser_file_lies_on_the_published_rest(hub, sd15, tmp_path):
@@ -235,7 +269,11 @@ def test_a_denoiser_file_lies_on_the_published_rest(hub, sd15, tmp_path):
     backbone = db.create_model("sd15_gdf", pretrained=True, checkpoint_path=tmp_path / "tuned" / WEIGHTS)
     assert f"unet/{WEIGHTS}" not in hub.downloaded(sd15)
     assert torch.equal(backbone.denoiser.conv_in.weight, tuned.conv_in.weight)
-    assert backbone.provenance == {"repo": sd15, "commit": SD15.revision, "unet_path": str(tmp_path / "tuned" / WEIGHTS)}
+    assert backbone.provenance == {
+        "repo": sd15,
+        "commit": SD15.revision,
+        "unet_path": str(tmp_path / "tuned" / WEIGHTS),
+    }
 
 
 # Repositories that do not answer.
@@ -273,7 +311,11 @@ def test_a_gated_repository_is_explained_and_opens_with_a_token(hub, tiny_folder
     for token in (None, "hf_not_accepted"):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(ConnectionError, match=f"{SD15.hub_id} is gated: accept its licence at {hub.url}/{SD15.hub_id} and log in with `hf auth login`"):
+        with pytest.raises(
+            ConnectionError,
+            match=f"{SD15.hub_id} is gated: accept its licence at {hub.url}/{SD15.hub_id} and log in with `hf auth "
+            "login`",
+        ):
             db.create_model("sd15_gdf", pretrained=True)
     monkeypatch.setenv("HF_TOKEN", GRANTED)
     assert db.create_model("sd15_gdf", pretrained=True).provenance["repo"] == SD15.hub_id
@@ -282,7 +324,10 @@ def test_a_gated_repository_is_explained_and_opens_with_a_token(hub, tiny_folder
 def test_a_gated_transformer_is_explained_too(hub, tiny_folder):
     checkpoint = db.get_checkpoint("flux_dev")
     hub.add(checkpoint.hub_id, tiny_folder("flux_dev"), commit=checkpoint.revision, gated=True)
-    with pytest.raises(ConnectionError, match=f"is gated: accept its licence at {hub.url}/{checkpoint.hub_id} and log in with `hf auth login`"):
+    with pytest.raises(
+        ConnectionError,
+        match=f"is gated: accept its licence at {hub.url}/{checkpoint.hub_id} and log in with `hf auth login`",
+    ):
         db.create_model("flux_dev", recipe=["vit-block3-out"], pretrained=True)
 
 
@@ -298,7 +343,9 @@ def test_a_missing_revision_is_named(hub, tiny_folder):
         db.create_model("sd15_gdf", pretrained=True)
 
 
-@pytest.mark.parametrize(("status", "said"), [(401, r"refuses access \(401\): check the token"), (503, "the hub answered 503")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, r"refuses access \(401\): check the token"), (503, "the hub answered 503")]
+)
 def test_a_hub_that_refuses_is_explained(status, said, hub):
     hub.failing = status
     with pytest.raises(ConnectionError, match=said):
@@ -354,7 +401,11 @@ def test_without_network_and_cache_it_fails_quickly_and_says_why(how, hub, sd15,
         hub.failing = 503
     else:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    said = {"off": "the hub cannot be reached", "HF_HUB_OFFLINE": "HF_HUB_OFFLINE is set", "503": "the hub answered 503"}[how]
+    said = {
+        "off": "the hub cannot be reached",
+        "HF_HUB_OFFLINE": "HF_HUB_OFFLINE is set",
+        "503": "the hub answered 503",
+    }[how]
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=f"sd15 cannot be downloaded.*{said}.*not in the cache"):
         db.create_model("sd15_gdf", pretrained=True)
@@ -381,7 +432,9 @@ def test_what_the_cache_lacks_is_named_with_the_reason(hub, sd15):
 
 
 def test_a_snapshot_that_others_downloaded_in_part_serves(hub, sd15):
-    """diffusers downloads with patterns; huggingface_hub then knows that the snapshot is not whole, and by itself refuses it."""
+    """diffusers downloads with patterns; huggingface_hub then knows that the snapshot is not whole, and by itself
+    refuses it.
+    """
     huggingface_hub.snapshot_download(sd15, revision=SD15.revision, allow_patterns=["unet/config.json"])
     db.create_model("sd15_gdf", pretrained=True)
     hub.off()
@@ -399,10 +452,17 @@ print(backbone.provenance["commit"], "transformers.models.clip.modeling_clip" in
 
 def test_a_process_of_its_own_with_the_environments_variables(hub, sd15, tmp_path):
     """HF_ENDPOINT and HF_HUB_OFFLINE are read when huggingface_hub is imported, so this is how users meet them."""
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "PATH": "/usr/bin:/bin"}
+    env = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "PATH": "/usr/bin:/bin",
+    }
 
     def start(**more: str) -> list[str]:
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=env | more, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=env | more, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert "Loading weights" not in done.stderr
         return done.stdout.split()
@@ -420,7 +480,10 @@ def test_a_diffusers_repository_needs_a_recipe(hub, tiny_folder):
     hub.add("me/mine", tiny_folder("sd15"))
     with pytest.raises(TypeError, match=r"hf-hub:me/mine is no saved backbone.*recipe="):
         db.create_model("hf-hub:me/mine")
-    assert equal(db.create_model("hf-hub:me/mine", recipe=[ID]), db.create_model("sd15", recipe=[ID], checkpoint_path=tiny_folder("sd15")))
+    assert equal(
+        db.create_model("hf-hub:me/mine", recipe=[ID]),
+        db.create_model("sd15", recipe=[ID], checkpoint_path=tiny_folder("sd15")),
+    )
 
 
 def test_a_revision_is_taken_from_the_name(hub, tiny_folder, tmp_path):
@@ -428,7 +491,10 @@ def test_a_revision_is_taken_from_the_name(hub, tiny_folder, tmp_path):
     hub.add("me/mine", tiny.folder("sd15", tmp_path / "new", seed=1))
     branch = hub.add("me/mine", tiny.folder("sd15", tmp_path / "branch", seed=2), revision="refs/pr/3")
     for revision, commit in ((old, old), ("refs/pr/3", branch)):
-        assert db.create_model(f"hf-hub:me/mine@{revision}", recipe=[ID]).provenance == {"repo": "me/mine", "commit": commit}
+        assert db.create_model(f"hf-hub:me/mine@{revision}", recipe=[ID]).provenance == {
+            "repo": "me/mine",
+            "commit": commit,
+        }
     with pytest.raises(ConnectionError, match="me/mine has no revision 'nowhere'"):
         db.create_model("hf-hub:me/mine@nowhere", recipe=[ID])
 
@@ -438,7 +504,12 @@ def test_push_creates_a_repository_of_three_files_that_loads_back(hub, tiny_fold
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     url = backbone.push_to_hub("me/mine")
     assert url == f"{hub.url}/me/mine"
-    assert set(hub.repos["me/mine"].commits[hub.repos["me/mine"].refs["main"]]) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert set(hub.repos["me/mine"].commits[hub.repos["me/mine"].refs["main"]]) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     hub.forget()
     again = db.create_model("hf-hub:me/mine")
     assert hub.downloaded("me/mine") == {"config.json", "model.safetensors"}
@@ -456,7 +527,10 @@ def test_push_creates_a_repository_of_three_files_that_loads_back(hub, tiny_fold
 def test_what_was_downloaded_is_recorded_where_it_is_saved(hub, sd15, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", GRANTED)
     db.create_model("sd15_gdf", pretrained=True).save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["provenance"] == {"repo": sd15, "commit": SD15.revision}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["provenance"] == {
+        "repo": sd15,
+        "commit": SD15.revision,
+    }
 
 
 def test_a_private_repository_stays_private(hub, tiny_folder, monkeypatch):
@@ -471,6 +545,8 @@ def test_a_private_repository_stays_private(hub, tiny_folder, monkeypatch):
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_other", 403)])
 def test_a_push_without_rights_says_so_and_uploads_nothing(token, status, hub, tiny_folder):
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
-    with pytest.raises(ConnectionError, match=rf"nothing was uploaded: me/mine refuses access \({status}\): check the token"):
+    with pytest.raises(
+        ConnectionError, match=rf"nothing was uploaded: me/mine refuses access \({status}\): check the token"
+    ):
         backbone.push_to_hub("me/mine", token=token)
     assert not hub.repos

@@ -52,7 +52,10 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_missing_dependency_is_named():
-    process = run(f"import sys; sys.modules['wrapt'] = None\nimport torch; torch.hub.load({str(ROOT)!r}, 'tinysd_gdf', source='local')")
+    process = run(
+        f"import sys; sys.modules['wrapt'] = None\nimport torch; torch.hub.load({str(ROOT)!r}, 'tinysd_gdf', "
+        "source='local')"
+    )
     assert "Missing dependencies: wrapt" in process.stderr
 
 
@@ -72,5 +75,8 @@ print([tuple(level.shape) for level in backbone(torch.zeros(1, 3, 64, 64), promp
 
 
 def test_importing_the_entries_loads_no_network():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hubconf; assert 'diffusers' not in sys.modules; assert 'torch' not in sys.modules"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hubconf; assert 'diffusers' not in sys.modules; "
+        "assert 'torch' not in sys.modules"
+    )
     assert run(code).returncode == 0

@@ -36,9 +36,11 @@ def test_latents_of_qwen_are_the_first_frame_of_a_video(tiny_folder):
     backbone = db.create_model("qwen_image", recipe=["vit-block0-out"], checkpoint_path=folder)
     vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae")
     mode = vae.encode(image()[:, :, None]).latent_dist.mode()
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     torch.testing.assert_close(backbone.encode(image()), ((mode - mean) / std)[:, :, 0], rtol=1e-5, atol=1e-5)
-    assert not hasattr(backbone.encoder, "_enc_feat_map")           # nothing of an image stays behind
+    assert not hasattr(backbone.encoder, "_enc_feat_map")  # nothing of an image stays behind
     whole = sum(p.numel() for p in vae.encoder.parameters())
     assert sum(p.numel() for p in backbone.encoder.parameters()) < whole
 
@@ -49,5 +51,7 @@ def test_a_language_model_without_a_tensor_is_refused(tmp_path):
     state = load_file(path)
     state.pop("model.layers.3.mlp.up_proj.weight")
     save_file(state, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of Qwen3ForCausalLM, the first is model\.layers\.3\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 tensors of Qwen3ForCausalLM, the first is model\.layers\.3\.mlp\.up_proj\.weight"
+    ):
         db.create_model("flux2_klein_4b", recipe=["vit-block0-out"], checkpoint_path=folder)

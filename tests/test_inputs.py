@@ -43,7 +43,12 @@ def test_every_format_gives_the_features_of_the_same_pixels(name, pixels):
     for a, b in zip(maps, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     if name in ("symmetric", "uint8"):
-        torch.testing.assert_close(backbone.encode(handed_over(pixels, name).float()), backbone.encode(handed_over(pixels, name)), rtol=0, atol=0)
+        torch.testing.assert_close(
+            backbone.encode(handed_over(pixels, name).float()),
+            backbone.encode(handed_over(pixels, name)),
+            rtol=0,
+            atol=0,
+        )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -58,7 +63,14 @@ def test_our_own_preprocessing_follows_the_format(name, pixels):
 
 @pytest.mark.parametrize(
     ("expected", "given"),
-    [("symmetric", "imagenet"), ("symmetric", "uint8"), ("symmetric", "detectron2-bgr"), ("unit", "symmetric"), ("imagenet", "uint8"), ("unit", "imagenet")],
+    [
+        ("symmetric", "imagenet"),
+        ("symmetric", "uint8"),
+        ("symmetric", "detectron2-bgr"),
+        ("unit", "symmetric"),
+        ("imagenet", "uint8"),
+        ("unit", "imagenet"),
+    ],
 )
 def test_values_that_cannot_be_are_noticed(expected, given):
     pixels = torch.tensor([0, 255]).to(torch.uint8).repeat(1, 3, 8, 4)
@@ -68,7 +80,9 @@ def test_values_that_cannot_be_are_noticed(expected, given):
 
 
 def test_values_that_nothing_gives_are_noticed():
-    with pytest.warns(UserWarning, match=r"takes images in \[-1, 1\], and values lie beyond: no input_format goes so far"):
+    with pytest.warns(
+        UserWarning, match=r"takes images in \[-1, 1\], and values lie beyond: no input_format goes so far"
+    ):
         db.create_model("tinysd_gdf", pretrained=True)(torch.full((1, 3, 8, 8), 1e4))
 
 
@@ -78,7 +92,9 @@ def test_resizing_may_overshoot(recwarn):
 
 
 def test_an_unknown_format_is_refused_and_integers_only_where_they_belong():
-    with pytest.raises(ValueError, match="input_format='rgb' is none of 'symmetric', 'unit', 'uint8', 'imagenet', 'detectron2-bgr'"):
+    with pytest.raises(
+        ValueError, match="input_format='rgb' is none of 'symmetric', 'unit', 'uint8', 'imagenet', 'detectron2-bgr'"
+    ):
         db.create_model("tinysd_gdf", input_format="rgb")
     with pytest.raises(TypeError, match=r"expected .* in \[0, 1\], got torch.uint8.*input_format='uint8'"):
         db.create_model("tinysd_gdf", input_format="unit")(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

@@ -15,7 +15,13 @@ import pytest
 import tiny
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +59,12 @@ def declared_tiny(monkeypatch, tiny_folder, tmp_path):
             data = config.read_text()
             if kind.startswith("tokenizer"):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(config.parent)
-                data = json.dumps({k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")})
+                data = json.dumps(
+                    {
+                        k: getattr(tokenizer, k)
+                        for k in ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")
+                    }
+                )
             (configs / kind / ("config.json" if kind.startswith("tokenizer") else config.name)).write_text(data)
         changed = replace(declaration, checkpoint=replace(declaration.checkpoint, configs=str(configs)))
         monkeypatch.setattr(registry, "_declarations", {**registry._declarations, name: changed})
@@ -90,7 +101,12 @@ LEVELS = {
 
 
 def pipeline(name: str, folder: Path) -> Any:
-    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler, "tokenizer": transformers.CLIPTokenizer}
+    parts = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "scheduler": DDPMScheduler,
+        "tokenizer": transformers.CLIPTokenizer,
+    }
     parts["text_encoder"] = transformers.CLIPTextModel
     if name == "sdxl":
         parts |= {"tokenizer_2": transformers.CLIPTokenizer, "text_encoder_2": transformers.CLIPTextModelWithProjection}
@@ -112,7 +128,10 @@ def stock_pyramid(pipe: Any, levels: list[list[str]], x: Tensor, noise: Tensor, 
     if isinstance(pipe, StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
         size = (x.shape[-2], x.shape[-1])
-        added = {"text_embeds": pooled, "time_ids": pipe._get_add_time_ids(size, (0, 0), size, embeds.dtype, pooled.shape[-1])}
+        added = {
+            "text_embeds": pooled,
+            "time_ids": pipe._get_add_time_ids(size, (0, 0), size, embeds.dtype, pooled.shape[-1]),
+        }
     else:
         embeds, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
     pipe.unet(z, t, embeds, added_cond_kwargs=added)
@@ -131,7 +150,9 @@ def test_a_folder_gives_what_diffusers_pipeline_computes(name, prompt, tiny_fold
     torch.manual_seed(3)
     noise = torch.randn(1, 4, 8, 16)
     backbone = db.create_model(name, checkpoint_path=folder, prompt=prompt)
-    expected = stock_pyramid(pipeline(name.split("_")[0], folder), LEVELS[name], X, noise, int(backbone.declaration.recipe.timestep), prompt)
+    expected = stock_pyramid(
+        pipeline(name.split("_")[0], folder), LEVELS[name], X, noise, int(backbone.declaration.recipe.timestep), prompt
+    )
     for ours, stock in zip(backbone(X, noise=noise), expected, strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
@@ -151,7 +172,10 @@ def test_an_old_vae_names_its_attention_otherwise(copy, tiny_folder):
     folder = copy()
     edit(folder / VAE, rename)
     assert any("proj_attn" in name for name in load_file(folder / VAE))
-    assert_same(db.create_model("sd15_gdf", checkpoint_path=folder), db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
+    assert_same(
+        db.create_model("sd15_gdf", checkpoint_path=folder),
+        db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")),
+    )
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
@@ -164,7 +188,10 @@ def test_a_text_encoder_is_read_under_old_and_new_names(prefix, copy, tiny_folde
 
     folder = copy()
     edit(folder / TEXT, rename)
-    assert_same(db.create_model("sd15_gdf", checkpoint_path=folder), db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
+    assert_same(
+        db.create_model("sd15_gdf", checkpoint_path=folder),
+        db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")),
+    )
 
 
 @pytest.mark.parametrize("name", ["sd15_gdf", "sd21_dift", "sdxl_gdf"])
@@ -179,25 +206,43 @@ def test_a_single_file_in_the_original_layout_is_the_folder(name, declared_tiny,
 
 def test_a_single_file_encodes_only_the_empty_prompt(declared_tiny, tiny_folder, tmp_path):
     declared_tiny("sd15_gdf")
-    backbone = db.create_model("sd15_gdf", checkpoint_path=original.write("sd15", tiny_folder("sd15"), tmp_path / "model.safetensors"))
+    backbone = db.create_model(
+        "sd15_gdf", checkpoint_path=original.write("sd15", tiny_folder("sd15"), tmp_path / "model.safetensors")
+    )
     backbone(X, prompt="")
-    with pytest.raises(FileNotFoundError, match=r"the prompt 'a cat' needs a tokenizer.*single-file.*Give prompt_embeds="):
+    with pytest.raises(
+        FileNotFoundError, match=r"the prompt 'a cat' needs a tokenizer.*single-file.*Give prompt_embeds="
+    ):
         backbone(X, prompt="a cat")
 
 
 def test_averaged_weights_in_a_single_file_are_told_of(declared_tiny, tiny_folder, tmp_path, caplog):
     declared_tiny("sd15_gdf")
     file = original.write("sd15", tiny_folder("sd15"), tmp_path / "model.safetensors")
-    averaged = {"model_ema." + n.removeprefix("model.").replace(".", ""): t * 2 for n, t in load_file(file).items() if "diffusion_model" in n}
+    averaged = {
+        "model_ema." + n.removeprefix("model.").replace(".", ""): t * 2
+        for n, t in load_file(file).items()
+        if "diffusion_model" in n
+    }
     edit(file, lambda state: state.update(averaged))
-    assert_same(db.create_model("sd15_gdf", checkpoint_path=file), db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
+    assert_same(
+        db.create_model("sd15_gdf", checkpoint_path=file),
+        db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")),
+    )
     assert f"{file} holds averaged (EMA) weights too" in caplog.text
 
 
-@pytest.mark.parametrize(("without", "error", "said"), [
-    ("first_stage_model.", ValueError, "holds no vae in the original layout"),
-    ("cond_stage_model.", FileNotFoundError, "holds no text_encoder, so the prompt cannot be encoded; give a file that holds it"),
-])
+@pytest.mark.parametrize(
+    ("without", "error", "said"),
+    [
+        ("first_stage_model.", ValueError, "holds no vae in the original layout"),
+        (
+            "cond_stage_model.",
+            FileNotFoundError,
+            "holds no text_encoder, so the prompt cannot be encoded; give a file that holds it",
+        ),
+    ],
+)
 def test_a_single_file_without_a_part_is_refused(without, error, said, declared_tiny, tiny_folder, tmp_path):
     declared_tiny("sd15_gdf")
     file = original.write("sd15", tiny_folder("sd15"), tmp_path / "model.safetensors")
@@ -209,13 +254,18 @@ def test_a_single_file_without_a_part_is_refused(without, error, said, declared_
 def test_a_denoiser_file_needs_a_base(tiny_folder, tmp_path):
     tuned = tiny.build("sd15", seed=1)["unet"]
     tuned.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS} holds a denoiser alone.*pretrained=True to take them from stable-diffusion.*or give a diff"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"{WEIGHTS} holds a denoiser alone.*pretrained=True to take them from stable-diffusion.*or give a diff",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=tmp_path / WEIGHTS)
     ids = list(db.get_declaration("sd15_gdf").recipe.ids)
     place = f"local-dir:{tiny_folder('sd15')}"
     backbone = db.create_model(place, recipe=ids, checkpoint_path=tmp_path / WEIGHTS)
     assert torch.equal(backbone.denoiser.conv_in.weight, tuned.conv_in.weight)
-    assert torch.equal(backbone.conditioning.prompt_embeds, db.create_model(place, recipe=ids).conditioning.prompt_embeds)
+    assert torch.equal(
+        backbone.conditioning.prompt_embeds, db.create_model(place, recipe=ids).conditioning.prompt_embeds
+    )
     assert backbone.provenance == {"path": str(tiny_folder("sd15")), "unet_path": str(tmp_path / WEIGHTS)}
 
 
@@ -223,7 +273,10 @@ def test_a_denoiser_file_needs_a_base(tiny_folder, tmp_path):
 def test_sharded_folders_of_either_variant(variant, tiny_folder, tmp_path):
     folder = tiny.folder("sdxl", tmp_path / "sharded", variant=variant, max_shard_size="60KB")
     assert len(list(folder.glob("text_encoder_2/*.safetensors"))) > 1
-    assert_same(db.create_model("sdxl_gdf", checkpoint_path=folder), db.create_model("sdxl_gdf", checkpoint_path=tiny_folder("sdxl")))
+    assert_same(
+        db.create_model("sdxl_gdf", checkpoint_path=folder),
+        db.create_model("sdxl_gdf", checkpoint_path=tiny_folder("sdxl")),
+    )
 
 
 # How much is read, and into what.
@@ -249,14 +302,14 @@ def test_the_bytes_of_what_is_cut_off_are_never_read(copy, tiny_folder):
         with (folder / file).open("r+b") as out:
             for name in set(where) - names:
                 out.seek(start + where[name][0])
-                out.write(b"\xff" * (where[name][1] - where[name][0]))          # NaN
+                out.write(b"\xff" * (where[name][1] - where[name][0]))  # NaN
                 spoiled += where[name][1] - where[name][0]
     assert spoiled > 100_000
     assert_same(db.create_model("sd15_gdf", checkpoint_path=folder), clean)
 
 
 def test_only_kept_tensors_are_read_and_one_at_a_time(tiny_folder, monkeypatch):
-    db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))             # so that the prompt is known
+    db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))  # so that the prompt is known
     read: list[str] = []
     alive: list[weakref.ref[Any]] = []
 
@@ -275,7 +328,7 @@ def test_only_kept_tensors_are_read_and_one_at_a_time(tiny_folder, monkeypatch):
 
         def get_tensor(self, name: str) -> Tensor:
             assert not any(ref() is not None for ref in alive), "another tensor of the file is still held"
-            array = self.file.get_tensor(name).numpy().copy()           # it lives as long as any tensor that looks into it
+            array = self.file.get_tensor(name).numpy().copy()  # it lives as long as any tensor that looks into it
             read.append(name)
             alive.append(weakref.ref(array))
             return torch.from_numpy(array)
@@ -301,16 +354,26 @@ def test_large_files_stay_mapped(monkeypatch, tiny_folder):
     expected = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     monkeypatch.setattr(safetensors_io, "MAP_FROM", 0)
     mapped = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
-    assert all(torch.equal(p, q) for p, q in zip(mapped.state_dict().values(), expected.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(mapped.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
     for p, q in zip(mapped(X), expected(X), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
     half = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), dtype=torch.float16)
-    assert [in_file(b.denoiser.conv_in.weight, tiny_folder("sd15") / UNET) for b in (expected, mapped, half)] == [False, True, False]
+    assert [in_file(b.denoiser.conv_in.weight, tiny_folder("sd15") / UNET) for b in (expected, mapped, half)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def in_file(tensor: torch.Tensor, path: Path) -> bool:
     """Whether a tensor lies where a file is mapped into this process."""
-    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [
+        line.split()[0].split("-")
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path))
+    ]
     return any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in ranges)
 
 
@@ -327,7 +390,10 @@ def test_a_file_may_be_overwritten_once_it_is_loaded(copy, tiny_folder):
 @pytest.mark.parametrize("name", ["sd15_gdf", "sdxl_gdf"])
 def test_weights_are_cast_to_the_dtype(name, dtype, tiny_folder):
     folder = tiny_folder(name.split("_")[0])
-    backbone, full = db.create_model(name, checkpoint_path=folder, dtype=dtype), db.create_model(name, checkpoint_path=folder).state_dict()
+    backbone, full = (
+        db.create_model(name, checkpoint_path=folder, dtype=dtype),
+        db.create_model(name, checkpoint_path=folder).state_dict(),
+    )
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     for key, tensor in backbone.state_dict().items():
         kept = key == "canvas" or (key.startswith("encoder.") and (name, dtype) == ("sdxl_gdf", torch.float16))
@@ -366,9 +432,16 @@ def drop(names: Iterable[str]) -> Any:
 
 def test_missing_tensors_are_named(copy):
     folder = copy()
-    names = [f"down_blocks.0.resnets.0.{layer}.{part}" for layer in ("norm1", "conv1", "norm2") for part in ("weight", "bias")] + ["conv_in.weight"]
+    names = [
+        f"down_blocks.0.resnets.0.{layer}.{part}"
+        for layer in ("norm1", "conv1", "norm2")
+        for part in ("weight", "bias")
+    ] + ["conv_in.weight"]
     edit(folder / UNET, drop(names))
-    with pytest.raises(ValueError, match=rf"sd15 unet: missing from .*{UNET}: conv_in.weight, .* and 2 more\. Is it a checkpoint of another") as error:
+    with pytest.raises(
+        ValueError,
+        match=rf"sd15 unet: missing from .*{UNET}: conv_in.weight, .* and 2 more\. Is it a checkpoint of another",
+    ) as error:
         db.create_model("sd15_gdf", checkpoint_path=folder)
     assert sum(name in str(error.value) for name in names) == 5
 
@@ -377,45 +450,79 @@ def test_what_is_cut_off_may_be_missing(copy, tiny_folder):
     folder = copy()
     edit(folder / UNET, drop(["conv_out.weight", "conv_norm_out.bias"]))
     edit(folder / VAE, lambda state: [state.pop(name) for name in list(state) if name.startswith("decoder.")])
-    assert_same(db.create_model("sd15_gdf", checkpoint_path=folder), db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")))
+    assert_same(
+        db.create_model("sd15_gdf", checkpoint_path=folder),
+        db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15")),
+    )
 
 
 @pytest.mark.parametrize(("file", "what"), [(UNET, "sd15 unet"), (VAE, "sd15 vae"), (TEXT, "CLIPTextModel")])
 def test_tensors_of_another_network_are_named(file, what, copy):
     folder = copy()
     edit(folder / file, lambda state: state.update({"foreign.weight": torch.zeros(2)}))
-    with pytest.raises(ValueError, match=rf"{what}: not part of this network, in .*{file}: (text_model\.)?foreign\.weight\. Does its config\.json belong"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{what}: not part of this network, in .*{file}: (text_model\.)?foreign\.weight\. Does its "
+        r"config\.json belong",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
-@pytest.mark.parametrize(("file", "name"), [(UNET, "conv_in.bias"), (UNET, "conv_out.bias"), (VAE, "quant_conv.bias"), (TEXT, "final_layer_norm.bias")])
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [(UNET, "conv_in.bias"), (UNET, "conv_out.bias"), (VAE, "quant_conv.bias"), (TEXT, "final_layer_norm.bias")],
+)
 def test_tensors_of_another_shape_are_named(file, name, copy):
     folder = copy()
     edit(folder / file, lambda state: state.update({next(n for n in state if n.endswith(name)): torch.zeros(5)}))
-    with pytest.raises(ValueError, match=rf"of another shape in .*{file}: .*{name} \(5,\), expected \(\d+,\)\. Does its config"):
+    with pytest.raises(
+        ValueError, match=rf"of another shape in .*{file}: .*{name} \(5,\), expected \(\d+,\)\. Does its config"
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
 def test_a_text_encoder_with_missing_tensors_is_not_filled_up_with_random_ones(copy):
     folder = copy()
-    edit(folder / TEXT, lambda state: state.pop(next(name for name in state if name.endswith("layers.0.layer_norm1.weight"))))
-    with pytest.raises(ValueError, match=r"CLIPTextModel: missing from .*text_encoder/model\.safetensors: .*layers\.0\.layer_norm1\.weight"):
+    edit(
+        folder / TEXT,
+        lambda state: state.pop(next(name for name in state if name.endswith("layers.0.layer_norm1.weight"))),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"CLIPTextModel: missing from .*text_encoder/model\.safetensors: .*layers\.0\.layer_norm1\.weight",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
 def test_a_text_encoder_of_another_kind_is_refused(copy):
     folder = copy()
     (folder / "text_encoder" / "config.json").write_text('{"architectures": ["T5EncoderModel"]}')
-    with pytest.raises(ValueError, match=r"T5EncoderModel: missing from .*text_encoder/model\.safetensors: shared\.weight.*Is it a checkpoint of another"):
+    with pytest.raises(
+        ValueError,
+        match=r"T5EncoderModel: missing from .*text_encoder/model\.safetensors: shared\.weight.*Is it a checkpoint of "
+        r"another",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
 BROKEN = {
     "empty": (lambda data: b"", r"is empty; delete it and download or write it again"),
-    "header cut short": (lambda data: data[:100], r"\(100 bytes\) is cut short or not in the safetensors format; delete it"),
-    "data cut short": (lambda data: data[:-1], r"\(\d+ bytes\) is cut short or not in the safetensors format; delete it"),
-    "a web page": (lambda data: b"<html>" * 50, r"\(300 bytes\) is cut short or not in the safetensors format; delete it"),
-    "a git-lfs pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", r"is a git-lfs pointer.*run `git lfs pull`"),
+    "header cut short": (
+        lambda data: data[:100],
+        r"\(100 bytes\) is cut short or not in the safetensors format; delete it",
+    ),
+    "data cut short": (
+        lambda data: data[:-1],
+        r"\(\d+ bytes\) is cut short or not in the safetensors format; delete it",
+    ),
+    "a web page": (
+        lambda data: b"<html>" * 50,
+        r"\(300 bytes\) is cut short or not in the safetensors format; delete it",
+    ),
+    "a git-lfs pointer": (
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        r"is a git-lfs pointer.*run `git lfs pull`",
+    ),
 }
 
 
@@ -432,7 +539,10 @@ def test_a_broken_file_is_named_with_what_to_do(how, file, copy):
 @pytest.mark.parametrize("suffix", safetensors_io.PICKLES)
 def test_a_pickle_is_refused_with_why_and_what_to_do(suffix, tmp_path):
     torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / f"model{suffix}")
-    with pytest.raises(ValueError, match=rf"model{suffix} is a pickle.*runs whatever code it holds\. Only \.safetensors is read\. Convert it once"):
+    with pytest.raises(
+        ValueError,
+        match=rf"model{suffix} is a pickle.*runs whatever code it holds\. Only \.safetensors is read\. Convert it once",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=tmp_path / f"model{suffix}")
 
 
@@ -440,19 +550,28 @@ def test_a_pickle_is_refused_with_why_and_what_to_do(suffix, tmp_path):
 def test_a_folder_of_pickles_is_refused(file, component, copy):
     folder = copy()
     (folder / file).rename(folder / component / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=rf"{folder}: {component}/pytorch_model\.bin is a pickle.*Convert it once"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{folder}: {component}/pytorch_model\.bin is a pickle.*Convert it once"
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
-@pytest.mark.parametrize(("gone", "said"), [
-    ("unet/config.json", r"has no unet/config\.json; it holds model_index\.json, scheduler, text_encoder, tokenizer, unet, vae\. A checkpoint is in the diff"),
-    ("vae/config.json", r"has no vae/config\.json; it holds"),
-    ("scheduler/scheduler_config.json", r"has no scheduler/scheduler_config\.json; it holds"),
-    (UNET, rf"no {UNET} \(nor its fp16 variant, nor an index of shards\); unet/ holds: unet/config\.json"),
-    ("text_encoder/config.json", r"has no text_encoder/config\.json"),
-    ("text_encoder", r"no text_encoder/model\.safetensors .*text_encoder/ holds: nothing"),
-    ("tokenizer", r"has no tokenizer/, so prompts cannot be encoded"),
-])
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (
+            "unet/config.json",
+            r"has no unet/config\.json; it holds model_index\.json, scheduler, text_encoder, tokenizer, unet, vae\. A "
+            r"checkpoint is in the diff",
+        ),
+        ("vae/config.json", r"has no vae/config\.json; it holds"),
+        ("scheduler/scheduler_config.json", r"has no scheduler/scheduler_config\.json; it holds"),
+        (UNET, rf"no {UNET} \(nor its fp16 variant, nor an index of shards\); unet/ holds: unet/config\.json"),
+        ("text_encoder/config.json", r"has no text_encoder/config\.json"),
+        ("text_encoder", r"no text_encoder/model\.safetensors .*text_encoder/ holds: nothing"),
+        ("tokenizer", r"has no tokenizer/, so prompts cannot be encoded"),
+    ],
+)
 def test_a_folder_that_lacks_something_says_what(gone, said, copy):
     folder = copy()
     shutil.rmtree(folder / gone) if (folder / gone).is_dir() else (folder / gone).unlink()
@@ -461,8 +580,13 @@ def test_a_folder_that_lacks_something_says_what(gone, said, copy):
     assert str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"])
-@pytest.mark.parametrize(("content", "said"), [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "must hold a JSON object, got list")])
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"]
+)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "must hold a JSON object, got list")],
+)
 def test_a_config_that_is_not_json_is_named(content, said, file, copy):
     folder = copy()
     (folder / file).write_bytes(content)
@@ -474,7 +598,9 @@ def test_a_missing_shard_is_named(tmp_path):
     folder = tiny.folder("sd15", tmp_path / "sharded", max_shard_size="300KB")
     [shard] = folder.glob("unet/*-00002-of-*.safetensors")
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"index\.json lists \d+ shards, and unet/{shard.name} is not there; download it again"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"index\.json lists \d+ shards, and unet/{shard.name} is not there; download it again"
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
@@ -482,7 +608,10 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_an_index_that_is_none_is_named(content, tmp_path):
     folder = tiny.folder("sd15", tmp_path / "sharded", max_shard_size="300KB")
     (folder / f"{UNET}.index.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"{UNET}\.index\.json is not an index of shards: it needs a 'weight_map' from tensors to files"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{UNET}\.index\.json is not an index of shards: it needs a 'weight_map' from tensors to files",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
@@ -494,7 +623,9 @@ def test_two_shards_with_the_same_tensor_are_refused(tmp_path):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
-@pytest.mark.parametrize(("path", "said"), [("nowhere", "nowhere does not exist"), ("nowhere.safetensors", "does not exist")])
+@pytest.mark.parametrize(
+    ("path", "said"), [("nowhere", "nowhere does not exist"), ("nowhere.safetensors", "does not exist")]
+)
 def test_a_path_that_is_not_there_is_named(path, said, tmp_path):
     with pytest.raises(FileNotFoundError, match=said):
         db.create_model("sd15_gdf", checkpoint_path=tmp_path / path)
@@ -508,5 +639,9 @@ def test_a_place_that_is_not_there_is_named(tmp_path):
 def test_the_weights_of_another_architecture_do_not_load(tiny_folder, copy):
     folder = copy()
     shutil.copy(tiny_folder("sd21") / UNET, folder / UNET)
-    with pytest.raises(ValueError, match=r"sd15 unet: of another shape in .*proj_in\.weight \(\d+, \d+\), expected \(\d+, \d+, 1, 1\).*Does its config"):
+    with pytest.raises(
+        ValueError,
+        match=r"sd15 unet: of another shape in .*proj_in\.weight \(\d+, \d+\), expected \(\d+, \d+, 1, 1\).*Does its "
+        r"config",
+    ):
         db.create_model("sd15_gdf", checkpoint_path=folder)

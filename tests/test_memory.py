@@ -49,15 +49,19 @@ def fails(module: nn.Module, error: Exception):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError("std::bad_alloc"),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])  # fmt: skip
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried "
+                                                "to allocate 9 bytes.")])  # fmt: skip
 def test_an_error_of_the_device_says_what_takes_less(backbone, x, error):
     batch = x.repeat(4, 1, 1, 1)
     expected = backbone(x)
     cases = [
-        (backbone.encoder.encoder.mid_block, {}, r"its image encoder ran out .* 4 images of 128 x 192 .* in float32.* 2 images at a time, or with "
+        (backbone.encoder.encoder.mid_block, {}, r"its image encoder ran out .* 4 images of 128 x 192 .* in float32.* "
+                                                 r"2 images at a time, or with "
          r"dtype='bfloat16', or with images of half the side, 64 x 96"),
-        (backbone.denoiser.mid_block, {"ensemble": 3}, r"its denoiser ran out .* 3 noise draws of 4 images of 128 x 192 .* chunk=6, or with dtype="),
-        (backbone.denoiser.mid_block, {"ensemble": 3, "chunk": 6}, r"its denoiser ran out .* with 4 images of .* chunk=2, or with dtype="),
+        (backbone.denoiser.mid_block, {"ensemble": 3}, r"its denoiser ran out .* 3 noise draws of 4 images of 128 x "
+                                                       r"192 .* chunk=6, or with dtype="),
+        (backbone.denoiser.mid_block, {"ensemble": 3, "chunk": 6}, r"its denoiser ran out .* with 4 images of .* "
+                                                                   r"chunk=2, or with dtype="),
     ]  # fmt: skip
     for module, call, message in cases:
         handle = fails(module, error)
@@ -77,7 +81,9 @@ def test_an_error_of_the_device_says_what_takes_less(backbone, x, error):
 def test_the_advice_is_about_what_runs(x):
     half = db.create_model("tinysd_gdf", pretrained=True, dtype="bfloat16", trainable=True).train()
     fails(half.denoiser.mid_block, torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.OutOfMemoryError, match=r"in bfloat16\. Less is needed with set_grad_checkpointing\(\), or with images"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"in bfloat16\. Less is needed with set_grad_checkpointing\(\), or with images"
+    ):
         half(x)
 
 
@@ -110,17 +116,24 @@ assert all(torch.equal(a, b) for a, b in zip(backbone(small), expected))
 def test_a_process_that_is_really_out_of_memory():
     process = subprocess.run([sys.executable, "-c", SHORT], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("tinysd_gdf: its image encoder ran out of memory on cpu with 8 images of 768 x 768 (height x width) in float32. Less is")
+    assert process.stdout.startswith(
+        "tinysd_gdf: its image encoder ran out of memory on cpu with 8 images of 768 x 768 (height x width) in "
+        "float32. Less is"
+    )
     assert "4 images at a time" in process.stdout
 
 
 def test_what_cannot_fit_is_not_tried(monkeypatch, backbone, x):
-    """tinysd's widest map has as many values for a pixel as its first level has channels: two of them in float32 for 192 x 128 pixels."""
+    """tinysd's widest map has as many values for a pixel as its first level has channels: two of them in float32 for
+    192 x 128 pixels.
+    """
     image = 2 * 4 * backbone.encoder.config.block_out_channels[0] * 128 * 192
     seen = []
     handle = backbone.encoder.register_forward_pre_hook(lambda module, args: seen.append(1))
     monkeypatch.setattr(out_of_memory, "capacity", lambda device: 3 * image)
-    message = r"4 images of 128 x 192 .* need at least .* for two of its widest maps, .*at most 3 images at a time could"
+    message = (
+        r"4 images of 128 x 192 .* need at least .* for two of its widest maps, .*at most 3 images at a time could"
+    )
     with pytest.raises(torch.OutOfMemoryError, match=message):
         backbone(x.repeat(4, 1, 1, 1))
     assert not seen
@@ -210,10 +223,15 @@ def test_weights_are_rounded_one_by_one_as_they_are_read(monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize("name", ["flux_schnell", "sd15", "hunyuan_dit_12"])
 def test_other_families_in_eight_bits(name, tiny_folder):
-    """In half precision. A pooling layer of Hunyuan-DiT reads the weights of its projections itself, so they stay whole."""
+    """In half precision. A pooling layer of Hunyuan-DiT reads the weights of its projections itself, so they stay
+    whole.
+    """
     recipe = ["mid-vit-out"] if name == "sd15" else ["vit-block8-out"]
     x = torch.rand(1, 3, 64, 64) * 2 - 1
-    whole, some = (db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name), dtype="bfloat16", weight_dtype=dtype) for dtype in (None, "int8"))
+    whole, some = (
+        db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name), dtype="bfloat16", weight_dtype=dtype)
+        for dtype in (None, "int8")
+    )
     [a], [b] = whole(x), some(x)
     assert b.dtype == torch.bfloat16
     assert F.cosine_similarity(a.float(), b.float(), dim=1).mean() > 0.97
@@ -222,7 +240,9 @@ def test_other_families_in_eight_bits(name, tiny_folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_in_eight_bits(family):
     """At full size, on meta, up to its last block: no network asks of a rounded weight what it cannot do."""
-    checkpoint = next(checkpoint for checkpoint in map(db.get_checkpoint, db.list_checkpoints()) if checkpoint.family == family)
+    checkpoint = next(
+        checkpoint for checkpoint in map(db.get_checkpoint, db.list_checkpoints()) if checkpoint.family == family
+    )
     configs = package_configs(checkpoint)
     sites = FAMILIES[family].catalogue(configs, checkpoint.name).all()
     last = [site.id for site in sites if site.layout in ("map", "tokens") and site.id.endswith("-out")][-1]
@@ -231,7 +251,9 @@ def test_every_family_runs_in_eight_bits(family):
     [level] = backbone(torch.empty(1, 3, 2 * d, 2 * d, device="meta"))
     assert level.shape[1] == backbone.feature_info.channels()[0]
     rounded = [weight for weight in backbone.denoiser.parameters() if hasattr(weight, "qdata")]
-    assert sum(weight.numel() for weight in rounded) > 0.9 * sum(weight.numel() for weight in backbone.denoiser.parameters())
+    assert sum(weight.numel() for weight in rounded) > 0.9 * sum(
+        weight.numel() for weight in backbone.denoiser.parameters()
+    )
 
 
 def test_random_weights_and_meta_in_eight_bits():
@@ -243,7 +265,8 @@ def test_random_weights_and_meta_in_eight_bits():
 @pytest.mark.parametrize(("call", "error", "message"), [
     ({"weight_dtype": "int4"}, ValueError, "weight_dtype must be 'int8' or None, which is dtype, got 'int4'"),
     ({"weight_dtype": torch.float16}, ValueError, "weight_dtype must be"),
-    ({"weight_dtype": "int8", "trainable": True}, TypeError, "weight_dtype='int8' rounds the weights, and trainable=True needs"),
+    ({"weight_dtype": "int8", "trainable": True}, TypeError, "weight_dtype='int8' rounds the weights, and "
+                                                             "trainable=True needs"),
 ])  # fmt: skip
 def test_what_eight_bits_cannot(call, error, message):
     with pytest.raises(error, match=message):
@@ -251,7 +274,11 @@ def test_what_eight_bits_cannot(call, error, message):
 
 
 def test_eight_bits_are_not_saved_and_need_torchao(rounded, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"has rounded weights; a folder holds whole ones\. Save it without, and give weight_dtype='int8' to create_model"):
+    with pytest.raises(
+        ValueError,
+        match=r"has rounded weights; a folder holds whole ones\. Save it without, and give weight_dtype='int8' to "
+        r"create_model",
+    ):
         rounded.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
@@ -264,22 +291,34 @@ def test_eight_bits_are_not_saved_and_need_torchao(rounded, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["flux_schnell", "sd15"])
 def test_blocks_come_and_go(name, tiny_folder, tmp_path):
-    """docs/memory.md, without a GPU: the weights of a block lie in a file, come for its turn, and are gone when it is over.
+    """docs/memory.md, without a GPU: the weights of a block lie in a file, come for its turn, and are gone when it is
+    over.
 
     What is left of a block in between is overwritten, so that it can only compute with what has come.
     """
-    recipe = ["up-level1-repeat1-vit-out", "down-level1-repeat0-res-out"] if name == "sd15" else ["vit-block8-out", "vit-block20-out"]
+    recipe = (
+        ["up-level1-repeat1-vit-out", "down-level1-repeat0-res-out"]
+        if name == "sd15"
+        else ["vit-block8-out", "vit-block20-out"]
+    )
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name))
     expected = backbone(x)
-    moves = {"onload_device": torch.device("cpu"), "offload_type": "block_level", "num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
+    moves = {
+        "onload_device": torch.device("cpu"),
+        "offload_type": "block_level",
+        "num_blocks_per_group": 1,
+        "offload_to_disk_path": str(tmp_path),
+    }
     backbone.denoiser.enable_group_offload(**moves)
     blocks = (backbone.denoiser.up_blocks if name == "sd15" else backbone.denoiser.transformer_blocks)[:2]
     here = []
     for block in blocks:
         layer = next(module for module in block.modules() if isinstance(module, nn.Linear))
         layer.register_forward_pre_hook(lambda module, args: here.append([whole(other) for other in blocks]))
-        block.register_forward_hook(lambda module, args, output: [weight.data.fill_(torch.nan) for weight in module.parameters()] and None)
+        block.register_forward_hook(
+            lambda module, args, output: [weight.data.fill_(torch.nan) for weight in module.parameters()] and None
+        )
     for _ in range(2):
         for weight in (weight for block in blocks for weight in block.parameters()):
             weight.data.fill_(torch.nan)

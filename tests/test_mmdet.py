@@ -34,7 +34,9 @@ def scope():
 
 def retinanet(backbone, channels, strides):
     strides = [*strides, 2 * strides[-1], 4 * strides[-1]]
-    anchors = dict(type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0], strides=strides)
+    anchors = dict(
+        type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0], strides=strides
+    )
     assigner = dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0)
     return MODELS.build(ConfigDict(
         type="RetinaNet",
@@ -52,7 +54,9 @@ def batch(*sizes):
     inputs, samples = [], []
     for size in sizes:
         inputs.append(torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
-        samples.append(DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0))))
+        samples.append(
+            DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)))
+        )
         samples[-1].gt_instances = InstanceData(bboxes=torch.tensor([[10.0, 10, 60, 50]]), labels=torch.tensor([1]))
     return dict(inputs=inputs, data_samples=samples)
 
@@ -71,7 +75,9 @@ def test_retinanet_trains_and_detects_at_an_odd_size(kind, tiny_folder):
     assert not model.backbone.net.training
     assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
     added = {name: p.grad for name, p in model.named_parameters() if not name.startswith("backbone.")}
-    assert [name for name, grad in added.items() if grad is None or not grad.isfinite().all()] == [], "the step does not reach them"
+    assert [name for name, grad in added.items() if grad is None or not grad.isfinite().all()] == [], (
+        "the step does not reach them"
+    )
 
     data = batch((101, 133))
     found = model.eval()(**model.data_preprocessor(data, False), mode="predict")[0].pred_instances

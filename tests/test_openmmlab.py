@@ -27,7 +27,15 @@ import diffusion_backbones.integrations.openmmlab
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "openmmlab").glob("*.py"))
-PIXELS = dict(type="SegDataPreProcessor", mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=0, seg_pad_val=255, size=(64, 64))
+PIXELS = dict(
+    type="SegDataPreProcessor",
+    mean=[127.5] * 3,
+    std=[127.5] * 3,
+    bgr_to_rgb=True,
+    pad_val=0,
+    seg_pad_val=255,
+    size=(64, 64),
+)
 BACKBONES = {
     "sd15": dict(name="sd15_gdf"),
     "sdxl": dict(name="sdxl_gdf"),
@@ -35,12 +43,16 @@ BACKBONES = {
     "four strides": dict(name="sd15_gdf", out_strides=(4, 8, 16, 32)),
 }
 HEADS = {
-    "UPerHead": lambda c, s: dict(decode_head=dict(type="UPerHead", in_channels=c, in_index=list(range(len(c))), pool_scales=(1, 2))),
+    "UPerHead": lambda c, s: dict(
+        decode_head=dict(type="UPerHead", in_channels=c, in_index=list(range(len(c))), pool_scales=(1, 2))
+    ),
     "FPNHead": lambda c, s: dict(
         neck=dict(type="FPN", in_channels=c, out_channels=16, num_outs=len(c)),
         decode_head=dict(type="FPNHead", in_channels=[16] * len(c), in_index=list(range(len(c))), feature_strides=s),
     ),
-    "SegformerHead": lambda c, s: dict(decode_head=dict(type="SegformerHead", in_channels=c, in_index=list(range(len(c))))),
+    "SegformerHead": lambda c, s: dict(
+        decode_head=dict(type="SegformerHead", in_channels=c, in_index=list(range(len(c))))
+    ),
     "FCNHead": lambda c, s: dict(
         decode_head=dict(type="FCNHead", in_channels=c[-1], in_index=-1),
         auxiliary_head=dict(type="FCNHead", in_channels=c[0], in_index=0, num_convs=1, concat_input=False),
@@ -73,18 +85,41 @@ def segmentor(cfg, heads="UPerHead", pixels=PIXELS):
     info = described(**{k: v for k, v in cfg.items() if k != "type"})
     parts = HEADS[heads](info.channels(), info.reduction())
     for head in (part for key, part in parts.items() if key.endswith("head")):
-        head |= dict(channels=16, num_classes=5, norm_cfg=dict(type="BN"), align_corners=False, dropout_ratio=0, loss_decode=dict(type="CrossEntropyLoss"))
+        head |= dict(
+            channels=16,
+            num_classes=5,
+            norm_cfg=dict(type="BN"),
+            align_corners=False,
+            dropout_ratio=0,
+            loss_decode=dict(type="CrossEntropyLoss"),
+        )
     torch.manual_seed(0)
-    return MODELS.build(ConfigDict(type="EncoderDecoder", data_preprocessor=pixels, backbone=cfg, train_cfg={}, test_cfg=dict(mode="whole"), **parts))
+    return MODELS.build(
+        ConfigDict(
+            type="EncoderDecoder",
+            data_preprocessor=pixels,
+            backbone=cfg,
+            train_cfg={},
+            test_cfg=dict(mode="whole"),
+            **parts,
+        )
+    )
 
 
 def batch(height, width):
     """Two BGR images of random squares, and the squares as labels."""
     inputs, samples = [], []
     for i in range(2):
-        labels = np.random.default_rng(i).integers(0, 5, (-(-height // 16), -(-width // 16))).repeat(16, 0).repeat(16, 1)[:height, :width]
+        labels = (
+            np.random.default_rng(i)
+            .integers(0, 5, (-(-height // 16), -(-width // 16)))
+            .repeat(16, 0)
+            .repeat(16, 1)[:height, :width]
+        )
         inputs.append(torch.from_numpy(np.stack([labels * 50, 255 - labels * 40, labels * 20]).astype(np.uint8)))
-        sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width)))
+        sample = SegDataSample(
+            metainfo=dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width))
+        )
         sample.gt_sem_seg = PixelData(data=torch.from_numpy(labels)[None])
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)
@@ -94,7 +129,7 @@ def loss_of(model, data):
     return model.parse_losses(model(**model.data_preprocessor(copy.deepcopy(data), True), mode="loss"))[0]
 
 
-@pytest.mark.parametrize("heads", [name for name in HEADS if name != "UPerHead"])         # which test_decoders.py has
+@pytest.mark.parametrize("heads", [name for name in HEADS if name != "UPerHead"])  # which test_decoders.py has
 @pytest.mark.parametrize("key", BACKBONES)
 def test_a_segmentor_trains_and_predicts_at_odd_sizes(backbone, key, heads):
     model = segmentor(backbone(key), heads)
@@ -125,7 +160,9 @@ cfg = dict(type="DiffusionBackbone", name="tinysd_gdf", device="meta")
 print([type(r.build(cfg)).__name__ for r in (MODELS, MMSEG, Registry("model", parent=MODELS, scope="mmdet"))])
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert run.stdout.splitlines()[-1:] == ["['OpenMMLabBackbone', 'OpenMMLabBackbone', 'OpenMMLabBackbone']"], run.stderr[-2000:]
+    assert run.stdout.splitlines()[-1:] == ["['OpenMMLabBackbone', 'OpenMMLabBackbone', 'OpenMMLabBackbone']"], (
+        run.stderr[-2000:]
+    )
 
 
 def test_without_mmengine_the_error_says_what_to_install():
@@ -159,7 +196,9 @@ def test_init_cfg_is_where_the_weights_come_from(backbone):
     checkpoint = cfg.pop("checkpoint_path")
     model = MODELS.build(dict(cfg, init_cfg=dict(type="Pretrained", checkpoint=checkpoint)))
     assert model.net.provenance["path"] == checkpoint
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), MODELS.build(backbone("sd15")).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), MODELS.build(backbone("sd15")).parameters(), strict=True)
+    )
 
 
 def test_init_weights_of_a_segmentor_leaves_the_backbone(backbone):
@@ -187,11 +226,19 @@ def test_out_indices_choose_levels(backbone):
     [
         (dict(in_channels=4), ValueError, "takes RGB, so in_chans must be 3, got 4"),
         (dict(out_indices=(0, 1, 2, 3)), ValueError, r"from -3 to 2, got \[0, 1, 2, 3\]"),
-        (dict(out_strides=(32, 16, 8, 4)), ValueError, r"growing positive integers such as \(4, 8, 16, 32\), got \(32, 16, 8, 4\)"),
+        (
+            dict(out_strides=(32, 16, 8, 4)),
+            ValueError,
+            r"growing positive integers such as \(4, 8, 16, 32\), got \(32, 16, 8, 4\)",
+        ),
         (dict(depth=50), TypeError, "no keyword 'depth'"),
         (dict(pretrained="weights.safetensors"), TypeError, "checkpoint_path='weights.safetensors'"),
         (dict(init_cfg=dict(type="Kaiming")), ValueError, "init_cfg must be None.*got {'type': 'Kaiming'}"),
-        (dict(init_cfg=dict(type="Pretrained", checkpoint="a"), checkpoint_path="b"), ValueError, "either init_cfg=.*or checkpoint_path='b'"),
+        (
+            dict(init_cfg=dict(type="Pretrained", checkpoint="a"), checkpoint_path="b"),
+            ValueError,
+            "either init_cfg=.*or checkpoint_path='b'",
+        ),
         (dict(input_scale=0), ValueError, "positive factor, got 0"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -204,7 +251,9 @@ def test_bad_keywords(given, error, says):
 def test_another_normalisation_is_noticed(backbone):
     imagenet = PIXELS | dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
     model = segmentor(backbone("sd15"), pixels=imagenet).eval()
-    with pytest.warns(UserWarning, match=r"takes images in \[-1, 1\], and values lie beyond: .*input_format='imagenet'"):
+    with pytest.warns(
+        UserWarning, match=r"takes images in \[-1, 1\], and values lie beyond: .*input_format='imagenet'"
+    ):
         model(**model.data_preprocessor(batch(40, 56), False), mode="predict")
     model = segmentor(backbone("sd15")).eval()
     with warnings.catch_warnings(record=True) as caught:
@@ -219,20 +268,35 @@ def test_another_normalisation_is_noticed(backbone):
 def ade20k(root):
     for part, count in (("training", 2), ("validation", 1)):
         for i in range(count):
-            yield root / "images" / part / f"ADE_{i:08}.jpg", root / "annotations" / part / f"ADE_{i:08}.png", (96, 128), 151
+            yield (
+                root / "images" / part / f"ADE_{i:08}.jpg",
+                root / "annotations" / part / f"ADE_{i:08}.png",
+                (96, 128),
+                151,
+            )
 
 
 def cityscapes(root):
     for part, count in (("train", 2), ("val", 1)):
         for i in range(count):
             name = f"aachen_{i:06}_000019"
-            yield root / f"leftImg8bit/{part}/aachen/{name}_leftImg8bit.png", root / f"gtFine/{part}/aachen/{name}_gtFine_labelTrainIds.png", (64, 128), 19
+            yield (
+                root / f"leftImg8bit/{part}/aachen/{name}_leftImg8bit.png",
+                root / f"gtFine/{part}/aachen/{name}_gtFine_labelTrainIds.png",
+                (64, 128),
+                19,
+            )
 
 
 def write(layout, root):
     """Images of random squares whose labels are written as that data set's are."""
     for i, (image, labels, (height, width), classes) in enumerate(layout(root)):
-        squares = np.random.default_rng(i).integers(0, classes, (height // 16, width // 16), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+        squares = (
+            np.random.default_rng(i)
+            .integers(0, classes, (height // 16, width // 16), dtype=np.uint8)
+            .repeat(16, 0)
+            .repeat(16, 1)
+        )
         for path, pixels in ((image, np.stack([squares, 255 - squares, squares], -1)), (labels, squares)):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
@@ -249,7 +313,9 @@ def shrink(node, factor):
 
 
 def test_there_are_configs():
-    assert [path.stem for path in CONFIGS] == [f"{data}_{model}_gdf_upernet" for data in ("ade20k", "cityscapes") for model in ("sd15", "sdxl")]
+    assert [path.stem for path in CONFIGS] == [
+        f"{data}_{model}_gdf_upernet" for data in ("ade20k", "cityscapes") for model in ("sd15", "sdxl")
+    ]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -258,7 +324,10 @@ def test_a_config_fits_its_backbone(path):
     net = db.create_model(cfg.backbone.name, device="meta")
     channels, strides = net.feature_info.channels(), net.feature_info.reduction()
     assert [channels[i] for i in cfg.decode_head.in_index] == cfg.decode_head.in_channels == channels
-    assert (channels[cfg.auxiliary_head.in_index], strides[cfg.auxiliary_head.in_index]) == (cfg.auxiliary_head.in_channels, 16)
+    assert (channels[cfg.auxiliary_head.in_index], strides[cfg.auxiliary_head.in_index]) == (
+        cfg.auxiliary_head.in_channels,
+        16,
+    )
     native = db.get_pretrained_cfg(cfg.backbone.name)["input_size"][1]
     assert cfg.test_cfg.crop_size[0] * cfg.backbone.get("input_scale", 1) == native
 
@@ -292,7 +361,10 @@ def test_a_config_trains(path, tiny_folder, tmp_path):
         DefaultScope._instance_dict.clear()
         register_all_modules(init_default_scope=True)
     scalars = runner.message_hub.log_scalars
-    assert all(np.isfinite(scalars[f"train/{name}"].current()) for name in ("decode.loss_ce", "decode.loss_lovasz", "aux.loss_ce"))
+    assert all(
+        np.isfinite(scalars[f"train/{name}"].current())
+        for name in ("decode.loss_ce", "decode.loss_lovasz", "aux.loss_ce")
+    )
     assert 0 <= scalars["val/mIoU"].current() <= 100
     assert not torch.equal(head.fpn_bottleneck.conv.weight, before)
     assert (tmp_path / "work" / "iter_1.pth").is_file()

@@ -25,7 +25,7 @@ def test_it_gives_what_map_gives(workers, depth):
 
 
 def test_several_are_done_at_once():
-    meeting = threading.Barrier(3, timeout=60)                   # nobody passes it alone
+    meeting = threading.Barrier(3, timeout=60)  # nobody passes it alone
     with threads(3, finish=False) as pool:
         assert len(list(ahead(pool, lambda i: meeting.wait(), range(6), depth=3))) == 6
 
@@ -58,7 +58,7 @@ def test_maps_behind_each_other_work_at_once():
         return step
 
     with threads(1, finish=False) as first, threads(1, finish=False) as second:
-        middle = map(meet(1), ahead(first, meet(2), range(8), depth=2))                # in this thread
+        middle = map(meet(1), ahead(first, meet(2), range(8), depth=2))  # in this thread
         assert list(ahead(second, meet(0), middle, depth=1)) == list(range(8))
 
 
@@ -95,7 +95,7 @@ def test_what_waits_at_the_end_is_finished_or_dropped(finish):
     def stop():
         yield from range(3)
         begun.wait(60)
-        threading.Timer(0.2, go.set).start()                    # while the threads are being left
+        threading.Timer(0.2, go.set).start()  # while the threads are being left
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), threads(1, finish) as pool:

@@ -22,11 +22,13 @@ def test_every_activation_is_that_of_the_stock_network(name, timestep, size, tin
     backbone = db.create_model(name, recipe=["unet-out"], checkpoint_path=tiny_folder(name), timestep=timestep)
     sites = backbone.catalogue.all()
     levels = len(backbone.configs["unet"]["block_out_channels"])
-    attended = {"ddpm_cifar10_32": 2 + 1 + 3, "ddpm_celebahq_256": 2 + 1 + 3}[name]             # down, mid, up
+    attended = {"ddpm_cifar10_32": 2 + 1 + 3, "ddpm_celebahq_256": 2 + 1 + 3}[name]  # down, mid, up
     assert len(sites) == 3 + 2 * (2 * levels + 2) + 3 * (3 * levels) + 2 * (levels - 1) + 5 * attended
     torch.manual_seed(1)
     x = torch.rand(2, 3, *size) * 2 - 1
-    z_t = DDPMScheduler.from_config(tiny.configs(name)["scheduler"]).add_noise(x, backbone.canvas[:, :, : size[0], : size[1]], torch.tensor(timestep))
+    z_t = DDPMScheduler.from_config(tiny.configs(name)["scheduler"]).add_noise(
+        x, backbone.canvas[:, :, : size[0], : size[1]], torch.tensor(timestep)
+    )
     oracle = Oracle(tiny.build(name)["unet"], plain=True)
     oracle(z_t, timestep)
     for id, act in backbone.forward_activations(x, [site.id for site in sites]).items():

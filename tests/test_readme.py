@@ -20,9 +20,23 @@ from diffusion_backbones.spec.configs import package_configs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/README.md", "docs/activations.md", "docs/memory.md", "docs/finetuning.md", "docs/tinysd.md",
-             "docs/selection.md", "docs/examples/README.md",
-             *(f"docs/decoders/{name}.md" for name in ("README", "smp", "torchvision", "transformers", "openmmlab", "detectron2")), "model_cards/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/README.md",
+    "docs/activations.md",
+    "docs/memory.md",
+    "docs/finetuning.md",
+    "docs/tinysd.md",
+    "docs/selection.md",
+    "docs/examples/README.md",
+    *(
+        f"docs/decoders/{name}.md"
+        for name in ("README", "smp", "torchvision", "transformers", "openmmlab", "detectron2")
+    ),
+    "model_cards/README.md",
+]
 
 RUN = """
 import contextlib, json, sys
@@ -46,14 +60,21 @@ def clone(tmp_path_factory):
 
 def run(command: list[str], clone: Path, text: str = "") -> str:
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "tests")}
-    process = subprocess.run(command, input=text, cwd=clone, env={**os.environ, **paths}, capture_output=True, text=True)
+    process = subprocess.run(
+        command, input=text, cwd=clone, env={**os.environ, **paths}, capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
 def test_every_block_of_the_readme_runs_and_prints_what_it_says(clone):
     """In the order of the page: commands of the package first run where they stand, everything in one session."""
-    shell = [line for block in blocks(README, "bash") for line in block.splitlines() if line.startswith("diffusion-backbones ")]
+    shell = [
+        line
+        for block in blocks(README, "bash")
+        for line in block.splitlines()
+        if line.startswith("diffusion-backbones ")
+    ]
     assert shell, "the README shows no command"
     for line in shell:
         run(["bash", "-ec", line], clone)
@@ -90,7 +111,9 @@ def test_the_declaration_shown_is_the_one_registered():
     """README and CONTRIBUTING show sd15_legacy; a reader may compare."""
     declaration = db.get_declaration("sd15_legacy")
     for document in ("README.md", "CONTRIBUTING.md"):
-        shown = re.search(r"levels=\((.*?)\n    \),\n    timestep=(\d+)", (ROOT / document).read_text(), flags=re.DOTALL)
+        shown = re.search(
+            r"levels=\((.*?)\n    \),\n    timestep=(\d+)", (ROOT / document).read_text(), flags=re.DOTALL
+        )
         assert re.findall(r'"(.*?)"', shown[1]) == list(declaration.recipe.ids)
         assert int(shown[2]) == declaration.recipe.timestep
 
@@ -122,4 +145,3 @@ def test_versions_agree():
     assert citation["version"] == db.__version__
     assert citation["license"] == "Apache-2.0"
     assert db.__version__ in (ROOT / "CHANGELOG.md").read_text()
-

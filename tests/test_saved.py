@@ -93,7 +93,9 @@ def test_only_what_was_kept_is_saved(loaded, tmp_path):
     state = load_file(folder / "model.safetensors")
     assert set(state) == set(backbone.state_dict()) - {"canvas"}
     assert {name.split(".")[0] for name in state} == {"denoiser", "encoder", "conditioning"}
-    assert not any("up_blocks.3.resnets.1" in name or "decoder" in name or name.startswith("denoiser.conv_out") for name in state)
+    assert not any(
+        "up_blocks.3.resnets.1" in name or "decoder" in name or name.startswith("denoiser.conv_out") for name in state
+    )
 
 
 @pytest.mark.parametrize("how", ["out_indices", "prune"])
@@ -130,7 +132,9 @@ def test_overrides_are_saved_and_cannot_be_changed_afterwards(loaded, tmp_path):
     backbone = loaded("sd15_gdf", timestep=7, seed=3, prompt="a cat")
     folder = backbone.save_pretrained(tmp_path / "saved")
     assert_same(back(folder), backbone)
-    with pytest.raises(TypeError, match="a saved backbone keeps its recipe, and timestep would change it; give it per call"):
+    with pytest.raises(
+        TypeError, match="a saved backbone keeps its recipe, and timestep would change it; give it per call"
+    ):
         back(folder, timestep=3)
     with pytest.raises(TypeError, match="is a saved backbone with its own recipe; recipe= is for a diffusers folder"):
         back(folder, recipe=["mid-vit-out"])
@@ -206,10 +210,16 @@ def test_the_card_is_one_that_the_hub_reads(folder):
 
 def test_prompts_need_a_text_encoder_and_the_error_says_so(loaded, folder):
     backbone = back(folder)
-    with pytest.raises(FileNotFoundError, match=r"prompt='a cat' needs a text encoder, and this backbone has none.*save_pretrained wrote"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"prompt='a cat' needs a text encoder, and this backbone has none.*save_pretrained wrote",
+    ):
         backbone(X, prompt="a cat")
     embeds = loaded("sd15_gdf").prompter(["a cat"])["prompt_embeds"]
-    assert all(torch.equal(p, q) for p, q in zip(backbone(X, prompt_embeds=embeds), loaded("sd15_gdf")(X, prompt="a cat"), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(backbone(X, prompt_embeds=embeds), loaded("sd15_gdf")(X, prompt="a cat"), strict=True)
+    )
 
 
 def test_a_file_is_as_readable_as_its_folder_allows(loaded, tmp_path):
@@ -236,25 +246,33 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def test_a_format_from_the_future_is_refused(folder):
     rewrite(folder, format=2)
-    with pytest.raises(ValueError, match=rf"{folder}: config\.json has format 2 and this version reads 1; update diffusion_backbones"):
+    with pytest.raises(
+        ValueError, match=rf"{folder}: config\.json has format 2 and this version reads 1; update diffusion_backbones"
+    ):
         back(folder)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"recipe": None}, "lacks 'recipe'"),
-    ({"checkpoint": None}, "lacks 'checkpoint'"),
-    ({"name": None}, "lacks 'name'"),
-    ({"configs": None}, "lacks 'configs'"),
-    ({"provenance": None}, "lacks 'provenance'"),
-    ({"out_strides": None}, "lacks 'out_strides'"),
-    ({"recipe": {"name": "gdf"}}, "a recipe needs levels"),
-    ({"recipe": {"levels": [["mid-vit-out"]], "nose": 1}}, r"a recipe has no setting 'nose'\. Did you mean noise"),
-    ({"recipe": 1}, "not iterable"),
-    ({"checkpoint": []}, "has no attribute 'items'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe": None}, "lacks 'recipe'"),
+        ({"checkpoint": None}, "lacks 'checkpoint'"),
+        ({"name": None}, "lacks 'name'"),
+        ({"configs": None}, "lacks 'configs'"),
+        ({"provenance": None}, "lacks 'provenance'"),
+        ({"out_strides": None}, "lacks 'out_strides'"),
+        ({"recipe": {"name": "gdf"}}, "a recipe needs levels"),
+        ({"recipe": {"levels": [["mid-vit-out"]], "nose": 1}}, r"a recipe has no setting 'nose'\. Did you mean noise"),
+        ({"recipe": 1}, "not iterable"),
+        ({"checkpoint": []}, "has no attribute 'items'"),
+    ],
+)
 def test_a_config_that_is_not_whole_is_refused(changes, said, folder):
     rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=rf"{folder}: config\.json is not what save_pretrained writes: .*{said}.*Save the backbone again"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{folder}: config\.json is not what save_pretrained writes: .*{said}.*Save the backbone again",
+    ):
         back(folder)
 
 
@@ -268,9 +286,13 @@ def test_missing_and_broken_weights_are_named(folder):
     state = load_file(folder / "model.safetensors")
     weights = state.pop("denoiser.conv_in.weight")
     safetensors_io.write(folder / "model.safetensors", state, {})
-    with pytest.raises(ValueError, match=rf"sd15_gdf denoiser: missing from {folder}/model\.safetensors: conv_in\.weight"):
+    with pytest.raises(
+        ValueError, match=rf"sd15_gdf denoiser: missing from {folder}/model\.safetensors: conv_in\.weight"
+    ):
         back(folder)
-    safetensors_io.write(folder / "model.safetensors", state | {"denoiser.conv_in.weight": weights, "encoder.foreign": torch.ones(1)}, {})
+    safetensors_io.write(
+        folder / "model.safetensors", state | {"denoiser.conv_in.weight": weights, "encoder.foreign": torch.ones(1)}, {}
+    )
     with pytest.raises(ValueError, match=r"sd15_gdf encoder: not part of this network, in .*: foreign"):
         back(folder)
     (folder / "model.safetensors").write_bytes(b"")
@@ -282,12 +304,19 @@ def test_missing_and_broken_weights_are_named(folder):
 
 
 def test_a_name_with_another_recipe_is_refused(folder):
-    with pytest.raises(ValueError, match=rf"{folder} was saved from sd15_gdf, whose recipe is another than that of sd15_legacy; use create_model\('local-dir:"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{folder} was saved from sd15_gdf, whose recipe is another than that of sd15_legacy; use "
+        r"create_model\('local-dir:",
+    ):
         db.create_model("sd15_legacy", checkpoint_path=folder)
 
 
 def test_a_saved_backbone_takes_no_other_weights(folder, tiny_folder):
-    with pytest.raises(TypeError, match=r"sd15 is loaded from a saved backbone, which brings its weights; checkpoint_path='.*' would give others"):
+    with pytest.raises(
+        TypeError,
+        match=r"sd15 is loaded from a saved backbone, which brings its weights; checkpoint_path='.*' would give others",
+    ):
         back(folder, checkpoint_path=tiny_folder("sd15"))
 
 

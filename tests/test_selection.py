@@ -1,4 +1,6 @@
-"""Selecting activations: measured properties that are known by construction, rules, tasks, the choice, and the whole of it on tinysd."""
+"""Selecting activations: measured properties that are known by construction, rules, tasks, the choice, and the whole of
+it on tinysd.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_the_cosine_transform_keeps_energy():
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_the_share_of_noise_is_the_share_of_noise(share):
     def make(draws, channels):
-        return (1 - share) ** 0.5 * torch.randn(1, channels, SIDE, SIDE) + share**0.5 * torch.randn(draws, channels, SIDE, SIDE)
+        return (1 - share) ** 0.5 * torch.randn(1, channels, SIDE, SIDE) + share**0.5 * torch.randn(
+            draws, channels, SIDE, SIDE
+        )
 
     found = moments(make)
     assert found.noise == pytest.approx(share, abs=0.02)
@@ -92,7 +96,7 @@ def test_granularity_is_half_a_wavelength_in_pixels():
 
         return moments(make).granularity
 
-    assert wave(2) == pytest.approx(SIZE / 2, rel=1e-3)                  # row 2 of the transform has one cycle
+    assert wave(2) == pytest.approx(SIZE / 2, rel=1e-3)  # row 2 of the transform has one cycle
     assert wave(8) == pytest.approx(SIZE / 8, rel=1e-3)
 
 
@@ -101,7 +105,7 @@ def test_locality_and_massive_channels():
     far = moments(lambda draws, channels: torch.randn(1, 32, SIDE, SIDE).expand(draws, -1, -1, -1))
     assert near.locality > 0.3 > far.locality
     assert near.similarity[0][1] > near.similarity[8][1]
-    assert near.similarity[0][0] == 16                                      # pixels between neighbours of the grid of 16 x 16
+    assert near.similarity[0][0] == 16  # pixels between neighbours of the grid of 16 x 16
 
     def huge(draws, channels):
         x = torch.randn(1, channels, SIDE, SIDE)
@@ -159,8 +163,10 @@ def test_visiting_gives_what_forward_gives_and_keeps_nothing(whole, images):
         alive.append(sum(store.__len__() for store in [whole.recorder._store.acts]))
 
     whole.visit_activations(images[0][None], ids, count)
-    assert max(alive) <= 4                                                  # what has just come, and what another id also needs
-    with pytest.raises(ValueError, match="mid-vit-block0-self-map cannot be visited; read such activations with forward_activations"):
+    assert max(alive) <= 4  # what has just come, and what another id also needs
+    with pytest.raises(
+        ValueError, match="mid-vit-block0-self-map cannot be visited; read such activations with forward_activations"
+    ):
         whole.visit_activations(images[0][None], ["mid-vit-block0-self-map"], count)
 
 
@@ -168,7 +174,9 @@ def test_reach_agrees_with_the_costs_of_a_backbone_that_is_cut_there():
     backbone = db.create_model("sd15", recipe=["unet-out"], device="meta")
     found = reach(backbone, ["up-level3-repeat0-vit-block0-self-k", "unet-out"], 512)
     published = db.costs.published()["sd15_gdf"]
-    assert found["up-level3-repeat0-vit-block0-self-k"].gflops == pytest.approx(published["denoiser_gflops"], rel=2e-3)        # a cut layer skips its queries
+    assert found["up-level3-repeat0-vit-block0-self-k"].gflops == pytest.approx(
+        published["denoiser_gflops"], rel=2e-3
+    )  # a cut layer skips its queries
     assert found["up-level3-repeat0-vit-block0-self-k"].parameters == pytest.approx(published["parameters"], rel=1e-3)
     assert found["unet-out"].parameters == published["parameters_total"]
     with pytest.raises(ValueError, match="device='meta'"):
@@ -191,9 +199,21 @@ def test_noise_grows_towards_the_output_of_a_trained_network(whole, images):
 
 
 def test_the_papers_rules(tmp_path):
-    assert [rule.name for rule in rules.load()] == ["increment", "noise", "down stage", "locality", "position", "massive"]
+    assert [rule.name for rule in rules.load()] == [
+        "increment",
+        "noise",
+        "down stage",
+        "locality",
+        "position",
+        "massive",
+    ]
     like = moments(lambda draws, channels: smooth(1, channels).expand(draws, -1, -1, -1))
-    ids = ["up-level1-repeat0-vit-block0-ffn-inner", "down-level1-repeat0-res-out", "up-level1-repeat0-vit-block0-self-q", "up-level1-repeat0-res-out"]
+    ids = [
+        "up-level1-repeat0-vit-block0-ffn-inner",
+        "down-level1-repeat0-res-out",
+        "up-level1-repeat0-vit-block0-self-q",
+        "up-level1-repeat0-res-out",
+    ]
     reasons = rules.apply(rules.load(), dict.fromkeys(ids, like))
     assert [reason.partition(":")[0] for reason in reasons.values()] == ["increment", "down stage", "locality", ""]
     assert "noise is 0, the threshold 0.2" in reasons[ids[2]].replace("noise is 0.000", "noise is 0")
@@ -203,7 +223,7 @@ def test_the_papers_rules(tmp_path):
     assert rules.apply(rules.load(own), dict.fromkeys(ids, like))[ids[3]].startswith("mine: granularity is ")
     own.write_text("- {name: all, ids: ['*'], because: I say so}")
     with pytest.raises(ValueError, match=r"drop all 4 activations \(all\); raise a threshold"):
-        rules.check(rules.by_name(rules.load(own), ids))                    # known before anything is measured
+        rules.check(rules.by_name(rules.load(own), ids))  # known before anything is measured
     own.write_text("- {name: all, ids: ['*'], because: I say so, below: {massive: 1000}}")
     rules.check(rules.by_name(rules.load(own), ids))
     with pytest.raises(ValueError, match=r"drop all 4 activations \(all\); raise a threshold"):
@@ -214,7 +234,10 @@ def test_the_papers_rules(tmp_path):
     ("text", "error"),
     [
         ("- {name: a, ids: ['*'], because: b, above: {nois: 1}}", r"no property 'nois'. Did you mean noise"),
-        ("- {name: a, ids: ['*'], because: b, abov: {noise: 1}}", r"rule 'a' has no setting 'abov'. Did you mean above"),
+        (
+            "- {name: a, ids: ['*'], because: b, abov: {noise: 1}}",
+            r"rule 'a' has no setting 'abov'. Did you mean above",
+        ),
         ("name: a", "must hold a list of rules"),
         ("- [", "is not a YAML file"),
     ],
@@ -245,18 +268,24 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     assert task.score([told]).min() > 99
     assert task.score([noise]).max() < 40
     assert task.score([noise, told]).min() > 99
-    masks[0][:] = 255                                                       # an image without labels counts for nothing
+    masks[0][:] = 255  # an image without labels counts for nothing
     assert tasks.Segmentation(images, masks).score([told]).min() > 99
 
 
 def test_points_are_found_in_known_warps():
     torch.manual_seed(0)
-    images = [torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8) * 2 - 1, (128, 128), mode="bicubic")[0].clamp(-1, 1) for _ in range(6)]
+    images = [
+        torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8) * 2 - 1, (128, 128), mode="bicubic")[0].clamp(-1, 1)
+        for _ in range(6)
+    ]
     matches = tasks.warped(images)
-    for match in matches:                                                   # the image at a point is the copy at its match, but for the colour
+    for match in matches:  # the image at a point is the copy at its match, but for the colour
         at = torch.from_numpy(match.source_points), torch.from_numpy(match.target_points)
         pairs = zip((match.source, match.target), at, strict=True)
-        a, b = (torch.nn.functional.grid_sample(x[None], (p / 64 - 1)[None, None], align_corners=False)[0, :, 0] for x, p in pairs)
+        a, b = (
+            torch.nn.functional.grid_sample(x[None], (p / 64 - 1)[None, None], align_corners=False)[0, :, 0]
+            for x, p in pairs
+        )
         assert min(torch.corrcoef(torch.stack([a[c], b[c]]))[0, 1] for c in range(3)) > 0.9
     task = tasks.Keypoints(matches)
     colours = np.stack([task.reduce(i, torch.nn.functional.avg_pool2d(look, 4)) for i, look in enumerate(task.looks)])
@@ -286,7 +315,9 @@ def folder_of(tmp_path, n=6, size=(96, 80)):
         (tmp_path / name).mkdir()
     for i in range(n):
         Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8)).save(tmp_path / "photos" / f"{i}.jpg")
-        Image.fromarray(np.kron(rng.integers(0, 3, (2, 2)), np.ones((size[1] // 2, size[0] // 2))).astype(np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+        Image.fromarray(
+            np.kron(rng.integers(0, 3, (2, 2)), np.ones((size[1] // 2, size[0] // 2))).astype(np.uint8)
+        ).save(tmp_path / "masks" / f"{i}.png")
     return tmp_path / "photos", tmp_path / "masks"
 
 
@@ -297,11 +328,23 @@ def test_a_folder_of_photographs(tmp_path):
     assert known.images[0].shape == (3, 64, 64)
     assert known.task.metric == "mIoU"
     pairs = tmp_path / "pairs.json"
-    pairs.write_text(json.dumps([{"source": "0.jpg", "target": "1.jpg", "source_points": [[48, 40], [1, 1]], "target_points": [[40, 40], [50, 40]]}] * 3))
+    pairs.write_text(
+        json.dumps(
+            [
+                {
+                    "source": "0.jpg",
+                    "target": "1.jpg",
+                    "source_points": [[48, 40], [1, 1]],
+                    "target_points": [[40, 40], [50, 40]],
+                }
+            ]
+            * 3
+        )
+    )
     [match, *_] = data.folder(photos, 64, pairs=pairs).task.matches
-    assert match.source_points.tolist() == [[32, 32]]                       # the centre stays the centre; what is cut off has no match
+    assert match.source_points.tolist() == [[32, 32]]  # the centre stays the centre; what is cut off has no match
     assert match.extent == pytest.approx(96 * 64 / 80)
-    assert len(data.folder(photos, 64, pairs=pairs).images) == 2            # those that pairs name, each once
+    assert len(data.folder(photos, 64, pairs=pairs).images) == 2  # those that pairs name, each once
     (masks / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"3\.png is missing: every image needs a mask"):
         data.folder(photos, 64, masks)
@@ -322,7 +365,12 @@ def test_a_folder_of_photographs(tmp_path):
 )
 def test_pairs_that_are_none(tmp_path, change, error):
     photos, _ = folder_of(tmp_path, 2)
-    pair = {"source": "0.jpg", "target": "1.jpg", "source_points": [[48, 40], [1, 1]], "target_points": [[40, 40], [50, 40]]}
+    pair = {
+        "source": "0.jpg",
+        "target": "1.jpg",
+        "source_points": [[48, 40], [1, 1]],
+        "target_points": [[40, 40], [50, 40]],
+    }
     (tmp_path / "pairs.json").write_text(json.dumps([pair, pair | change, pair]))
     with pytest.raises((ValueError, FileNotFoundError)) as told:
         data.folder(photos, 64, pairs=tmp_path / "pairs.json")
@@ -333,7 +381,10 @@ def test_pairs_that_are_none(tmp_path, change, error):
 
 
 def test_the_choice_is_greedy_within_its_budget(whole):
-    sites = [whole.catalogue[id] for id in ("up-level1-repeat0-res-out", "up-level2-repeat0-res-out", "up-level3-repeat0-res-out")]
+    sites = [
+        whole.catalogue[id]
+        for id in ("up-level1-repeat0-res-out", "up-level2-repeat0-res-out", "up-level3-repeat0-res-out")
+    ]
     worth = dict(zip([s.id for s in sites], (3.0, 2.0, 1.0), strict=True))
 
     def score(ids):
@@ -353,7 +404,11 @@ def test_the_choice_is_greedy_within_its_budget(whole):
 
 def test_what_is_too_wide_keeps_nothing_from_its_turn(whole):
     """The best four of a stride are tried of those that fit, and not of all."""
-    sites = [whole.catalogue[id] for id in whole.catalogue if whole.catalogue[id].layout == "tokens" and whole.catalogue[id].stride == 16]
+    sites = [
+        whole.catalogue[id]
+        for id in whole.catalogue
+        if whole.catalogue[id].layout == "tokens" and whole.catalogue[id].stride == 16
+    ]
     narrow = min(site.channels for site in sites)
     alone = {site.id: np.full(3, float(site.channels)) for site in sites}
     assert sum(site.channels > narrow for site in sites) > choose.PER_STRIDE
@@ -365,7 +420,20 @@ def test_from_the_command_to_a_recipe(tmp_path):
     out = tmp_path / "selection"
     photos, masks = folder_of(tmp_path)
     places = ["--images", str(photos), "--masks", str(masks)]
-    command = ["select", "tinysd", "-o", str(out), "--size", "64", "--max-channels", "300", "--members", "2", "--device", "cpu"]
+    command = [
+        "select",
+        "tinysd",
+        "-o",
+        str(out),
+        "--size",
+        "64",
+        "--max-channels",
+        "300",
+        "--members",
+        "2",
+        "--device",
+        "cpu",
+    ]
     first = CliRunner().invoke(main, [*command, *places])
     assert first.exit_code == 0, first.output
     rows = list(csv.DictReader((out / "activations.csv").open()))
@@ -375,20 +443,24 @@ def test_from_the_command_to_a_recipe(tmp_path):
     assert 1 <= len(chosen) <= 2
     assert float(chosen[0]["mIoU"]) == max(float(row["mIoU"]) for row in rows if row["mIoU"])
     backbone = db.create_model("tinysd", pretrained=True, recipe=out / "recipe.yaml")
-    assert sorted(id for level in backbone.declaration.recipe.levels for id in level.activations) == sorted(row["id"] for row in chosen)
+    assert sorted(id for level in backbone.declaration.recipe.levels for id in level.activations) == sorted(
+        row["id"] for row in chosen
+    )
     assert sum(backbone.feature_info.channels()) <= 300
     assert backbone(torch.zeros(1, 3, 64, 64))
 
     before = (out / "activations.csv").read_text()
     state = json.loads((out / "evidence" / "done.json").read_text())
-    (out / "evidence" / "done.json").write_text(json.dumps(state | {"looked": dict.fromkeys(state["looked"], 3)}))           # as if it had been killed
+    (out / "evidence" / "done.json").write_text(
+        json.dumps(state | {"looked": dict.fromkeys(state["looked"], 3)})
+    )  # as if it had been killed
     assert CliRunner().invoke(main, [*command, *places]).exit_code == 0
     assert (out / "activations.csv").read_text() == before
     told = (out / "measured.json").stat().st_mtime_ns
     other = CliRunner().invoke(main, [*command, *places[:2]])
     assert other.exit_code == 1
     assert "holds what another data" in other.output
-    assert (out / "measured.json").stat().st_mtime_ns == told               # and nothing of the first was lost, nor measured in vain
+    assert (out / "measured.json").stat().st_mtime_ns == told  # and nothing of the first was lost, nor measured in vain
 
 
 def test_only_what_is_missing_is_looked_at(whole, tmp_path):
@@ -417,7 +489,10 @@ def test_evidence_of_something_else_is_not_mixed(tmp_path):
         (["tinysd", "--size", "100"], "100 is no multiple of 64, which tinysd needs; 64 is"),
         (["tinysd", "--masks", "."], "--masks and --keypoints need --images"),
         ([".", "--random-weights"], "goes neither with a folder nor with --checkpoint-path"),
-        (["tinysd", "--random-weights", "--checkpoint-path", "."], "goes neither with a folder nor with --checkpoint-path"),
+        (
+            ["tinysd", "--random-weights", "--checkpoint-path", "."],
+            "goes neither with a folder nor with --checkpoint-path",
+        ),
         (["tinysd", "--images", ".", "--task", "masks"], "--task chooses among the package's own scenes"),
     ],
 )
@@ -442,7 +517,9 @@ def test_what_cannot_end_well_does_not_begin(tmp_path, monkeypatch, n, arguments
     """Neither is anything written nor are weights read, which may have to be downloaded."""
     folder_of(tmp_path, n)
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["select", "sd15", "--images", "photos", "--size", "64", "-o", "out", "--device", "cpu", *arguments])
+    result = CliRunner().invoke(
+        main, ["select", "sd15", "--images", "photos", "--size", "64", "-o", "out", "--device", "cpu", *arguments]
+    )
     assert result.exit_code == 1
     assert error in result.output
     assert not (tmp_path / "out").exists()
@@ -457,12 +534,16 @@ def test_a_selection_is_what_it_writes(tmp_path):
     assert db.Recipe.from_file(tmp_path / "recipe.yaml").ids == chosen.recipe.ids == (chosen.steps[0].id,)
     kept = sum(path.stat().st_size for path in (tmp_path / "evidence").glob("*.npy"))
     at_most = float(re.search(r"at most (\S+) GB on the disk", said[0]).group(1)) * 1e9
-    assert 0.5 * at_most < kept < 1.05 * at_most                            # told before it began, by rules that nothing was measured for
-    assert re.search(r"8 images x 2 noise draws and 4 looks: \S+ TFLOPs in the denoiser, \S+ in the image encoder", said[0])
+    assert 0.5 * at_most < kept < 1.05 * at_most  # told before it began, by rules that nothing was measured for
+    assert re.search(
+        r"8 images x 2 noise draws and 4 looks: \S+ TFLOPs in the denoiser, \S+ in the image encoder", said[0]
+    )
     curves = list(csv.DictReader((tmp_path / "curves.csv").open()))
     mine = [row for row in curves if row["id"] == chosen.steps[0].id]
     properties = chosen.measured.properties[chosen.steps[0].id]
-    assert [float(row["value"]) for row in mine if row["curve"].startswith("similarity")] == pytest.approx([v for _, v in properties.similarity], abs=1e-3)
+    assert [float(row["value"]) for row in mine if row["curve"].startswith("similarity")] == pytest.approx(
+        [v for _, v in properties.similarity], abs=1e-3
+    )
     octaves = [float(row["at"]) for row in mine if row["curve"].startswith("noise")]
     assert octaves == [octave for octave, share in enumerate(properties.noise_bands) if share is not None]
     assert octaves[:2] == [0, 1]
@@ -472,4 +553,6 @@ def test_a_selection_is_what_it_writes(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()}
     free = run.select("tinysd", few, tmp_path, rules=[], members=1, device="cpu")
     assert free.steps[0].score == max(float(score.mean()) for score in free.scores.values()) >= chosen.steps[0].score
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()}       # nothing was looked at again
+    assert before == {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()
+    }  # nothing was looked at again

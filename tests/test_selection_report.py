@@ -1,4 +1,6 @@
-"""What a selection leaves for people: the report in a real browser, the recipe's card, the paper's tables. And networks that nobody registered."""
+"""What a selection leaves for people: the report in a real browser, the recipe's card, the paper's tables. And networks
+that nobody registered.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,13 @@ def page(selected):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        quiet = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+        ]
         browser = driver.chromium.launch(executable_path=BROWSER, args=quiet)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.complaints, page.asked = [], []
@@ -81,7 +89,7 @@ def test_marks_are_coloured_by_what_is_chosen(page):
     by_grain = colours()
     page.select_option("#property", "gflops")
     assert colours() != by_grain
-    assert colours()[0] == "rgb(68, 1, 84)"                                 # the first costs least, and dark is little
+    assert colours()[0] == "rgb(68, 1, 84)"  # the first costs least, and dark is little
     assert page.locator("#low").text_content() != page.locator("#high").text_content()
 
 
@@ -96,9 +104,9 @@ def test_choosing_a_mark_tells_all_about_it(page, selected):
     assert selection.dropped[site.id] in told
     assert f"{selection.reach[site.id].parameters:,}" in told
     found = selection.measured.properties[site.id]
-    assert page.locator(".details svg").count() == 2                        # noise by frequency, similarity by distance
+    assert page.locator(".details svg").count() == 2  # noise by frequency, similarity by distance
     assert page.locator(".details circle").count() == len(found.noise_curve) + len(found.similarity)
-    page.locator(".cell.chosen").first.press("Enter")                       # by the keyboard too
+    page.locator(".cell.chosen").first.press("Enter")  # by the keyboard too
     assert "In the recipe, as number" in page.locator(".details").inner_text()
 
 
@@ -117,7 +125,10 @@ def test_the_ranking_falls_and_the_reasons_are_all_there(page, selected):
 
 def test_the_report_fits_a_telephone(page):
     page.set_viewport_size({"width": 390, "height": 800})
-    beyond = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 391 && !e.closest('.scroll, pre'))"
+    beyond = (
+        "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 391 && "
+        "!e.closest('.scroll, pre'))"
+    )
     assert not page.evaluate(f"{beyond}.map(e => e.outerHTML.slice(0, 80))")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.set_viewport_size({"width": 1280, "height": 900})
@@ -129,7 +140,9 @@ def test_the_pyramid_in_the_report_is_the_recipes(selected, finetune):
     shown = few().images[: pictures.SHOWN]
     with torch.no_grad():
         maps = backbone(torch.stack(shown))
-    for level, expected in zip(pictures.pyramid(backbone, shown, [level.activations for level in selection.recipe.levels]), maps, strict=True):
+    for level, expected in zip(
+        pictures.pyramid(backbone, shown, [level.activations for level in selection.recipe.levels]), maps, strict=True
+    ):
         assert np.array_equal(np.asarray(level), np.asarray(pictures.strip(expected)))
 
 
@@ -138,7 +151,7 @@ def test_the_card_says_how_to_load_the_recipe(selected, finetune, monkeypatch):
     text = (out / "card.md").read_text()
     [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "create_model" in block]
     monkeypatch.chdir(out)
-    exec(compile(code, "card.md", "exec"), {})                              # as a reader would
+    exec(compile(code, "card.md", "exec"), {})  # as a reader would
     assert f'"local-dir:{finetune}"' in code
 
 
@@ -150,7 +163,7 @@ def test_a_picture_of_every_activation_is_painted_once(selected, finetune, tmp_p
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     assert sorted(path.stem for path in before) == sorted(ids)
     with Image.open(tmp_path / "unet-out.png") as painted:
-        assert painted.size == (16, 8)                                      # two images of 8 x 8 places
+        assert painted.size == (16, 8)  # two images of 8 x 8 places
     pictures.paint(backbone, few().images[:2], ids, tmp_path, {"run": 1})
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")} == before
     pictures.paint(backbone, few().images[:2], ids, tmp_path, {"run": 2})
@@ -191,25 +204,57 @@ def test_a_killed_measurement_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measure.measure(network, images, ids, state=tmp_path / "state.pt", key="a", progress=killed)
     left = []
-    again = measure.measure(network, images, ids, state=tmp_path / "state.pt", key="a", progress=lambda items: left.extend(items) or items)
+    again = measure.measure(
+        network, images, ids, state=tmp_path / "state.pt", key="a", progress=lambda items: left.extend(items) or items
+    )
     assert len(left) == 2
     assert again.properties == whole.properties
     assert torch.equal(again.redundancy, whole.redundancy)
-    measure.measure(network, images, ids, state=tmp_path / "state.pt", key="other", progress=lambda items: left.extend(items) or items)
-    assert len(left) == 2 + 6                                               # what another run left is not gone on with
+    measure.measure(
+        network,
+        images,
+        ids,
+        state=tmp_path / "state.pt",
+        key="other",
+        progress=lambda items: left.extend(items) or items,
+    )
+    assert len(left) == 2 + 6  # what another run left is not gone on with
 
 
 def test_a_folder_is_selected_from_by_the_command(finetune, tmp_path):
-    command = ["select", str(finetune), "--task", "warps", "--size", "64", "--ids", "mid-*", "--ids", "up-level1-*-res-out", "-o", str(tmp_path / "out")]
+    command = [
+        "select",
+        str(finetune),
+        "--task",
+        "warps",
+        "--size",
+        "64",
+        "--ids",
+        "mid-*",
+        "--ids",
+        "up-level1-*-res-out",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     result = CliRunner().invoke(main, [*command, "--everything", "--members", "1", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     rows = list(csv.DictReader((tmp_path / "out" / "activations.csv").open()))
     assert rows
     assert all(row["id"].startswith(("mid-", "up-level1-")) for row in rows)
     assert db.create_model(f"local-dir:{finetune}", recipe=tmp_path / "out" / "recipe.yaml").feature_info.channels()
-    at_path = ["select", "sd15", "--checkpoint-path", str(finetune), *command[2:-1], str(tmp_path / "other"), "--everything", "--device", "cpu"]
+    at_path = [
+        "select",
+        "sd15",
+        "--checkpoint-path",
+        str(finetune),
+        *command[2:-1],
+        str(tmp_path / "other"),
+        "--everything",
+        "--device",
+        "cpu",
+    ]
     by_path = CliRunner().invoke(main, at_path)
-    assert by_path.exit_code == 0, by_path.output                           # its own config holds, not the published one
+    assert by_path.exit_code == 0, by_path.output  # its own config holds, not the published one
     assert 'checkpoint_path="' in (tmp_path / "other" / "card.md").read_text()
 
 
@@ -233,12 +278,16 @@ def test_what_cannot_be_selected_from_is_said(tmp_path, arguments, error):
 # The paper.
 
 
-@pytest.mark.parametrize("table", [table for table in paper.tables() if "rows" in table], ids=lambda table: table["table"].split(",")[0])
+@pytest.mark.parametrize(
+    "table", [table for table in paper.tables() if "rows" in table], ids=lambda table: table["table"].split(",")[0]
+)
 def test_the_tables_of_the_paper_have_its_rows(table):
     for name in table["checkpoints"]:
         known = registry.get_checkpoint(name)
         catalogue = FAMILIES[known.family].activations(package_configs(known), name)
-        assert len(measure.matching(measure.candidates(catalogue[id] for id in catalogue), table["ids"])) == table["rows"]
+        assert (
+            len(measure.matching(measure.candidates(catalogue[id] for id in catalogue), table["ids"])) == table["rows"]
+        )
 
 
 def test_the_commands_for_the_paper_are_commands():
@@ -248,7 +297,7 @@ def test_the_commands_for_the_paper_are_commands():
     assert len(typed) == sum(len(list(paper.commands(table))) for table in paper.tables()) > 15
     for line in typed:
         if line.startswith("diffusion-backbones"):
-            told = CliRunner().invoke(main, shlex.split(line)[1:])          # all is understood, and the images are missing
+            told = CliRunner().invoke(main, shlex.split(line)[1:])  # all is understood, and the images are missing
             assert re.search(r"Directory '.*' does not exist", told.output), told.output
         else:
             [config] = re.findall(r"fromfile\('(.*?)'\)", line)

@@ -58,13 +58,15 @@ def trains(model, backbone, x):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in added)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "four strides"])         # to which the others are resampled
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind != "four strides"]
+)  # to which the others are resampled
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_trains_and_predicts(frozen, decoder, kind):
     backbone = frozen(kind)
     model = smp.create_model(decoder, register(backbone), encoder_weights=None, classes=4)
     assert model.encoder.backbone is backbone
-    x = images(128, 160) if decoder == "pan" else images()          # PAN pools the coarsest map three times
+    x = images(128, 160) if decoder == "pan" else images()  # PAN pools the coarsest map three times
     trains(model, backbone, x)
     assert model.predict(x[:1]).isfinite().all()
 
@@ -122,7 +124,12 @@ def test_an_output_stride_resamples_deeper_levels(frozen, stride):
 
 @pytest.mark.parametrize(("depth", "channels"), [(2, [3, 0, 16]), (3, [3, 0, 16, 16]), (4, [3, 0, 16, 16, 32])])
 def test_encoder_depth(frozen, depth, channels):
-    model = smp.Unet(register(frozen("three levels")), encoder_weights=None, encoder_depth=depth, decoder_channels=(16, 8, 8, 4)[:depth])
+    model = smp.Unet(
+        register(frozen("three levels")),
+        encoder_weights=None,
+        encoder_depth=depth,
+        decoder_channels=(16, 8, 8, 4)[:depth],
+    )
     assert (model.encoder.out_channels, model.encoder.output_stride) == (channels, 2**depth)
     assert model(images()).shape == (2, 1, 64, 96)
 

@@ -21,13 +21,16 @@ def test_every_name_is_in_timm_with_its_description():
         assert timm.is_model(name)
         cfg = timm.get_pretrained_cfg(name).to_dict()
         ours = db.get_pretrained_cfg(name)
-        assert {k: tuple(cfg[k]) if isinstance(cfg[k], (list, tuple)) else cfg[k] for k in ("input_size", "mean", "std", "interpolation", "license")} == {
-            k: ours[k] for k in ("input_size", "mean", "std", "interpolation", "license")
-        }
+        assert {
+            k: tuple(cfg[k]) if isinstance(cfg[k], (list, tuple)) else cfg[k]
+            for k in ("input_size", "mean", "std", "interpolation", "license")
+        } == {k: ours[k] for k in ("input_size", "mean", "std", "interpolation", "license")}
     assert set(db.list_models("sd15_*")) <= set(timm.list_models("sd15_*"))
 
 
-@pytest.mark.parametrize("order", ["import timm; import diffusion_backbones", "import diffusion_backbones; import timm"])
+@pytest.mark.parametrize(
+    "order", ["import timm; import diffusion_backbones", "import diffusion_backbones; import timm"]
+)
 def test_either_may_be_imported_first(order):
     code = f"{order}; print(timm.is_model('sd15_gdf'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -66,7 +69,9 @@ def test_create_model_levels_and_transform(photo):
 
 
 def test_our_keywords_go_through_timm():
-    model = timm.create_model("tinysd_dift", pretrained=True, features_only=True, timestep=51, ensemble=1, out_strides=(8, 16))
+    model = timm.create_model(
+        "tinysd_dift", pretrained=True, features_only=True, timestep=51, ensemble=1, out_strides=(8, 16)
+    )
     assert model.declaration.recipe.timestep == 51
     assert model.feature_info.reduction() == [8, 16]
 
@@ -89,7 +94,9 @@ def test_an_overlay_with_a_saved_backbone_loads_it(tmp_path, photo):
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_timm_reads_a_saved_folder_by_itself(pretrained, tmp_path, photo):
     """With its weights, strides and normalisation, as ours does: nothing that was saved is lost without a word."""
-    saved = db.create_model("tinysd_gdf", pretrained=True, out_strides=(4, 8, 16, 32), timestep=101, input_format="imagenet")
+    saved = db.create_model(
+        "tinysd_gdf", pretrained=True, out_strides=(4, 8, 16, 32), timestep=101, input_format="imagenet"
+    )
     model = timm.create_model(f"local-dir:{saved.save_pretrained(tmp_path)}", pretrained=pretrained, features_only=True)
     x = photo[..., :70, :90]
     assert all(torch.equal(a, b) for a, b in zip(model(x), saved(x), strict=True))
@@ -157,7 +164,9 @@ def test_layer_decay_groups_go_from_input_to_output():
 def test_transformers_upernet_trains():
     config = TimmBackboneConfig(backbone="tinysd_gdf", out_indices=[0, 1, 2], num_channels=3)
     assert AutoBackbone.from_config(config).channels == [48, 96, 224]
-    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, use_auxiliary_head=False))
+    model = UperNetForSemanticSegmentation(
+        UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, use_auxiliary_head=False)
+    )
     loss = model(pixel_values=torch.rand(2, 3, 64, 64) * 2 - 1, labels=torch.zeros(2, 64, 64, dtype=torch.long)).loss
     loss.backward()
     assert loss.isfinite()

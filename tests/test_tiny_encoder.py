@@ -1,4 +1,6 @@
-"""``encoder="tiny"``: what diffusers' own ``AutoencoderTiny`` gives reaches the denoiser, scaled or not, saved or not; and how far off it is is measured."""
+"""``encoder="tiny"``: what diffusers' own ``AutoencoderTiny`` gives reaches the denoiser, scaled or not, saved or not;
+and how far off it is is measured.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +61,18 @@ def test_every_declared_one_fits_its_checkpoint(name):
 
 
 def test_the_published_sizes():
-    """1,222,532 parameters for four channels (README of madebyollin/taesd at 0203732), and a ninth of the operations of the exact encoder."""
+    """1,222,532 parameters for four channels (README of madebyollin/taesd at 0203732), and a ninth of the operations of
+    the exact encoder.
+    """
     cost = costs.measure(db.get_declaration("sd15_gdf"))
     assert cost.tiny_encoder_parameters == 1222532
     assert cost.encoder_gflops / cost.tiny_encoder_gflops == pytest.approx(9.1, abs=0.1)
     built = db.create_model("sd15_gdf", encoder="tiny", device="meta")
     measured = costs.costs(built.declaration, built.configs)
-    assert (measured.encoder_parameters, measured.encoder_gflops) == (cost.tiny_encoder_parameters, cost.tiny_encoder_gflops)
+    assert (measured.encoder_parameters, measured.encoder_gflops) == (
+        cost.tiny_encoder_parameters,
+        cost.tiny_encoder_gflops,
+    )
     assert costs.costs(db.get_declaration("dit_xl_256_ddae")).tiny_encoder_gflops == 0
 
 
@@ -147,7 +154,9 @@ def test_a_folder_whose_image_encoder_is_a_tiny_one(tmp_path, tiny_folder):
     whole.save_pretrained(folder / "vae")
     [x] = images()
     with torch.no_grad():
-        torch.testing.assert_close(db.create_model("sd15_gdf", checkpoint_path=folder).encode(x), whole.encode(x).latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            db.create_model("sd15_gdf", checkpoint_path=folder).encode(x), whole.encode(x).latents, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_float16_needs_no_exception():
@@ -160,11 +169,16 @@ def test_float16_needs_no_exception():
 
 
 def test_what_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"no tiny encoder is known for the latents of dit_xl_256\. These have one: .*sd15.*tinysd"):
+    with pytest.raises(
+        ValueError, match=r"no tiny encoder is known for the latents of dit_xl_256\. These have one: .*sd15.*tinysd"
+    ):
         db.create_model("dit_xl_256_ddae", encoder="tiny", device="meta")
     with pytest.raises(ValueError, match=r"encoder='tinny' is none of 'tiny'\. Did you mean tiny\?"):
         db.create_model("sd15_gdf", encoder="tinny", device="meta")
-    with pytest.raises(KeyError, match="has no activation 'encoder-level0-repeat0-res-out': its image encoder has none that can be read"):
+    with pytest.raises(
+        KeyError,
+        match="has no activation 'encoder-level0-repeat0-res-out': its image encoder has none that can be read",
+    ):
         db.create_model("sd15", recipe=["encoder-level0-repeat0-res-out"], encoder="tiny", device="meta")
     with pytest.raises(ValueError, match="it has none that can be read, as a tiny encoder has not"):
         db.create_model("sd15_gdf", encoder="tiny", encoder_levels=True, out_strides=(4, 8), device="meta")
@@ -173,10 +187,16 @@ def test_what_is_refused(tiny_folder, tmp_path):
     folder = tiny.folder("tinysd", tmp_path)
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
-    with pytest.raises(ValueError, match="gives latents of 4 channels at stride 8, and those of these weights have 8 channels at stride 8"):
+    with pytest.raises(
+        ValueError,
+        match="gives latents of 4 channels at stride 8, and those of these weights have 8 channels at stride 8",
+    ):
         db.create_model("tinysd_gdf", encoder="tiny", checkpoint_path=folder)
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderOfTomorrow"}))
-    with pytest.raises(ValueError, match=r"the image encoder is of class 'AutoencoderOfTomorrow', by its config\.json; known are AutoencoderKL,"):
+    with pytest.raises(
+        ValueError,
+        match=r"the image encoder is of class 'AutoencoderOfTomorrow', by its config\.json; known are AutoencoderKL,",
+    ):
         db.create_model("tinysd_gdf", checkpoint_path=folder)
 
 
@@ -188,7 +208,9 @@ def test_deviations_equal_a_plain_count(backbone):
     exact = db.create_model("tinysd_gdf", pretrained=True)
     found = deviation.deviations(exact, backbone, images(2))
     assert [row.level for row in found] == ["latents", "0", "1", "2"]
-    assert [(row.channels, row.stride) for row in found[1:]] == list(zip(exact.feature_info.channels(), exact.feature_info.reduction(), strict=True))
+    assert [(row.channels, row.stride) for row in found[1:]] == list(
+        zip(exact.feature_info.channels(), exact.feature_info.reduction(), strict=True)
+    )
     for i, row in enumerate(found[1:]):
         a, b = (torch.cat([net(x)[i] for x in images(2)]) for net in (exact, backbone))
         assert row.error == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-4)
@@ -203,11 +225,15 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch):
     photo, table = str(PHOTO), tmp_path / "found.csv"
     args = ["compare", "tinysd_gdf", photo, "--encoder", "tiny", "--size", "64", "--csv", str(table)]
     monkeypatch.setattr("sys.argv", ["bin/diffusion-backbones", *args])
-    for _ in range(2):                                          # the second time in the place of the first
+    for _ in range(2):  # the second time in the place of the first
         result = CliRunner().invoke(main, args)
         assert result.exit_code == 0, result.output
     rows = list(csv.DictReader(table.open()))
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [row["level"] for row in rows] == ["latents", "0", "1", "2"]
+    assert (
+        [line.split()[0] for line in result.stdout.splitlines()]
+        == [row["level"] for row in rows]
+        == ["latents", "0", "1", "2"]
+    )
     assert (rows[0]["command"], rows[0]["images"]) == ("diffusion-backbones " + " ".join(args), "1")
     result = CliRunner().invoke(main, ["compare", "tinysd_gdf", photo])
     assert result.exit_code == 2

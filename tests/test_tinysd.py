@@ -36,13 +36,20 @@ def drawn():
     square = np.ones((sprites.SIDE, sprites.SIDE, 1)) * np.array([40, 40, 255, 255])
     square[:40, :40, :3] = 255
     identities = [sprites.Identity("red disc", "fruit", False), sprites.Identity("blue square", "building", True)]
-    return sprites.Sprites(np.stack([disc, square, disc, square]).astype(np.uint8), np.array([0, 0, 4, 4]), np.array([0, 1, 0, 1]), identities)
+    return sprites.Sprites(
+        np.stack([disc, square, disc, square]).astype(np.uint8),
+        np.array([0, 0, 4, 4]),
+        np.array([0, 1, 0, 1]),
+        identities,
+    )
 
 
 def test_the_evaluation_set_is_whole():
     everything = load_scenes()
     assert everything.classes == ("background", *sprites.CLASSES)
-    assert {name: len(getattr(everything, name)) for name in evaluation_set.SPLITS} == {name: count for name, (count, _, _) in evaluation_set.SPLITS.items()}
+    assert {name: len(getattr(everything, name)) for name in evaluation_set.SPLITS} == {
+        name: count for name, (count, _, _) in evaluation_set.SPLITS.items()
+    }
     for split in evaluation_set.SPLITS:
         labels = np.stack([scene.classes for scene in getattr(everything, split)])
         assert set(np.unique(labels)) == set(range(16)), f"{split} lacks a class"
@@ -87,7 +94,7 @@ def test_labels_captions_and_places_belong_together(drawn):
             mine = scene.instances == number
             assert set(scene.classes[mine]) == {1 + list(sprites.CLASSES).index(kind.cls)}
             assert mine.sum() >= 0.9 * scenes.VISIBLE * scenes._area(drawn.images[placed.sprite], placed.to_scene)
-            y, x = np.nonzero(mine)                          # back to sprite coordinates: all inside the sprite
+            y, x = np.nonzero(mine)  # back to sprite coordinates: all inside the sprite
             inside = np.linalg.solve(placed.to_scene[:, :2], np.stack([x + 0.5, y + 0.5]) - placed.to_scene[:, 2:])
             assert np.abs(inside).max() < 1.05
 
@@ -109,11 +116,16 @@ def test_packages_that_cannot_be_had(tmp_path, monkeypatch):
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'the registry does not answer' >&2\nexit 1\n")
     npm.chmod(0o755)
-    with pytest.raises(SystemExit, match=r"@some/artwork@1.0.0 could not be fetched(.|\n)*the registry does not answer(.|\n)*Try again"):
+    with pytest.raises(
+        SystemExit, match=r"@some/artwork@1.0.0 could not be fetched(.|\n)*the registry does not answer(.|\n)*Try again"
+    ):
         package.archive(tmp_path / "packages")
     half = tmp_path / "packages" / "some-artwork-1.0.0.tgz"
     half.write_bytes(b"the first half of it")
-    with pytest.raises(SystemExit, match=r"some-artwork-1.0.0.tgz is not @some/artwork@1.0.0 as pinned \(half downloaded, or changed\).*Delete it"):
+    with pytest.raises(
+        SystemExit,
+        match=r"some-artwork-1.0.0.tgz is not @some/artwork@1.0.0 as pinned \(half downloaded, or changed\).*Delete it",
+    ):
         package.archive(tmp_path / "packages")
 
 
@@ -139,7 +151,7 @@ def line(steps, folder, stop=None, lr=1e-2):
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole = line(120, tmp_path / "whole")
-    monkeypatch.setattr(train, "SAVE_EVERY", -1)              # every step
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)  # every step
     with pytest.raises(KeyboardInterrupt):
         line(120, tmp_path / "twice", stop=70)
     again = line(120, tmp_path / "twice")
@@ -153,7 +165,9 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     training = train.Training(tmp_path, "nan", nn.Linear(1, 1), 10, 1e-3)
     with pytest.raises(SystemExit, match="the loss is nan at step 3.*last good state"):
-        training.run(lambda model, generator: {"x": model(torch.ones(1, 1)).sum() * (float("nan") if training.step == 3 else 1)})
+        training.run(
+            lambda model, generator: {"x": model(torch.ones(1, 1)).sum() * (float("nan") if training.step == 3 else 1)}
+        )
 
 
 def test_the_tokenizer_knows_its_captions_and_takes_any_text():
@@ -171,18 +185,31 @@ def test_mean_iou():
 @pytest.mark.parametrize("name", ["tinysd_vpd", "tinysd_dift", "rgb", evaluate.SINGLE[0]])
 def test_evaluation_takes_any_strides(name, monkeypatch):
     full = load_scenes()
-    few = {"probe": full.probe[:4], "scenes": full.scenes[:1], "identities": full.identities[:1], "style": full.style[:1], "pairs": full.pairs[29:31]}
+    few = {
+        "probe": full.probe[:4],
+        "scenes": full.scenes[:1],
+        "identities": full.identities[:1],
+        "style": full.style[:1],
+        "pairs": full.pairs[29:31],
+    }
     small = dataclasses.replace(full, **few)
     monkeypatch.setattr(evaluate, "SCENES", 3)
     monkeypatch.setattr(evaluate, "PIXELS", 500)
     measured = evaluate.probe(name, small)
     assert {split: len(values) for split, values in measured.items()} == {"scenes": 3, "identities": 3, "style": 3}
     assert all(0 < value < 100 for values in measured.values() for value in values)
-    assert {split: len(values) for split, values in evaluate.keypoints(name, small).items()} == {"pairs, identities": 1, "pairs, style": 1}
+    assert {split: len(values) for split, values in evaluate.keypoints(name, small).items()} == {
+        "pairs, identities": 1,
+        "pairs, style": 1,
+    }
 
 
 def test_the_wheel_works_somewhere_else(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
@@ -194,6 +221,8 @@ image = load_scenes().scenes[0].image
 print(db.__file__, [tuple(m.shape) for m in db.create_model("tinysd_gdf", pretrained=True)(to_tensor(image)[None] * 2 - 1)])
 """
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    ).stdout
     assert out.startswith(str(tmp_path))
     assert out.endswith("[(1, 48, 32, 32), (1, 96, 16, 16), (1, 224, 8, 8)]\n")

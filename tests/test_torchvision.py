@@ -48,7 +48,15 @@ def detector(kind, backbone, out_channels=64):
     if kind is FCOS:
         return kind(fpn, anchor_generator=fpn.anchors(1, ratios=(1.0,)), **SMALL, **fpn.transform)
     parts = {"rpn_anchor_generator": fpn.anchors(), "box_roi_pool": fpn.roi_align(7)}
-    return kind(fpn, **parts, **SMALL, **fpn.transform, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=20, box_detections_per_img=5)
+    return kind(
+        fpn,
+        **parts,
+        **SMALL,
+        **fpn.transform,
+        rpn_post_nms_top_n_train=50,
+        rpn_post_nms_top_n_test=20,
+        box_detections_per_img=5,
+    )
 
 
 def check_frozen(backbone):
@@ -76,7 +84,9 @@ def test_deeplab_trains_and_segments(backbone):
     model = DeepLabV3(body, DeepLabHead(body.channels["out"], 5), FCNHead(body.channels["aux"], 5))
     out = model.train()(torch.rand(2, 3, 60, 91) * 2 - 1)
     assert {name: logits.shape for name, logits in out.items()} == dict.fromkeys(("out", "aux"), (2, 5, 60, 91))
-    sum(torch.nn.functional.cross_entropy(logits, torch.zeros(2, 60, 91, dtype=torch.long)) for logits in out.values()).backward()
+    sum(
+        torch.nn.functional.cross_entropy(logits, torch.zeros(2, 60, 91, dtype=torch.long)) for logits in out.values()
+    ).backward()
     check_frozen(backbone)
     assert model.eval()(torch.rand(1, 3, 61, 83) * 2 - 1)["out"].shape == (1, 5, 61, 83)
 
@@ -84,7 +94,14 @@ def test_deeplab_trains_and_segments(backbone):
 def test_a_detector_pads_and_normalises_as_the_backbone_wants(tiny_folder):
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     fpn = PyramidFPN(backbone, 16)
-    model = FasterRCNN(fpn, **SMALL, rpn_anchor_generator=fpn.anchors(), box_roi_pool=fpn.roi_align(7), _skip_resize=True, **fpn.transform)
+    model = FasterRCNN(
+        fpn,
+        **SMALL,
+        rpn_anchor_generator=fpn.anchors(),
+        box_roi_pool=fpn.roi_align(7),
+        _skip_resize=True,
+        **fpn.transform,
+    )
     images, _ = sample(n=1)
     seen = model.transform(images)[0].tensors
     assert all(s % fpn.transform["size_divisible"] == 0 for s in seen.shape[-2:])
@@ -95,7 +112,11 @@ def test_a_detector_pads_and_normalises_as_the_backbone_wants(tiny_folder):
 
 def test_anchors_lie_where_the_maps_do(tiny_folder):
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
-    for extra, strides, divisible in (("pool", [8, 16, 32, 64], 64), ("p6p7", [8, 16, 32, 64, 128], 128), (None, [8, 16, 32], 64)):
+    for extra, strides, divisible in (
+        ("pool", [8, 16, 32, 64], 64),
+        ("p6p7", [8, 16, 32, 64, 128], 128),
+        (None, [8, 16, 32], 64),
+    ):
         fpn = PyramidFPN(backbone, 8, extra=extra)
         assert (fpn.strides, fpn.transform["size_divisible"]) == (strides, divisible)
         maps = fpn(torch.zeros(1, 3, divisible, 2 * divisible))
@@ -105,15 +126,23 @@ def test_anchors_lie_where_the_maps_do(tiny_folder):
 
 def test_the_default_anchors_fit_the_strides_that_the_page_names(tiny_folder):
     images, targets = sample(n=1)
-    for kind, strides, extra in ((FasterRCNN, (4, 8, 16, 32), "pool"), (RetinaNet, (8, 16, 32), "p6p7"), (FCOS, (8, 16, 32), "p6p7")):
-        fpn = PyramidFPN(db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_strides=strides), 64, extra=extra)
+    for kind, strides, extra in (
+        (FasterRCNN, (4, 8, 16, 32), "pool"),
+        (RetinaNet, (8, 16, 32), "p6p7"),
+        (FCOS, (8, 16, 32), "p6p7"),
+    ):
+        fpn = PyramidFPN(
+            db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_strides=strides), 64, extra=extra
+        )
         default = kind(fpn, **SMALL, **fpn.transform)
         torch.manual_seed(0)
         assert sum(default.train()(images, targets).values()).isfinite()
         made = detector(kind, fpn.body.backbone)
         ours, theirs = (m.rpn.anchor_generator if kind is FasterRCNN else m.anchor_generator for m in (made, default))
         assert [a.shape for a in ours.cell_anchors] == [a.shape for a in theirs.cell_anchors]
-        assert all((a - b).abs().max() <= 2 for a, b in zip(ours.cell_anchors, theirs.cell_anchors, strict=True))       # theirs are truncated to integers
+        assert all(
+            (a - b).abs().max() <= 2 for a, b in zip(ours.cell_anchors, theirs.cell_anchors, strict=True)
+        )  # theirs are truncated to integers
 
 
 def test_levels_can_be_chosen(tiny_folder):
@@ -142,8 +171,15 @@ def test_bad_levels_are_refused(tiny_folder):
         PyramidFPN(backbone, extra="p6")
     with pytest.raises(ValueError, match=r"strides that grow, got \[16, 8\] from levels=\[1, 0\].*choose"):
         PyramidFPN(backbone, levels=[1, 0])
-    double = db.create_model("sd15", checkpoint_path=tiny_folder("sd15"), recipe=db.Recipe("two", levels=(("up-level2-repeat2-res-out",), ONE_LEVEL)))
-    assert PyramidFPN(double, 8, levels=[0]).strides == [double.feature_info.reduction()[0], 2 * double.feature_info.reduction()[0]]
+    double = db.create_model(
+        "sd15",
+        checkpoint_path=tiny_folder("sd15"),
+        recipe=db.Recipe("two", levels=(("up-level2-repeat2-res-out",), ONE_LEVEL)),
+    )
+    assert PyramidFPN(double, 8, levels=[0]).strides == [
+        double.feature_info.reduction()[0],
+        2 * double.feature_info.reduction()[0],
+    ]
     with pytest.raises(ValueError, match="in_chans must be 3"):
         db.create_model("sd15_gdf", in_chans=4)
 

@@ -45,7 +45,11 @@ from diffusion_backbones.spec.configs import package_configs
 from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.surgery import memory_budget
 
-VAE = {"block_out_channels": [8, 8, 8, 8], "encoder_block_out_channels": [8, 8, 8, 8], "temperal_downsample": [False, True, True]}
+VAE = {
+    "block_out_channels": [8, 8, 8, 8],
+    "encoder_block_out_channels": [8, 8, 8, 8],
+    "temperal_downsample": [False, True, True],
+}
 ENCODERS = {"sana": "AutoencoderDC", "qwen": "AutoencoderKLQwenImage", "flux2": "AutoencoderKLFlux2"}
 TEXT = 7
 NETWORKS = {
@@ -87,8 +91,18 @@ NETWORKS["hunyuan-1.1"] = NETWORKS["hunyuan"] | {"use_style_cond_and_image_meta_
 COUNTS = {"sana": 8 * 4, "sana-1.5": 8 * 4, "hunyuan": 8 * 6, "hunyuan-1.1": 8 * 6, "auraflow": 9 * 2 + 9 * 3}
 COUNTS |= {"flux2": 9 * 2 + 8 * 3, "flux2-klein": 9 + 8 * 2, "qwen": 9 * 3}
 COUNTS |= {name: 8 * 2 + 9 * 3 for name in ("lumina", "z_image", "z_image-long")}
-COUNTS |= {"dit": 6 * 4, "pixart": 8 * 4, "pixart-1024": 8 * 2, "flux": 39, "flux-schnell": 9 + 14, "sd3": 27, "sd3.5": 27}
-"""GDF's ids: activations.md counts 32 for four blocks of PixArt, and 39 for FLUX with two double and three single blocks."""
+COUNTS |= {
+    "dit": 6 * 4,
+    "pixart": 8 * 4,
+    "pixart-1024": 8 * 2,
+    "flux": 39,
+    "flux-schnell": 9 + 14,
+    "sd3": 27,
+    "sd3.5": 27,
+}
+"""GDF's ids: activations.md counts 32 for four blocks of PixArt, and 39 for FLUX with two double and three single
+blocks.
+"""
 
 
 class Case:
@@ -97,24 +111,38 @@ class Case:
     def __init__(self, name: str, latent: tuple[int, int], timestep: int):
         kind = re.split("[-.]", name)[0]
         self.family = FAMILIES[kind]
-        self.configs = {"transformer": NETWORKS[name], "vae": VAE | {"_class_name": ENCODERS.get(kind, "AutoencoderKL")}}
+        self.configs = {
+            "transformer": NETWORKS[name],
+            "vae": VAE | {"_class_name": ENCODERS.get(kind, "AutoencoderKL")},
+        }
         torch.manual_seed(0)
         self.network = self.family.build_denoiser(NETWORKS[name]).eval()
         for p in self.network.parameters():
-            if p.ndim < 2 or not p.std() > 0:                   # norms and tables that start at one or zero would hide mistakes
+            if p.ndim < 2 or not p.std() > 0:  # norms and tables that start at one or zero would hide mistakes
                 nn.init.normal_(p, std=0.3)
-        self.cut = self.family.truncate(copy.deepcopy(self.network), blocks(self.network)[-1:])      # no more than what is behind the last block
+        self.cut = self.family.truncate(
+            copy.deepcopy(self.network), blocks(self.network)[-1:]
+        )  # no more than what is behind the last block
         self.z = torch.randn(2, self.family.latent_channels(self.configs), *latent)
         self.timestep = torch.full((2,), timestep)
         self.size = (latent[0] * 8, latent[1] * 8)
         patch = self.family.patch(self.configs)
         self.grid = (latent[0] // patch, latent[1] // patch)
         shapes = self.family.conditioning_shapes(self.configs)
-        text = 40 if name.endswith("-long") else TEXT          # some prompts then are longer than the 32 tokens that Z-Image counts in
-        given = {"class_labels": torch.tensor([10, 3]), "guidance": torch.tensor([3.5, 1.0]), "prompt_attention_mask": torch.ones(2, text)}
+        text = (
+            40 if name.endswith("-long") else TEXT
+        )  # some prompts then are longer than the 32 tokens that Z-Image counts in
+        given = {
+            "class_labels": torch.tensor([10, 3]),
+            "guidance": torch.tensor([3.5, 1.0]),
+            "prompt_attention_mask": torch.ones(2, text),
+        }
         given["prompt_attention_mask"][0, 4:] = 0
         given["prompt_attention_mask_2"] = given["prompt_attention_mask"].flip(0)
-        self.conditioning = {k: given[k] if k in given else torch.randn(2, *((text, s[1]) if len(s) == 2 else s)) for k, s in shapes.items()}
+        self.conditioning = {
+            k: given[k] if k in given else torch.randn(2, *((text, s[1]) if len(s) == 2 else s))
+            for k, s in shapes.items()
+        }
         self.catalogue = self.family.catalogue(self.configs, name)
 
     @torch.no_grad()
@@ -123,18 +151,25 @@ class Case:
         recorder = recording.Recorder(network, sites)
         with recorder.recording(sites) as acts:
             self.family.call(network, self.z, self.timestep, self.conditioning, self.size)
-        return {s.id: self.family.activation(network, s, recording.read(acts, s), self.conditioning, self.grid, False) for s in sites}
+        return {
+            s.id: self.family.activation(network, s, recording.read(acts, s), self.conditioning, self.grid, False)
+            for s in sites
+        }
 
     @torch.no_grad()
     def stock(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-        """Run the stock network's own forward; module path -> output, ``path<`` -> first input, ``path|map`` -> probabilities."""
+        """Run the stock network's own forward; module path -> output, ``path<`` -> first input, ``path|map`` ->
+        probabilities.
+        """
         kept: dict[str, object] = {}
         running = ["no block yet"]
 
         def attend(query, key, value, attn_mask=None, *args, **kwargs):
             scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
             if attn_mask is not None:
-                scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+                scores = (
+                    scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+                )
             p = scores.softmax(-1)
             kept[f"{running[-1]}|map"] = p
             return p @ value
@@ -152,29 +187,58 @@ class Case:
         c, stock = self.conditioning, dict[str, object]()
         kind = type(self.network).__name__
         if kind.startswith("Flux2"):
-            stock = {"hidden_states": Flux2Pipeline._pack_latents(self.z), "encoder_hidden_states": c["prompt_embeds"], "guidance": c.get("guidance"),
-                     "img_ids": Flux2Pipeline._prepare_latent_ids(self.z), "txt_ids": Flux2Pipeline._prepare_text_ids(c["prompt_embeds"])}
+            stock = {
+                "hidden_states": Flux2Pipeline._pack_latents(self.z),
+                "encoder_hidden_states": c["prompt_embeds"],
+                "guidance": c.get("guidance"),
+                "img_ids": Flux2Pipeline._prepare_latent_ids(self.z),
+                "txt_ids": Flux2Pipeline._prepare_text_ids(c["prompt_embeds"]),
+            }
         elif kind.startswith("Qwen"):
-            stock = {"hidden_states": QwenImagePipeline._pack_latents(self.z, *self.z.shape), "encoder_hidden_states": c["prompt_embeds"],
-                     "encoder_hidden_states_mask": c["prompt_attention_mask"], "img_shapes": [[(1, *self.grid)]] * 2}
+            stock = {
+                "hidden_states": QwenImagePipeline._pack_latents(self.z, *self.z.shape),
+                "encoder_hidden_states": c["prompt_embeds"],
+                "encoder_hidden_states_mask": c["prompt_attention_mask"],
+                "img_shapes": [[(1, *self.grid)]] * 2,
+            }
         elif "class_labels" in c:
             stock = {"hidden_states": self.z, "class_labels": c["class_labels"]}
         elif "prompt_embeds_2" in c:
             config, (h, w) = self.network.config, self.grid
             corners = get_resize_crop_region_for_grid((h, w), 32)
             rotary = get_2d_rotary_pos_embed(config.attention_head_dim, corners, (h, w), output_type="pt")
-            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"], "text_embedding_mask": c["prompt_attention_mask"],
-                     "encoder_hidden_states_t5": c["prompt_embeds_2"], "text_embedding_mask_t5": c["prompt_attention_mask_2"], "image_rotary_emb": rotary}
+            stock = {
+                "hidden_states": self.z,
+                "encoder_hidden_states": c["prompt_embeds"],
+                "text_embedding_mask": c["prompt_attention_mask"],
+                "encoder_hidden_states_t5": c["prompt_embeds_2"],
+                "text_embedding_mask_t5": c["prompt_attention_mask_2"],
+                "image_rotary_emb": rotary,
+            }
             if config.use_style_cond_and_image_meta_size:
-                stock |= {"image_meta_size": torch.tensor([[*self.size, *self.size, 0, 0]] * 2).float(), "style": torch.zeros(2).long()}
+                stock |= {
+                    "image_meta_size": torch.tensor([[*self.size, *self.size, 0, 0]] * 2).float(),
+                    "style": torch.zeros(2).long(),
+                }
         elif "pooled_prompt_embeds" not in c and "prompt_attention_mask" not in c:
             stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"]}
         elif "prompt_attention_mask" in c:
-            sizes = {"resolution": torch.tensor([self.size] * 2, dtype=torch.float32), "aspect_ratio": torch.tensor([[self.size[0] / self.size[1]]] * 2)}
-            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"], "encoder_attention_mask": c["prompt_attention_mask"]}
+            sizes = {
+                "resolution": torch.tensor([self.size] * 2, dtype=torch.float32),
+                "aspect_ratio": torch.tensor([[self.size[0] / self.size[1]]] * 2),
+            }
+            stock = {
+                "hidden_states": self.z,
+                "encoder_hidden_states": c["prompt_embeds"],
+                "encoder_attention_mask": c["prompt_attention_mask"],
+            }
             stock |= {"added_cond_kwargs": sizes} if hasattr(self.network, "use_additional_conditions") else {}
         else:
-            stock = {"hidden_states": self.z, "encoder_hidden_states": c["prompt_embeds"], "pooled_projections": c["pooled_prompt_embeds"]}
+            stock = {
+                "hidden_states": self.z,
+                "encoder_hidden_states": c["prompt_embeds"],
+                "pooled_projections": c["pooled_prompt_embeds"],
+            }
         timestep = self.timestep.float() / (1000 if kind.startswith(("AuraFlow", "Flux2", "Qwen")) else 1)
         if kind.startswith("FluxT"):
             h, w = self.grid
@@ -187,8 +251,13 @@ class Case:
             timestep, stock["encoder_attention_mask"] = 1 - timestep / 1000, c["prompt_attention_mask"].long()
         if "t_scale" in self.network.config:
             rows = zip(c["prompt_embeds"], c["prompt_attention_mask"].sum(1).int(), strict=True)
-            timestep, stock = None, {"x": [z[:, None] for z in self.z], "t": timestep, "cap_feats": [row[:length] for row, length in rows]}
-        self.network(**stock, **({} if timestep is None else {"timestep": timestep}))         # of DiT's result, an unpatchify for squares, nothing is read
+            timestep, stock = (
+                None,
+                {"x": [z[:, None] for z in self.z], "t": timestep, "cap_feats": [row[:length] for row, length in rows]},
+            )
+        self.network(
+            **stock, **({} if timestep is None else {"timestep": timestep})
+        )  # of DiT's result, an unpatchify for squares, nothing is read
         for handle in handles:
             handle.remove()
         return kept
@@ -207,10 +276,13 @@ class Case:
             rows = p[:, :, -n:] if text_first else p[:, :, :n]
             words, image = (rows[..., -n - TEXT : -n], rows[..., -n:]) if text_first else (rows[..., n:], rows[..., :n])
             return image if kind == "self-map" else words
-        if kind == "self-map" and "sana" in type(self.network).__name__.lower():           # linear attention
+        if kind == "self-map" and "sana" in type(self.network).__name__.lower():  # linear attention
             attention = self.network.get_submodule(f"{at}.attn1")
             norms = [norm or nn.Identity() for norm in (attention.norm_q, attention.norm_k)]
-            q, k = (norm(kept[f"{at}.attn1.to_{x}"]).unflatten(-1, (2, -1)).transpose(1, 2).relu() for x, norm in zip("qk", norms, strict=True))
+            q, k = (
+                norm(kept[f"{at}.attn1.to_{x}"]).unflatten(-1, (2, -1)).transpose(1, 2).relu()
+                for x, norm in zip("qk", norms, strict=True)
+            )
             scores = q @ k.transpose(-1, -2)
             return scores / (scores.sum(-1, keepdim=True) + 1e-15)
         if kind.endswith("-map"):
@@ -220,7 +292,7 @@ class Case:
             return fused[:, -n:, start : start + self.network.inner_dim]
         if single and kind == "attn-out" and (fused := kept.get(f"{at}.attn.to_out<")) is not None:
             return fused[:, -n:, : self.network.inner_dim]
-        if single and kind == "norm-out" and f"{at}.ff" not in kept:                       # FLUX: what attention and feed-forward share
+        if single and kind == "norm-out" and f"{at}.ff" not in kept:  # FLUX: what attention and feed-forward share
             return (kept[f"{at}.norm"][0] if f"{at}.proj_mlp" in kept else kept[f"{at}.attn.to_qkv_mlp_proj<"])[:, -n:]
         ends = ("ff.net.0", "ff.act_fn", "act_mlp", "attn.mlp_act_fn", "img_mlp.net.0")
         wide = next((f"{at}.{end}" for end in ends if f"{at}.{end}" in kept), "")
@@ -230,26 +302,40 @@ class Case:
             "self-q": f"{at}.attn1.to_q", "self-k": f"{at}.attn1.to_k", "self-v": f"{at}.attn1.to_v", "self-out": f"{at}.attn1",
             "cross-q": f"{at}.attn2.to_q", "cross-out": f"{at}.attn2",
         }[kind]  # fmt: skip
-        last = [name for name in ("out_projection", "conv_point") if hasattr(getattr(self.network.get_submodule(at), "ff", None), name)]
+        last = [
+            name
+            for name in ("out_projection", "conv_point")
+            if hasattr(getattr(self.network.get_submodule(at), "ff", None), name)
+        ]
         if kind == "ffn-inner" and last:
             path = f"{at}.ff.{last[0]}<"
         value = kept[path]
         if isinstance(value, tuple):
-            value = value[1] if kind == "out" else value[0]        # blocks give (text, image), attention layers (image, text)
+            value = value[1] if kind == "out" else value[0]  # blocks give (text, image), attention layers (image, text)
         return value[:, -n:] if single else value
 
-
     def ragged(self, kept: dict[str, torch.Tensor], at: str, kind: str) -> torch.Tensor:
-        """What a network does whose sequences are text and image (Lumina) or image and text, both filled up to multiples of 32 (Z-Image)."""
+        """What a network does whose sequences are text and image (Lumina) or image and text, both filled up to
+        multiples of 32 (Z-Image).
+        """
         n, mask = self.grid[0] * self.grid[1], self.conditioning["prompt_attention_mask"]
         filled = "t_scale" in self.network.config
         layer, inner = ("attention", "w2") if filled else ("attn", "linear_2")
-        path = {"out": at, "attn-out": f"{at}.{layer}", "norm-out": f"{at}.feed_forward<", "ffn-inner": f"{at}.feed_forward.{inner}<"}
+        path = {
+            "out": at,
+            "attn-out": f"{at}.{layer}",
+            "norm-out": f"{at}.feed_forward<",
+            "ffn-inner": f"{at}.feed_forward.{inner}<",
+        }
         rows = []
         for i, length in enumerate(mask.sum(1).int().tolist()):
             start = 0 if filled or at.startswith("noise_refiner") else length
             image = slice(start, start + n)
-            words = slice(-(-n // 32) * 32, -(-n // 32) * 32 + min(-(-length // 32) * 32, mask.shape[1])) if filled else slice(length)
+            words = (
+                slice(-(-n // 32) * 32, -(-n // 32) * 32 + min(-(-length // 32) * 32, mask.shape[1]))
+                if filled
+                else slice(length)
+            )
             if kind.endswith("map"):
                 p = kept[f"{at}.{layer}|map"][i, :, image]
                 row = p[..., image] if kind == "self-map" else p[..., words]
@@ -261,7 +347,14 @@ class Case:
 
 def blocks(network: nn.Module) -> list[str]:
     """Paths of the blocks of a network in the order in which they run."""
-    lists = ("transformer_blocks", "joint_transformer_blocks", "blocks", "single_transformer_blocks", "noise_refiner", "layers")
+    lists = (
+        "transformer_blocks",
+        "joint_transformer_blocks",
+        "blocks",
+        "single_transformer_blocks",
+        "noise_refiner",
+        "layers",
+    )
     return [f"{name}.{i}" for name in lists for i in range(len(getattr(network, name, ())))]
 
 
@@ -282,9 +375,15 @@ def test_every_activation_is_that_of_the_stock_network(name, timestep, latent, m
     n = case.grid[0] * case.grid[1]
     for id, act in acts.items():
         site = case.catalogue[id]
-        shapes = {"tokens": (2, n, site.channels), "attention": (2, site.channels, n), "map": (2, site.channels, case.grid[0])}
+        shapes = {
+            "tokens": (2, n, site.channels),
+            "attention": (2, site.channels, n),
+            "map": (2, site.channels, case.grid[0]),
+        }
         assert act.shape[:3] == shapes[site.layout], id
-        torch.testing.assert_close(act, case.expected(kept, id), rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}")
+        torch.testing.assert_close(
+            act, case.expected(kept, id), rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -309,7 +408,10 @@ def test_maps_are_probabilities_and_may_be_averaged(name):
         recorder = recording.Recorder(case.cut, [site])
         with torch.no_grad(), recorder.recording([site]) as acts:
             case.family.call(case.cut, case.z, case.timestep, case.conditioning, case.size)
-        heads, mean = (case.family.activation(case.cut, site, recording.read(acts, site), case.conditioning, case.grid, average) for average in (False, True))
+        heads, mean = (
+            case.family.activation(case.cut, site, recording.read(acts, site), case.conditioning, case.grid, average)
+            for average in (False, True)
+        )
         torch.testing.assert_close(heads.mean(1), mean)
         assert (heads.sum(-1) <= 1 + 1e-5).all()
 
@@ -333,7 +435,13 @@ def test_a_flow_is_a_straight_line():
             flow.levels(wrong)
     schedulers = {"FlowMatchEulerDiscreteScheduler": True, "DDIMScheduler": False}
     for kind, is_flow in schedulers.items():
-        config = {"_class_name": kind, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+        config = {
+            "_class_name": kind,
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "num_train_timesteps": 1000,
+        }
         assert isinstance(FAMILIES["sd3"].forward_process({"scheduler": config}), RectifiedFlow) == is_flow
 
 
@@ -347,20 +455,32 @@ def test_what_cannot_be_is_refused():
     assert dit.family.encode_prompts(dit.configs, None, ["", ""], "max_length")["class_labels"].tolist() == [10, 10]
     assert dit.family.blank_conditioning(dit.configs)["class_labels"].tolist() == [10]
     sd3 = Case("sd3", (8, 26), 50)
-    with pytest.raises(ValueError, match="latents of at most 24 x 24, and those of this 64 x 208 image are 8 x 26; give an image of at most 192 pixels a side"):
+    with pytest.raises(
+        ValueError,
+        match="latents of at most 24 x 24, and those of this 64 x 208 image are 8 x 26; give an image of at most 192 "
+        "pixels a side",
+    ):
         sd3.ours(sd3.network, ["vit-block0-out"])
     with pytest.raises(KeyError, match="vit-block9-out"):
         dit.catalogue["vit-block9-out"]
 
 
-@pytest.mark.parametrize(("name", "latents", "pixels"), [("sd3.5", 24, 192), ("auraflow", 16, 128), ("lumina", 24, 192), ("z_image", 24, 192)])
+@pytest.mark.parametrize(
+    ("name", "latents", "pixels"),
+    [("sd3.5", 24, 192), ("auraflow", 16, 128), ("lumina", 24, 192), ("z_image", 24, 192)],
+)
 def test_every_table_of_positions_says_what_it_holds(name, latents, pixels):
-    """The largest image that a table holds runs, in either direction, and one that is larger by a patch is refused with what would fit."""
+    """The largest image that a table holds runs, in either direction, and one that is larger by a patch is refused with
+    what would fit.
+    """
     for latent in ((4, latents), (latents, 4)):
         case = Case(name, latent, 50)
         assert case.ours(case.cut, ["vit-block0-out"])["vit-block0-out"].isfinite().all()
         too_large = Case(name, tuple(n + 2 if n == latents else n for n in latent), 50)
-        with pytest.raises(ValueError, match=f"latents of at most {latents} x {latents}, .* give an image of at most {pixels} pixels a side"):
+        with pytest.raises(
+            ValueError,
+            match=f"latents of at most {latents} x {latents}, .* give an image of at most {pixels} pixels a side",
+        ):
             too_large.ours(too_large.cut, ["vit-block0-out"])
 
 
@@ -375,7 +495,9 @@ def by_hand(folder, x, steps):
 
 
 def test_ditf_is_what_its_paper_says(tiny_folder, monkeypatch):
-    """Mean over eight noises of the stream before block 28, two channels zeroed, then the very LayerNorm and modulation of block 28."""
+    """Mean over eight noises of the stream before block 28, two channels zeroed, then the very LayerNorm and modulation
+    of block 28.
+    """
     folder = tiny_folder("flux_dev")
     recipe = tiny.recipe("flux_dev_ditf")
     backbone = db.create_model("flux_dev", recipe=recipe, checkpoint_path=folder)
@@ -385,7 +507,9 @@ def test_ditf_is_what_its_paper_says(tiny_folder, monkeypatch):
     [ours] = backbone(x)
     streams, scales = [], []
     block = stock.single_transformer_blocks[28 - 19]
-    block.register_forward_pre_hook(lambda m, a, k: streams.append((k.get("hidden_states"), k["temb"])), with_kwargs=True)
+    block.register_forward_pre_hook(
+        lambda m, a, k: streams.append((k.get("hidden_states"), k["temb"])), with_kwargs=True
+    )
     h, w = 4, 6
     for z_t in by_hand(folder, x, [(260, backbone.canvas[i : i + 1, :, :8, :12]) for i in range(8)]):
         with torch.no_grad():
@@ -414,17 +538,27 @@ def test_a_post_operation_goes_with_any_model(name, tiny_folder):
     ids = ["up-level1-repeat1-res-out", "up-level2-repeat0-vit-block0-out"] if name == "sd15" else ["vit-block3-out"]
     raw = db.create_model(name, recipe=ids, checkpoint_path=tiny_folder(name))(x)
     levels = tuple(Level((id,)) for id in reversed(ids))
-    done = db.create_model(name, recipe=Recipe("mine", levels, discard=(3, 5), normalise="layer"), checkpoint_path=tiny_folder(name))(x)
+    done = db.create_model(
+        name, recipe=Recipe("mine", levels, discard=(3, 5), normalise="layer"), checkpoint_path=tiny_folder(name)
+    )(x)
     for before, after in zip(raw, done, strict=True):
         rows = before.movedim(1, -1).clone()
         rows[..., [3, 5]] = 0
         torch.testing.assert_close(after.movedim(1, -1), F.layer_norm(rows, rows.shape[-1:], eps=1e-6))
     if name == "sd15":
-        with pytest.raises(ValueError, match=r"normalise='adaptive' needs a block with an adaptive LayerNorm behind .* and there is none behind up-level2"):
+        with pytest.raises(
+            ValueError,
+            match=r"normalise='adaptive' needs a block with an adaptive LayerNorm behind .* and there is none behind "
+            r"up-level2",
+        ):
             db.create_model(name, recipe=Recipe("mine", levels, normalise="adaptive"), device="meta")
     else:
-        adaptive = db.create_model(name, recipe=Recipe("mine", levels, normalise="adaptive"), checkpoint_path=tiny_folder(name))
-        whole = db.create_model(name, recipe=["transformer_blocks.4.norm1", "vit-block5-out"], checkpoint_path=tiny_folder(name))
+        adaptive = db.create_model(
+            name, recipe=Recipe("mine", levels, normalise="adaptive"), checkpoint_path=tiny_folder(name)
+        )
+        whole = db.create_model(
+            name, recipe=["transformer_blocks.4.norm1", "vit-block5-out"], checkpoint_path=tiny_folder(name)
+        )
         norm = whole.forward_activations(x, ["transformer_blocks.4.norm1"], as_maps=True)["transformer_blocks.4.norm1"]
         torch.testing.assert_close(adaptive(x)[0], norm, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"discard=\(5000,\), and .* has channels 0 to"):
@@ -445,7 +579,11 @@ def test_attention_to_a_text_can_be_a_level(tiny_folder):
     with_t5 = db.create_model("sd3_medium", recipe=["vit-block9-cross-map"], checkpoint_path=tiny_folder("sd3_medium"))
     assert with_t5.feature_info.channels() == [333]
     for name in ("text_encoder", "unet"):
-        with pytest.raises(ValueError, match=f"without='{name}' is no text encoder that this checkpoint can do without; it has text_encoder, text_enc"):
+        with pytest.raises(
+            ValueError,
+            match=f"without='{name}' is no text encoder that this checkpoint can do without; it has text_encoder, "
+            "text_enc",
+        ):
             db.create_model("sd3_medium", recipe=Recipe("mine", ("vit-block9-out",), without=(name,)), device="meta")
     with pytest.raises(ValueError, match="vit-block9-self-map is an attention map"):
         db.create_model("sd3_medium", recipe=["vit-block9-self-map"], device="meta")
@@ -459,16 +597,25 @@ def test_prompts_of_t5_are_as_long_as_the_network_takes(tiny_folder):
         assert backbone.conditioning.prompt_embeds.shape == (1, tokens, tiny.T5["d_model"]), name
         with pytest.raises(ValueError, match=f"has .* tokens and the network takes {tokens}; shorten it"):
             backbone(torch.zeros(1, 3, 32, 32), prompt="cat " * 3 * tokens)
-        long = backbone(torch.zeros(1, 3, 32, 32), prompt="cat " * (tokens // 3))         # often more than CLIP's 77 tokens, which FLUX cuts
+        long = backbone(
+            torch.zeros(1, 3, 32, 32), prompt="cat " * (tokens // 3)
+        )  # often more than CLIP's 77 tokens, which FLUX cuts
         assert long[0].isfinite().all()
-    mask = db.create_model("pixart_sigma_1024", recipe=["vit-block0-out"], checkpoint_path=tiny_folder("pixart_sigma_1024")).conditioning.prompt_attention_mask
+    mask = db.create_model(
+        "pixart_sigma_1024", recipe=["vit-block0-out"], checkpoint_path=tiny_folder("pixart_sigma_1024")
+    ).conditioning.prompt_attention_mask
     assert mask.sum() == 1, "the empty prompt is its end token"
 
 
 def test_a_class_conditions_a_call(tiny_folder):
     backbone = db.create_model("dit_xl_256_ddae", checkpoint_path=tiny_folder("dit_xl_256"))
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    [null], [same], [one], [two] = backbone(x), backbone(x, class_labels=1000), backbone(x, class_labels=207), backbone(x, class_labels=[1000, 207])
+    [null], [same], [one], [two] = (
+        backbone(x),
+        backbone(x, class_labels=1000),
+        backbone(x, class_labels=207),
+        backbone(x, class_labels=[1000, 207]),
+    )
     assert torch.equal(null, same)
     assert not torch.equal(null, one)
     torch.testing.assert_close(two, torch.stack([null[0], one[1]]), rtol=1e-4, atol=1e-4)
@@ -486,8 +633,14 @@ def test_a_missing_second_text_encoder_is_named(name, tiny_folder, tmp_path):
 
 
 def test_truncation_reaches_no_further_than_the_recipe():
-    """Full size, on meta: a recipe at block k of n keeps k + 1 blocks, and FLUX.1-dev read by DiTF about half its weights."""
-    for name, blocks in {"dit_xl_256_ddae": (14, 28), "sd3_medium_seg4diff": (10, 24), "flux_dev_ditf": (29, 57)}.items():
+    """Full size, on meta: a recipe at block k of n keeps k + 1 blocks, and FLUX.1-dev read by DiTF about half its
+    weights.
+    """
+    for name, blocks in {
+        "dit_xl_256_ddae": (14, 28),
+        "sd3_medium_seg4diff": (10, 24),
+        "flux_dev_ditf": (29, 57),
+    }.items():
         declaration = db.get_declaration(name)
         network = db.create_model(name, device="meta").denoiser
         kept = len(network.transformer_blocks) + len(getattr(network, "single_transformer_blocks", ()))
@@ -502,7 +655,9 @@ def test_too_little_memory_says_what_would_fit(tiny_folder, monkeypatch):
     size = sum(t.numel() for part in (db.create_model("dit_xl_256_ddae", checkpoint_path=folder),) for net in (part.denoiser, part.encoder)
                for t in net.state_dict().values())  # fmt: skip
     monkeypatch.setattr(memory_budget, "available", lambda device: 3 * size)
-    with pytest.raises(MemoryError, match=r"dit_xl_256_ddae needs .* in float32, and cpu has .*; dtype='bfloat16' takes .*, which fits"):
+    with pytest.raises(
+        MemoryError, match=r"dit_xl_256_ddae needs .* in float32, and cpu has .*; dtype='bfloat16' takes .*, which fits"
+    ):
         db.create_model("dit_xl_256_ddae", checkpoint_path=folder)
     assert db.create_model("dit_xl_256_ddae", checkpoint_path=folder, dtype="bfloat16")
     monkeypatch.setattr(memory_budget, "available", lambda device: size)
@@ -514,7 +669,9 @@ def test_too_little_memory_says_what_would_fit(tiny_folder, monkeypatch):
 def test_the_denoiser_takes_diffusers_casting(tiny_folder):
     """docs/memory.md: weights in eight bits, computation in sixteen."""
     x = torch.rand(1, 3, 64, 64) * 2 - 1
-    backbone = db.create_model("flux_schnell", recipe=["vit-block20-out"], checkpoint_path=tiny_folder("flux_schnell"), dtype=torch.bfloat16)
+    backbone = db.create_model(
+        "flux_schnell", recipe=["vit-block20-out"], checkpoint_path=tiny_folder("flux_schnell"), dtype=torch.bfloat16
+    )
     [expected] = backbone(x)
     backbone.denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert backbone.denoiser.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
@@ -574,9 +731,11 @@ def test_prompts_are_encoded_as_the_pipeline_does(name, prompt, tiny_folder):
         ours = family.encode_prompts(configs, folder.text, [prompt], "max_length")
         for key, place in places.items():
             given = ours[key][:, : stock[place].shape[1]]
-            if given.shape != ours[key].shape:                              # a pipeline that does not pad one prompt
+            if given.shape != ours[key].shape:  # a pipeline that does not pad one prompt
                 assert ours["prompt_attention_mask"].sum() == given.shape[1]
-            torch.testing.assert_close(given, stock[place].to(given), rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                given, stock[place].to(given), rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
         if "prompt_embeds_2" in ours:
             second = pipeline.encode_prompt(prompt, device=torch.device("cpu"), text_encoder_index=1, **settings)
             torch.testing.assert_close(ours["prompt_embeds_2"], second[0], rtol=1e-5, atol=1e-5)
@@ -586,7 +745,9 @@ def test_prompts_are_encoded_as_the_pipeline_does(name, prompt, tiny_folder):
 
 @pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
 def test_prompts_are_what_the_pipeline_says_to_a_language_model(name, tiny_folder):
-    """Behind an instruction for Lumina, as a turn in a chat for Z-Image; padding is cut off by the network, so it may be anything."""
+    """Behind an instruction for Lumina, as a turn in a chat for Z-Image; padding is cut off by the network, so it may
+    be anything.
+    """
     folder, cls = Folder(tiny_folder(name)), {"lumina_image_2": Lumina2Pipeline, "z_image_turbo": ZImagePipeline}[name]
     family = FAMILIES[db.get_checkpoint(name).family]
     tokenizer, model = folder.text("text_encoder")
@@ -594,20 +755,22 @@ def test_prompts_are_what_the_pipeline_says_to_a_language_model(name, tiny_folde
     for prompt in ("A photo of a cat", ""):
         with torch.no_grad():
             stock = pipeline.encode_prompt(prompt, device=torch.device("cpu"))
-            tokenizer.padding_side = "left"                     # as Gemma's is
+            tokenizer.padding_side = "left"  # as Gemma's is
             ours = family.encode_prompts({}, lambda component: (tokenizer, model), [prompt], "max_length")
         tokenizer.padding_side = "right"
         embeds, mask = ours["prompt_embeds"], ours["prompt_attention_mask"].bool()
         assert embeds.shape == (1, family.tokens, 24)
         if name == "z_image_turbo":
             expected = stock[0][0]
-        else:                                                   # nothing was asked for: what guidance leads away from
+        else:  # nothing was asked for: what guidance leads away from
             states, kept = stock[:2] if prompt else stock[2:]
             expected = states[kept.bool()]
         torch.testing.assert_close(embeds[mask], expected, rtol=1e-5, atol=1e-5)
         assert mask.sum() == len(expected)
         assert mask[0, : len(expected)].all()
-    with pytest.raises(ValueError, match=f"the prompt 'cat cat .* has .* tokens and the network takes {family.tokens}; shorten it"):
+    with pytest.raises(
+        ValueError, match=f"the prompt 'cat cat .* has .* tokens and the network takes {family.tokens}; shorten it"
+    ):
         family.encode_prompts({}, lambda component: (tokenizer, model), ["cat " * family.tokens], "max_length")
     with pytest.raises(ValueError, match="prompts of this network are always padded to its length"):
         family.encode_prompts({}, folder.text, ["a cat"], "longest")
@@ -615,7 +778,9 @@ def test_prompts_are_what_the_pipeline_says_to_a_language_model(name, tiny_folde
 
 @pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
 def test_what_stands_beside_a_row_changes_nothing(name, tiny_folder):
-    """Prompts of different lengths in one call: features, and maps with one column per token, are those of each image alone."""
+    """Prompts of different lengths in one call: features, and maps with one column per token, are those of each image
+    alone.
+    """
     ids = ["vit-block1-out", "vit-block3-cross-map", "vit-block3-self-map", "vit-block3-out"]
     backbone = db.create_model(name, recipe=[ids[-1]], checkpoint_path=tiny_folder(name))
     torch.manual_seed(5)
@@ -626,30 +791,45 @@ def test_what_stands_beside_a_row_changes_nothing(name, tiny_folder):
     for i, prompt in enumerate(prompts):
         alone = backbone.forward_activations(x[i : i + 1], ids, prompt=prompt, timestep=[(100, 700)[i]])
         for id in ids:
-            torch.testing.assert_close(both[id][i : i + 1], alone[id], rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}")
+            torch.testing.assert_close(
+                both[id][i : i + 1], alone[id], rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}"
+            )
         seen = alone["vit-block3-cross-map"][0, 0, 0] > 0
         end = lengths[i] if name == "lumina_image_2" else -(-lengths[i] // 32) * 32
         assert seen[:end].all()
         assert not seen[end:].any()
     given = backbone.prompter(prompts[:1])
-    with pytest.raises(ValueError, match=r"prompt_embeds has 9 tokens and prompt_attention_mask \d+; pad the embeddings to it, and give the mask"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt_embeds has 9 tokens and prompt_attention_mask \d+; pad the embeddings to it, and give the mask",
+    ):
         backbone(x, prompt_embeds=given["prompt_embeds"][:, :9])
     torch.testing.assert_close(backbone(x, **given)[0], backbone(x, prompt=prompts[0])[0])
     path = "layers.1.attention_norm2" if name == "z_image_turbo" else "layers.1.norm2"
     at = {path: "vit-block3", "noise_refiner.1.ffn_norm1": "vit-block1"}
-    norms = db.create_model(name, recipe=[*at], checkpoint_path=tiny_folder(name)).forward_activations(x, [*at], prompt=prompts, timestep=[100, 700])
+    norms = db.create_model(name, recipe=[*at], checkpoint_path=tiny_folder(name)).forward_activations(
+        x, [*at], prompt=prompts, timestep=[100, 700]
+    )
     for module, act in norms.items():
         assert act.shape == both[f"{at[module]}-out"].shape
     weight = backbone.denoiser.get_parameter(f"{path}.weight")
-    attended = backbone.forward_activations(x, ["vit-block3-attn-out"], prompt=prompts, timestep=[100, 700])["vit-block3-attn-out"]
-    torch.testing.assert_close(norms[path], F.rms_norm(attended, attended.shape[-1:], weight, eps=1e-5), rtol=1e-4, atol=1e-4)
+    attended = backbone.forward_activations(x, ["vit-block3-attn-out"], prompt=prompts, timestep=[100, 700])[
+        "vit-block3-attn-out"
+    ]
+    torch.testing.assert_close(
+        norms[path], F.rms_norm(attended, attended.shape[-1:], weight, eps=1e-5), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
 def test_what_a_pipeline_gives_its_network_gives_the_same_features(name, tiny_folder):
-    """The network that diffusers loads, on the arguments of its pipeline: embeddings, and the share of the image in place of that of noise."""
+    """The network that diffusers loads, on the arguments of its pipeline: embeddings, and the share of the image in
+    place of that of noise.
+    """
     folder = tiny_folder(name)
-    stock = {"lumina_image_2": Lumina2Transformer2DModel, "z_image_turbo": ZImageTransformer2DModel}[name].from_pretrained(folder / "transformer")
+    stock = {"lumina_image_2": Lumina2Transformer2DModel, "z_image_turbo": ZImageTransformer2DModel}[
+        name
+    ].from_pretrained(folder / "transformer")
     kept = []
     stock.layers[1].register_forward_hook(lambda m, a, o: kept.append(o))
     backbone = db.create_model(name, recipe=["vit-block3-out"], checkpoint_path=folder, timestep=300)
@@ -673,7 +853,9 @@ def test_what_a_pipeline_gives_its_network_gives_the_same_features(name, tiny_fo
 @pytest.mark.parametrize("name", ["lumina_image_2", "z_image_turbo"])
 def test_on_meta_a_prompt_is_as_long_as_may_be(name):
     """There is nothing to read, and the shapes are those of a network that runs."""
-    backbone = db.create_model(name, recipe=Recipe("mine", (("vit-block3-cross-map", "vit-block3-norm-out"),)), device="meta")
+    backbone = db.create_model(
+        name, recipe=Recipe("mine", (("vit-block3-cross-map", "vit-block3-norm-out"),)), device="meta"
+    )
     channels = backbone.feature_info.channels()
     assert [tuple(m.shape) for m in backbone(torch.empty(2, 3, 75, 110, device="meta"))] == [(2, channels[0], 5, 7)]
 
@@ -681,13 +863,17 @@ def test_on_meta_a_prompt_is_as_long_as_may_be(name):
 @pytest.mark.parametrize("name", ["pixart_sigma_1024", "sd35_medium", "flux_schnell", "hunyuan_dit_12", "auraflow_03", "sana_1600m_1024", "qwen_image",
                                   "flux2_dev", "flux2_klein_4b", "lumina_image_2", "z_image_turbo"])  # fmt: skip
 def test_a_transformer_without_a_recipe_keeps_the_contract(name, tiny_folder, tmp_path):
-    """Any size, strides by choice, a prompt, bfloat16, a cross-map level as wide as it says, and a saved folder that gives the same."""
+    """Any size, strides by choice, a prompt, bfloat16, a cross-map level as wide as it says, and a saved folder that
+    gives the same.
+    """
     recipe = Recipe("mine", (("vit-block2-cross-map", "vit-block2-out"),))
     backbone = db.create_model(name, recipe=recipe, checkpoint_path=tiny_folder(name), out_strides=(4, 8, 16, 32))
     x = torch.rand(2, 3, 75, 110) * 2 - 1
     maps = backbone(x)
     channels = backbone.feature_info.channels()
-    assert [tuple(m.shape) for m in maps] == [(2, c, -(-75 // s), -(-110 // s)) for c, s in zip(channels, (4, 8, 16, 32), strict=True)]
+    assert [tuple(m.shape) for m in maps] == [
+        (2, c, -(-75 // s), -(-110 // s)) for c, s in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
     assert not torch.equal(backbone(x, prompt="a cat")[0], maps[0])
     alone = backbone(x[:1])
     for m, a in zip(maps, alone, strict=True):

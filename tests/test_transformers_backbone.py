@@ -36,7 +36,15 @@ BACKBONES = {
     "resampled": ("sd15_gdf", {"out_strides": (4, 8, 16, 32)}),
     "positions in no file": ("pixart_sigma_512", {"recipe": ["vit-block3-out"]}),
 }
-SMALL = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2)
+SMALL = dict(
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+)
 
 
 @pytest.fixture
@@ -62,11 +70,21 @@ def tensors_of(module):
 
 
 def upernet(config):
-    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, use_auxiliary_head=False))
+    return UperNetForSemanticSegmentation(
+        UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, use_auxiliary_head=False)
+    )
 
 
 def mask2former(config):
-    sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32, num_queries=5, num_labels=3)
+    sizes = dict(
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        num_queries=5,
+        num_labels=3,
+    )
     depth = dict(encoder_layers=1, decoder_layers=2, num_attention_heads=2, train_num_points=64)
     return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=config, **sizes, **depth))
 
@@ -76,10 +94,20 @@ def detr(config):
 
 
 def rt_detr(config):
-    sizes = dict(encoder_hidden_dim=32, d_model=32, decoder_in_channels=[32] * 3, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=10, num_labels=3)
+    sizes = dict(
+        encoder_hidden_dim=32,
+        d_model=32,
+        decoder_in_channels=[32] * 3,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=10,
+        num_labels=3,
+    )
     depth = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
     backbone = AutoBackbone.from_config(config)
-    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=config, encoder_in_channels=backbone.channels, **sizes, **depth))
+    return RTDetrForObjectDetection(
+        RTDetrConfig(backbone_config=config, encoder_in_channels=backbone.channels, **sizes, **depth)
+    )
 
 
 def inner(model):
@@ -93,7 +121,9 @@ def check_frozen(model):
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_from(kind, make, tmp_path, tiny_folder, monkeypatch):
+def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_from(
+    kind, make, tmp_path, tiny_folder, monkeypatch
+):
     backbone, x = make(kind), images()
     maps = backbone(x)
     model = AutoBackbone.from_config(DiffusionBackboneConfig.from_backbone(backbone))
@@ -103,13 +133,17 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_
     assert {"config.json", "model.safetensors"} == {path.name for path in tmp_path.iterdir()}
     expected = {name: tensor.clone() for name, tensor in tensors_of(backbone)}
     for _, tensor in tensors_of(backbone):
-        tensor.data.zero_()                                         # nothing is shared with what is loaded
+        tensor.data.zero_()  # nothing is shared with what is loaded
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     again = DiffusionBackboneModel.from_pretrained(tmp_path)
     loaded = dict(tensors_of(again.diffusion_backbone))
     assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], expected[name]) for name in expected), "weights, buffers in the file, and positions in no file"
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values()), "kernels round differently where a mapped file happens to put weights"
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected), (
+        "weights, buffers in the file, and positions in no file"
+    )
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values()), (
+        "kernels round differently where a mapped file happens to put weights"
+    )
     assert equal(again(x).feature_maps, maps)
     assert again.channels == backbone.feature_info.channels()
     assert again.diffusion_backbone.feature_info.reduction() == backbone.feature_info.reduction()
@@ -120,7 +154,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept(dtype, make, tmp_path):
-    backbone, x = make("sdxl_gdf", dtype=dtype), images()           # whose encoder overflows in float16 and stays in float32
+    backbone, x = make("sdxl_gdf", dtype=dtype), images()  # whose encoder overflows in float16 and stays in float32
     maps = backbone(x)
     AutoBackbone.from_config(DiffusionBackboneConfig.from_backbone(backbone)).save_pretrained(tmp_path)
     again = DiffusionBackboneModel.from_pretrained(tmp_path)
@@ -174,7 +208,9 @@ def test_mask2former_trains_and_segments(make):
     model = mask2former(DiffusionBackboneConfig.from_backbone(make("resampled")))
     masks = torch.zeros(2, 64, 96)
     masks[0, :32], masks[1, 32:] = 1, 1
-    model.train()(pixel_values=images(64, 96), mask_labels=[masks] * 2, class_labels=[torch.tensor([0, 2])] * 2).loss.backward()
+    model.train()(
+        pixel_values=images(64, 96), mask_labels=[masks] * 2, class_labels=[torch.tensor([0, 2])] * 2
+    ).loss.backward()
     check_frozen(model)
     assert model.class_predictor.weight.grad is not None
     assert model.eval()(pixel_values=images(61, 83)).masks_queries_logits.shape[:2] == (2, 5)

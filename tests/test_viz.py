@@ -17,7 +17,12 @@ def test_components_of_known_features():
     sources = torch.rand(3, 400) ** 3  # skewed: few positions are bright
     sources = sources - sources.mean(1, keepdim=True)
     mixing, _ = torch.linalg.qr(torch.randn(16, 3))
-    rgb = pca_rgb((mixing @ (torch.tensor([[9.0], [3.0], [1.0]]) * sources)).reshape(16, 20, 20) + 5).float().reshape(400, 3).T
+    rgb = (
+        pca_rgb((mixing @ (torch.tensor([[9.0], [3.0], [1.0]]) * sources)).reshape(16, 20, 20) + 5)
+        .float()
+        .reshape(400, 3)
+        .T
+    )
     correlation = torch.corrcoef(torch.cat([sources, rgb]))[:3, 3:]
     assert correlation.diagonal().min() > 0.9, correlation
     assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 0.2
@@ -70,7 +75,12 @@ def test_picture_is_deterministic_and_warns():
 
 @pytest.mark.parametrize("size", [(640, 16), (16, 200), (1, 1)])
 def test_extreme_photographs(size):
-    out = picture(Image.new("RGB", size), [Panel("level 0", torch.randn(4, -(-size[1] // 8), -(-size[0] // 8)), 8)], "a_long_name_of_a_backbone", "about")
+    out = picture(
+        Image.new("RGB", size),
+        [Panel("level 0", torch.randn(4, -(-size[1] // 8), -(-size[0] // 8)), 8)],
+        "a_long_name_of_a_backbone",
+        "about",
+    )
     assert out.width < 5000
 
 

@@ -1,7 +1,7 @@
 """Tiny checkpoints of the real topologies, in the real formats, with random weights.
 
-``folder(name, path)`` writes what a hub repository of that checkpoint holds: denoiser, VAE, scheduler, text encoders and
-tokenizers. Depths, block types, conditioning and flags are the declared ones; only widths shrink.
+``folder(name, path)`` writes what a hub repository of that checkpoint holds: denoiser, VAE, scheduler, text encoders
+and tokenizers. Depths, block types, conditioning and flags are the declared ones; only widths shrink.
 """
 
 from __future__ import annotations
@@ -21,13 +21,34 @@ from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.registry import get_checkpoint, get_declaration
 
 TOKENIZER = CONFIGS / "tinysd" / "tokenizer"
-WORDS = {key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+WORDS = {
+    key: package_configs(get_checkpoint("tinysd"))["text_encoder"][key]
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+}
 CROSS, POOLED, TIME = 32, 16, 8
 T5 = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3, "vocab_size": 60}
-DECODER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, **WORDS}
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is string else m.content[0].text }}<|im_end|>\n{% endfor %}"
+DECODER = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    **WORDS,
+}
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is string else m.content[0].text "
+    "}}<|im_end|>\n{% endfor %}"
+)
 CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-CLIP = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **WORDS}
+CLIP = {
+    "hidden_size": 8,
+    "projection_dim": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    **WORDS,
+}
 
 
 def configs(name: str) -> dict[str, dict[str, Any]]:
@@ -49,9 +70,21 @@ def recipe(name: str) -> Recipe:
 def _unet(c: dict[str, dict[str, Any]]) -> None:
     unet = c["unet"]
     n = len(unet["block_out_channels"])
-    unet |= {"block_out_channels": [16, 32, 64, 64][:n], "norm_num_groups": 8, "cross_attention_dim": CROSS, "sample_size": 8}
+    unet |= {
+        "block_out_channels": [16, 32, 64, 64][:n],
+        "norm_num_groups": 8,
+        "cross_attention_dim": CROSS,
+        "sample_size": 8,
+    }
     unet["attention_head_dim"] = 8 if isinstance(unet["attention_head_dim"], int) else [1, 2, 4, 4][:n]
-    text = {"hidden_size": CROSS, "projection_dim": CROSS, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **WORDS}
+    text = {
+        "hidden_size": CROSS,
+        "projection_dim": CROSS,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        **WORDS,
+    }
     c["text_encoder"] |= text
     if "text_encoder_2" in c:
         c["text_encoder"] |= {"hidden_size": CROSS // 2, "projection_dim": CROSS // 2}
@@ -64,68 +97,141 @@ def _dit(c: dict[str, dict[str, Any]]) -> None:
 
 
 def _pixart(c: dict[str, dict[str, Any]]) -> None:
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48, "caption_channels": T5["d_model"]}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "cross_attention_dim": 48,
+        "caption_channels": T5["d_model"],
+    }
     c["text_encoder"] |= T5
 
 
 def _sd3(c: dict[str, dict[str, Any]]) -> None:
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16, "joint_attention_dim": T5["d_model"],
-                         "pooled_projection_dim": 2 * CLIP["projection_dim"]}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "caption_projection_dim": 16,
+        "joint_attention_dim": T5["d_model"],
+        "pooled_projection_dim": 2 * CLIP["projection_dim"],
+    }
     c["text_encoder"] |= CLIP
     c["text_encoder_2"] |= CLIP
     c["text_encoder_3"] |= T5
 
 
 def _flux(c: dict[str, dict[str, Any]]) -> None:
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": T5["d_model"],
-                         "pooled_projection_dim": CLIP["projection_dim"]}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": T5["d_model"],
+        "pooled_projection_dim": CLIP["projection_dim"],
+    }
     c["text_encoder"] |= CLIP
     c["text_encoder_2"] |= T5
 
 
 def _hunyuan(c: dict[str, dict[str, Any]]) -> None:
-    bert = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": WORDS["vocab_size"]}
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "cross_attention_dim": bert["hidden_size"],
-                         "cross_attention_dim_t5": T5["d_model"], "pooled_projection_dim": 16}
+    bert = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": WORDS["vocab_size"],
+    }
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "hidden_size": 16,
+        "cross_attention_dim": bert["hidden_size"],
+        "cross_attention_dim_t5": T5["d_model"],
+        "pooled_projection_dim": 16,
+    }
     c["text_encoder"] |= bert
     c["text_encoder_2"] |= T5
 
 
 def _auraflow(c: dict[str, dict[str, Any]]) -> None:
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": T5["d_model"], "caption_projection_dim": 16}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": T5["d_model"],
+        "caption_projection_dim": 16,
+    }
     c["text_encoder"] |= T5
 
 
 def _sana(c: dict[str, dict[str, Any]]) -> None:
     widths = [8, 8, 16, 16, 32, 32]
     c["vae"] |= {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths, "attention_head_dim": 8}
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8,
-                         "cross_attention_dim": 16, "caption_channels": 24}
-    c["text_encoder"] |= {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-                          "vocab_size": WORDS["vocab_size"]}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 24,
+    }
+    c["text_encoder"] |= {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": WORDS["vocab_size"],
+    }
 
 
 def _qwen(c: dict[str, dict[str, Any]]) -> None:
     c["vae"] |= {"base_dim": 8, "z_dim": 16}
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": 24,
+    }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     c["text_encoder"]["text_config"] |= DECODER | {"num_attention_heads": 3, "rope_parameters": rope}
-    c["text_encoder"]["vision_config"] |= {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24}
+    c["text_encoder"]["vision_config"] |= {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": 24,
+    }
 
 
 def _flux2(c: dict[str, dict[str, Any]]) -> None:
     c["vae"] |= {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 8}
-    c["transformer"] |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 4, 4, 4], "joint_attention_dim": 72}
+    c["transformer"] |= {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 4, 4, 4],
+        "joint_attention_dim": 72,
+    }
     deep = DECODER | {"num_hidden_layers": 31}
     if "text_config" in c["text_encoder"]:
         c["text_encoder"]["text_config"] |= deep
-        c["text_encoder"]["vision_config"] |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        c["text_encoder"]["vision_config"] |= {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
     else:
         c["text_encoder"] |= deep
 
 
 def _lumina(c: dict[str, dict[str, Any]]) -> None:
-    c["transformer"] |= {"hidden_size": 24, "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": [2, 2, 2], "multiple_of": 16, "cap_feat_dim": 24}
+    c["transformer"] |= {
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "axes_dim_rope": [2, 2, 2],
+        "multiple_of": 16,
+        "cap_feat_dim": 24,
+    }
     c["text_encoder"] |= DECODER
 
 
@@ -135,17 +241,38 @@ def _z_image(c: dict[str, dict[str, Any]]) -> None:
 
 
 def _pixel(c: dict[str, dict[str, Any]]) -> None:
-    c["unet"] |= {"block_out_channels": [8, 8, 16, 16, 24, 24][: len(c["unet"]["block_out_channels"])], "norm_num_groups": 4}
+    c["unet"] |= {
+        "block_out_channels": [8, 8, 16, 16, 24, 24][: len(c["unet"]["block_out_channels"])],
+        "norm_num_groups": 4,
+    }
 
 
 def _deepfloyd(c: dict[str, dict[str, Any]]) -> None:
-    c["unet"] |= {"block_out_channels": [8, 16, 24, 32], "norm_num_groups": 8, "attention_head_dim": 8, "cross_attention_dim": CROSS,
-                  "encoder_hid_dim": T5["d_model"], "addition_embed_type_num_heads": 4}
+    c["unet"] |= {
+        "block_out_channels": [8, 16, 24, 32],
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+        "cross_attention_dim": CROSS,
+        "encoder_hid_dim": T5["d_model"],
+        "addition_embed_type_num_heads": 4,
+    }
     c["text_encoder"] |= T5
 
 
-SHRINK = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux, "hunyuan": _hunyuan, "auraflow": _auraflow, "pixel": _pixel, "sana": _sana,
-          "qwen": _qwen, "flux2": _flux2, "deepfloyd": _deepfloyd}
+SHRINK = {
+    "unet": _unet,
+    "dit": _dit,
+    "pixart": _pixart,
+    "sd3": _sd3,
+    "flux": _flux,
+    "hunyuan": _hunyuan,
+    "auraflow": _auraflow,
+    "pixel": _pixel,
+    "sana": _sana,
+    "qwen": _qwen,
+    "flux2": _flux2,
+    "deepfloyd": _deepfloyd,
+}
 SHRINK |= {"lumina": _lumina, "z_image": _z_image}
 
 
@@ -165,10 +292,12 @@ def build(name: str, seed: int = 0) -> dict[str, Any]:
 
 
 def folder(name: str, path: Path, seed: int = 0, **save: Any) -> Path:
-    """Write a tiny checkpoint as a diffusers folder; ``save`` goes to ``save_pretrained`` (``variant``, ``max_shard_size``)."""
+    """Write a tiny checkpoint as a diffusers folder; ``save`` goes to ``save_pretrained`` (``variant``,
+    ``max_shard_size``).
+    """
     c = configs(name)
     networks = build(name, seed)
-    if list(networks) == ["unet"]:                              # one network alone lies at the root
+    if list(networks) == ["unet"]:  # one network alone lies at the root
         networks["unet"].save_pretrained(path, **save)
         (path / "scheduler_config.json").write_text(json.dumps(c["scheduler"]))
         return path
@@ -193,8 +322,14 @@ def sentencepiece(path: Path) -> None:
     from sentencepiece import SentencePieceTrainer
 
     path.mkdir(parents=True, exist_ok=True)
-    sentences = [f"a photo of a {noun} in the {place}" for noun in ("cat", "dog", "horse", "car", "tree") for place in ("park", "street", "house")]
+    sentences = [
+        f"a photo of a {noun} in the {place}"
+        for noun in ("cat", "dog", "horse", "car", "tree")
+        for place in ("park", "street", "house")
+    ]
     SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_prefix=str(path / "spiece"), vocab_size=T5["vocab_size"], hard_vocab_limit=False,
                                pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
     (path / "spiece.vocab").unlink()
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0})
+    )

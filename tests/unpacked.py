@@ -1,4 +1,6 @@
-"""Releases on PyPI that cannot be installed beside the rest of the suite: fetched once into ``build``, and imported from the folder."""
+"""Releases on PyPI that cannot be installed beside the rest of the suite: fetched once into ``build``, and imported
+from the folder.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,19 @@ def _fetch(path: Path, requirement: str) -> None:
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text(requirement)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]      # some setups import torch
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+        ]  # some setups import torch
         subprocess.run([*pip, "--require-hashes", "--requirement", str(requirements), "--dest", scratch], check=True)
         with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
             archive.extractall(scratch, filter="data")
-        with contextlib.suppress(OSError):                              # the other process was first
+        with contextlib.suppress(OSError):  # the other process was first
             Path(scratch, path.name).rename(path)

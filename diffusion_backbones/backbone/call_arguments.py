@@ -32,7 +32,8 @@ def check_keywords(call: dict[str, Any], name: str, folded: bool = False) -> Non
             raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
     if fixed := [key for key in call if key in FOLDED and folded]:
         raise TypeError(
-            f"{name} was built with fold=True, which keeps no weights for another prompt or timestep, so a call cannot change {', '.join(fixed)}; "
+            f"{name} was built with fold=True, which keeps no weights for another prompt or timestep, so a call "
+            f"cannot change {', '.join(fixed)}; "
             "build it without fold=True, or with the prompt= and timestep= that it is to have"
         )
     for key in ("ensemble", "chunk"):
@@ -40,21 +41,33 @@ def check_keywords(call: dict[str, Any], name: str, folded: bool = False) -> Non
 
 
 def check_image(x: Any, format: InputFormat) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty; warn if it is out of range.
+    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty; warn if
+    it is out of range.
 
     Integers are taken where pixels are 0 to 255.
     """
     low, high = format.range()
     expected = f"expected (B, 3, H, W) floating point in [{low:.4g}, {high:.4g}]"
     if not isinstance(x, Tensor):
-        several = "a batch is one tensor: stack images of one size, and pass those of several sizes one by one, or resized or padded to one"
-        advice = several if isinstance(x, (list, tuple)) else "turn a PIL image into a tensor with timm's create_transform or torchvision"
+        several = (
+            "a batch is one tensor: stack images of one size, and pass those of several sizes one by one, or "
+            "resized or padded to one"
+        )
+        advice = (
+            several
+            if isinstance(x, (list, tuple))
+            else "turn a PIL image into a tensor with timm's create_transform or torchvision"
+        )
         raise TypeError(f"{expected}, got {type(x).__name__}; {advice}")
     if x.ndim != 4 or x.shape[1] != 3:
         hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
-        raise ValueError(f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}")
+        raise ValueError(
+            f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}"
+        )
     if not x.is_floating_point() and not (x.dtype == torch.uint8 and (low, high) == (0, 255)):
-        raise TypeError(f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')")
+        raise TypeError(
+            f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')"
+        )
     if 0 in x.shape:
         raise ValueError(f"{expected}, got an empty batch {shape(x)}")
     if torch.compiler.is_compiling() or x.is_meta:
@@ -64,7 +77,9 @@ def check_image(x: Any, format: InputFormat) -> None:
     check_range(x, format)
 
 
-def check_latents(z: Any, size: tuple[int, int] | None, channels: int, stride: int, divisibility: int) -> tuple[int, int]:
+def check_latents(
+    z: Any, size: tuple[int, int] | None, channels: int, stride: int, divisibility: int
+) -> tuple[int, int]:
     """The size in pixels of the image that latents belong to, before it was padded.
 
     Args:
@@ -75,13 +90,26 @@ def check_latents(z: Any, size: tuple[int, int] | None, channels: int, stride: i
         ValueError: ``z`` has another shape, or ``size`` cannot be.
     """
     step = divisibility // stride
-    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != channels or z.shape[-2] % step or z.shape[-1] % step or 0 in z.shape:
-        raise ValueError(f"latents must be (B, {channels}, h, w) with h and w multiples of {step}, as encode() gives them; got {shape(z)}")
+    if (
+        not isinstance(z, Tensor)
+        or z.ndim != 4
+        or z.shape[1] != channels
+        or z.shape[-2] % step
+        or z.shape[-1] % step
+        or 0 in z.shape
+    ):
+        raise ValueError(
+            f"latents must be (B, {channels}, h, w) with h and w multiples of {step}, as encode() gives them; got "
+            f"{shape(z)}"
+        )
     full = (z.shape[-2] * stride, z.shape[-1] * stride)
     if size is None:
         return full
     if any(not f - divisibility < s <= f for s, f in zip(size, full, strict=True)):
-        raise ValueError(f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} pixels with padding")
+        raise ValueError(
+            f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} "
+            "pixels with padding"
+        )
     return int(size[0]), int(size[1])
 
 
@@ -118,9 +146,11 @@ def condition(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, na
         like = own[key]
         tensor = torch.as_tensor(tensor)
         batched = tensor if tensor.ndim == like.ndim else tensor[None]
-        if batched.ndim != like.ndim or (like.ndim > 1 and batched.shape[-1] != like.shape[-1]) or len(batched) not in (1, b):
+        if (
+            batched.ndim != like.ndim
+            or (like.ndim > 1 and batched.shape[-1] != like.shape[-1])
+            or len(batched) not in (1, b)
+        ):
             raise ValueError(f"{key} must be {tuple(like.shape[1:])} or ({b}, ...), got {shape(tensor)}")
         tensors[key] = batched.to(like)
     return {key: t.expand(b, *t.shape[1:]) for key, t in tensors.items()}
-
-

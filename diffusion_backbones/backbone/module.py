@@ -39,7 +39,9 @@ from diffusion_backbones.surgery.trainable import RANK, add_lora, learned, stock
 
 
 class Conditioning(nn.Module):
-    """The tensors that condition the denoiser unless a call gives others, (1, ...) each: persistent buffers, or parameters if they are ``learned``."""
+    """The tensors that condition the denoiser unless a call gives others, (1, ...) each: persistent buffers, or
+    parameters if they are ``learned``.
+    """
 
     def __init__(self, embeddings: Mapping[str, Tensor], learned: Collection[str] = ()):
         super().__init__()
@@ -55,18 +57,20 @@ class Conditioning(nn.Module):
 
 
 class DiffusionBackbone(TimmInterface):
-    """A frozen diffusion network that returns a pyramid of its activations. Made by :func:`~diffusion_backbones.create_model`.
+    """A frozen diffusion network that returns a pyramid of its activations. Made by
+    :func:`~diffusion_backbones.create_model`.
 
     Every method that runs the network takes these keywords, which hold for that call alone:
 
     * ``prompt``: a string for the batch, or one per image; or its embeddings under diffusers' names: ``prompt_embeds``
-      (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``, ``class_labels``.
+      (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``,
+      ``class_labels``.
     * ``timestep``: what the network receives, a number or one per image.
     * ``noise``: ``"fixed"``, ``"random"``, ``"none"``, or a tensor of the latents' shape, (C, h, w) or (B, C, h, w).
     * ``generator``: for ``noise="random"``.
     * ``ensemble``: number of noise draws to average.
-    * ``chunk``: how many noisy latents, draws times images, the denoiser is run on at once; all by default. The features are the same,
-      and the memory of a call no longer grows with its ensemble.
+    * ``chunk``: how many noisy latents, draws times images, the denoiser is run on at once; all by default. The
+      features are the same, and the memory of a call no longer grows with its ensemble.
     * ``latents``: (B, C, h, w) clean latents in place of the image.
 
     Attributes:
@@ -74,7 +78,8 @@ class DiffusionBackbone(TimmInterface):
         conditioning: The recipe's prompt, embedded.
         declaration: Name, checkpoint and recipe.
         input_format: How the images that it takes were normalised.
-        folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot change those.
+        folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot
+            change those.
         levels: Channels, stride and source of every native level, fine to coarse.
         chunk: The default of calls.
         weight_dtype: ``"int8"`` if the denoiser's weights are kept so.
@@ -114,15 +119,21 @@ class DiffusionBackbone(TimmInterface):
         self.folded = bool(constant_folding.constants(denoiser))
         self.prompter = prompter or Prompter(declaration.checkpoint.family, configs, None, recipe.prompt_padding)
         self.latent_stride = self.family.latent_stride(configs)
-        self._widest = max((site.channels / site.stride**2 for site in catalogue.all() if site.encoder), default=0)     # values of a map for every pixel
+        self._widest = max(
+            (site.channels / site.stride**2 for site in catalogue.all() if site.encoder), default=0
+        )  # values of a map for every pixel
         self.forward_process = self.family.forward_process(configs)
         fixed = recipe.noise == "fixed"
         self.register_buffer("canvas", canvas(recipe.seed, recipe.ensemble, self.latent_channels) if fixed else None)
         self.trainable, self.input_format, self.chunk, self.weight_dtype = trainable, input_format, chunk, weight_dtype
         unreached = self._unreached()
-        self.conditioning = Conditioning(embeddings, learned(embeddings, unreached, declaration.name) if trainable == "prompt" else ())
+        self.conditioning = Conditioning(
+            embeddings, learned(embeddings, unreached, declaration.name) if trainable == "prompt" else ()
+        )
         if trainable == "lora":
-            add_lora(denoiser, lora_rank, unreached, declaration.name)       # before the hooks, which then see what adapters add
+            add_lora(
+                denoiser, lora_rank, unreached, declaration.name
+            )  # before the hooks, which then see what adapters add
         self._unfreeze(unreached)
         sites = self._sites(self.levels)
         self.recorder = recording.Recorder(denoiser, self._needed(sites))
@@ -174,8 +185,8 @@ class DiffusionBackbone(TimmInterface):
         """An image batch -> its feature pyramid.
 
         Args:
-            x: (B, 3, H, W) floating point, normalised with mean = std = 0.5, that is in [-1, 1], or as ``input_format`` says. Any H and
-                W from 1 up. None only with ``latents=``.
+            x: (B, 3, H, W) floating point, normalised with mean = std = 0.5, that is in [-1, 1], or as ``input_format``
+                says. Any H and W from 1 up. None only with ``latents=``.
             indices: Which maps, by position; an integer n means the last n. All by default.
             **call: See the class.
 
@@ -190,7 +201,9 @@ class DiffusionBackbone(TimmInterface):
         z, size, fine = self._input(x, call, self._read_for(chosen))
         return self._pyramid(z, size, chosen, call, fine)
 
-    def forward_latents(self, z: Tensor, size: tuple[int, int] | None = None, indices: int | Sequence[int] | None = None, **call: Any) -> list[Tensor]:
+    def forward_latents(
+        self, z: Tensor, size: tuple[int, int] | None = None, indices: int | Sequence[int] | None = None, **call: Any
+    ) -> list[Tensor]:
         """Clean latents, as :meth:`encode` gives them -> the feature pyramid.
 
         Args:
@@ -236,7 +249,8 @@ class DiffusionBackbone(TimmInterface):
         Args:
             x: As in :meth:`forward`.
             ids: Activation ids or stock module paths that this network still computes.
-            as_maps: Turn tokens into (B, C, h, w) and crop the padding off, instead of giving the raw tensor of the padded image.
+            as_maps: Turn tokens into (B, C, h, w) and crop the padding off, instead of giving the raw tensor of the
+                padded image.
             average_heads: Average attention maps over heads.
             **call: See the class.
 
@@ -259,14 +273,18 @@ class DiffusionBackbone(TimmInterface):
         maps = {s.id: pyramid.to_map(acts[s.id], s, height, width) for s in sites if s.layout != "attention"}
         return {s.id: pyramid.assemble(LevelInfo((s,)), maps, size) if s.id in maps else acts[s.id] for s in sites}
 
-    def visit_activations(self, x: Tensor | None, ids: Sequence[str], visit: Callable[[Site, Tensor], None], **call: Any) -> None:
-        """Single activations of the denoiser as maps, handed on one by one while it runs: however many they are, one is in memory.
+    def visit_activations(
+        self, x: Tensor | None, ids: Sequence[str], visit: Callable[[Site, Tensor], None], **call: Any
+    ) -> None:
+        """Single activations of the denoiser as maps, handed on one by one while it runs: however many they are, one is
+        in memory.
 
         Args:
             x: As in :meth:`forward`.
-            ids: As in :meth:`forward_activations`; none of an image encoder, and no attention map, which is no map of an image.
-            visit: Called with the site and its map (B, C, h, w), ensemble draws one after another along the batch, once for every id, in forward order;
-                with ``chunk``, once for every id of every chunk.
+            ids: As in :meth:`forward_activations`; none of an image encoder, and no attention map, which is no map of
+                an image.
+            visit: Called with the site and its map (B, C, h, w), ensemble draws one after another along the batch, once
+                for every id, in forward order; with ``chunk``, once for every id of every chunk.
             **call: See the class.
 
         Raises:
@@ -286,19 +304,34 @@ class DiffusionBackbone(TimmInterface):
         with compilation.eagerly(self):
             self._run(z, size, sites, call, visit=give)
 
-    def _pyramid(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], call: Mapping[str, Any], fine: Mapping[str, Tensor]) -> list[Tensor]:
+    def _pyramid(
+        self,
+        z: Tensor,
+        size: tuple[int, int],
+        indices: Sequence[int],
+        call: Mapping[str, Any],
+        fine: Mapping[str, Tensor],
+    ) -> list[Tensor]:
         inner = [site for site in self._read_for(indices) if not site.encoder]
-        acts = {**fine, **postprocessing.apply(self.declaration.recipe, inner, self._run(z, size, self._needed(inner), call))}
+        acts = {
+            **fine,
+            **postprocessing.apply(self.declaration.recipe, inner, self._run(z, size, self._needed(inner), call)),
+        }
         return self._levels(z, size, indices, acts)
 
     @explained("pyramid")
-    def _levels(self, z: Tensor, size: tuple[int, int], indices: Sequence[int], acts: Mapping[str, Tensor]) -> list[Tensor]:
+    def _levels(
+        self, z: Tensor, size: tuple[int, int], indices: Sequence[int], acts: Mapping[str, Tensor]
+    ) -> list[Tensor]:
         """Activations -> some of the maps that :meth:`forward` returns."""
         maps_out, sites = self._channels_and_strides(), self._read_for(indices)
         height, width = (s * self.latent_stride for s in z.shape[-2:])
         maps = {site.id: pyramid.to_map(acts[site.id], site, height, width) for site in sites}
         native = {i: pyramid.assemble(self.levels[i], maps, size) for i in sorted({maps_out[i][2] for i in indices})}
-        return [pyramid.resample(native[level], self.levels[level].stride, stride, size) for _, stride, level in (maps_out[i] for i in indices)]
+        return [
+            pyramid.resample(native[level], self.levels[level].stride, stride, size)
+            for _, stride, level in (maps_out[i] for i in indices)
+        ]
 
     def _run(
         self,
@@ -309,10 +342,12 @@ class DiffusionBackbone(TimmInterface):
         average_heads: bool = False,
         visit: Callable[[Site, Tensor], None] | None = None,
     ) -> dict[str, Tensor]:
-        """Noise the latents, run the denoiser on them, and read what it computed: averaged over the ensemble, or as it comes if somebody is to ``visit``."""
+        """Noise the latents, run the denoiser on them, and read what it computed: averaged over the ensemble, or as it
+        comes if somebody is to ``visit``.
+        """
         if not sites:
             return {}
-        recipe, b = self.declaration.recipe, z.shape[0]                  # len() would be a constant of an exported file
+        recipe, b = self.declaration.recipe, z.shape[0]  # len() would be a constant of an exported file
         rule, timestep = call.get("noise", recipe.noise), call.get("timestep", recipe.timestep)
         ensemble = call.get("ensemble", recipe.ensemble if isinstance(rule, str) and rule != "none" else 1)
         canvas = self._canvas(ensemble, z.shape[-2], z.shape[-1]) if isinstance(rule, str) and rule == "fixed" else None
@@ -339,16 +374,28 @@ class DiffusionBackbone(TimmInterface):
         average_heads: bool,
         visit: Callable[[Site, Tensor], None] | None,
     ) -> dict[str, Tensor]:
-        """(draws, B, C, h, w) noisy latents through the denoiser, all at once -> id -> (draws · B, ...), or nothing if somebody visits."""
+        """(draws, B, C, h, w) noisy latents through the denoiser, all at once -> id -> (draws · B, ...), or nothing if
+        somebody visits.
+        """
         draws = z_t.shape[0]
-        t, conditioning = t.repeat(draws), {name: rows.repeat(draws, *[1] * (rows.ndim - 1)) for name, rows in conditioning.items()}
+        t, conditioning = (
+            t.repeat(draws),
+            {name: rows.repeat(draws, *[1] * (rows.ndim - 1)) for name, rows in conditioning.items()},
+        )
         z_t = compilation.settle(self, z_t.flatten(0, 1))
 
         def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
-            grid = (z_t.shape[-2] * self.latent_stride // site.stride, z_t.shape[-1] * self.latent_stride // site.stride)
-            return self.family.activation(self.denoiser, site, recorded, conditioning, grid, average_heads or site.layout == "tokens")
+            grid = (
+                z_t.shape[-2] * self.latent_stride // site.stride,
+                z_t.shape[-1] * self.latent_stride // site.stride,
+            )
+            return self.family.activation(
+                self.denoiser, site, recorded, conditioning, grid, average_heads or site.layout == "tokens"
+            )
 
-        stream = recording.Stream(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
+        stream = (
+            recording.Stream(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
+        )
         with compilation.running(self), self.recorder.recording(sites, stream) as recorded:
             output = self.family.call(self.denoiser, z_t, t, conditioning, size)
         if stream is not None:
@@ -356,13 +403,17 @@ class DiffusionBackbone(TimmInterface):
             return {}
         acts = {site.id: activation(site, recording.read(recorded, site)) for site in sites}
         if self.compiled in compilation.CUDA_GRAPHS:
-            acts = {id: act.clone() for id, act in acts.items()}            # the graph's next run writes to the same memory
+            acts = {id: act.clone() for id, act in acts.items()}  # the graph's next run writes to the same memory
         return {id: recording.tie(act, output) for id, act in acts.items()} if self.trainable else acts
 
     # The parts of a call.
 
-    def _input(self, x: Tensor | None, call: dict[str, Any], sites: Sequence[Site]) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
-        """The clean latents of a call, the size in pixels of its image before padding, and what of ``sites`` is in the image encoder."""
+    def _input(
+        self, x: Tensor | None, call: dict[str, Any], sites: Sequence[Site]
+    ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
+        """The clean latents of a call, the size in pixels of its image before padding, and what of ``sites`` is in the
+        image encoder.
+        """
         call_arguments.check_keywords(call, self.declaration.name, self.folded)
         z = call.pop("latents", None)
         if (x is None) == (z is None):
@@ -374,11 +425,18 @@ class DiffusionBackbone(TimmInterface):
         assert x is not None
         with self.encoder_recorder.recording(fine) as recorded:
             z = self.encode(x)
-        return z, (x.shape[-2], x.shape[-1]), {site.id: recording.read(recorded, site)[0].to(_dtype(self.denoiser)) for site in fine}
+        return (
+            z,
+            (x.shape[-2], x.shape[-1]),
+            {site.id: recording.read(recorded, site)[0].to(_dtype(self.denoiser)) for site in fine},
+        )
 
     def _no_image_for(self, sites: Iterable[Site]) -> None:
         if fine := [site.id for site in sites if site.encoder]:
-            raise ValueError(f"{', '.join(fine)} is read in the image encoder, so it needs the image, and latents were given; take other levels with indices=")
+            raise ValueError(
+                f"{', '.join(fine)} is read in the image encoder, so it needs the image, and latents were given; take "
+                "other levels with indices="
+            )
 
     def _check_latents(self, z: Any, size: tuple[int, int] | None) -> tuple[int, int]:
         return call_arguments.check_latents(z, size, self.latent_channels, self.latent_stride, self.size_divisibility)
@@ -417,8 +475,10 @@ class DiffusionBackbone(TimmInterface):
         site = self.catalogue[id]
         if not recording.available(self.encoder if site.encoder else self.denoiser, site):
             raise KeyError(
-                f"{self.declaration.checkpoint.name} has {id!r}, but {self.declaration.name} is cut behind the last activation of its recipe and no longer "
-                f"computes it. Build a network that does: create_model({self.declaration.checkpoint.name!r}, recipe=[{id!r}])."
+                f"{self.declaration.checkpoint.name} has {id!r}, but {self.declaration.name} is cut behind the last "
+                "activation of its recipe and no longer "
+                f"computes it. Build a network that does: create_model({self.declaration.checkpoint.name!r}, "
+                f"recipe=[{id!r}])."
             )
         return site
 
@@ -427,14 +487,22 @@ class DiffusionBackbone(TimmInterface):
     def _unreached(self) -> set[str]:
         """What no gradient reaches; nobody asks for it in a frozen backbone."""
         sites = self._needed(self._sites(self.levels))
-        return introspection.unreached(self.declaration.checkpoint.family, self.configs, sites) if self.trainable else set()
+        return (
+            introspection.unreached(self.declaration.checkpoint.family, self.configs, sites)
+            if self.trainable
+            else set()
+        )
 
     def _unfreeze(self, unreached: Collection[str]) -> None:
-        """Of what is trained, every parameter that a gradient can reach, as distributed training demands; of the rest none."""
+        """Of what is trained, every parameter that a gradient can reach, as distributed training demands; of the rest
+        none.
+        """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains(self.trainable, name) and stock_name(name) not in unreached)
 
-    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Keep only some maps, and cut the denoiser behind the last activation that they need.
 
         Args:
@@ -448,7 +516,9 @@ class DiffusionBackbone(TimmInterface):
         chosen = [self._channels_and_strides()[i] for i in kept]
         self.levels = tuple(self.levels[i] for i in sorted({level for _, _, level in chosen}))
         self.out_strides = tuple(stride for _, stride, _ in chosen) if self.out_strides else None
-        self.family.truncate(self.denoiser, [path for site in self._needed(self._sites(self.levels)) for path in site.modules])
+        self.family.truncate(
+            self.denoiser, [path for site in self._needed(self._sites(self.levels)) for path in site.modules]
+        )
         self.num_features = self._channels_and_strides()[-1][0]
         self._unfreeze(self._unreached())
         if self.compiled:
@@ -456,7 +526,9 @@ class DiffusionBackbone(TimmInterface):
         return kept
 
     def train(self, mode: bool = True) -> DiffusionBackbone:
-        """Only a trainable denoiser leaves eval; the encoder never does, whatever a framework calls, nor do networks whose prompt alone is trained."""
+        """Only a trainable denoiser leaves eval; the encoder never does, whatever a framework calls, nor do networks
+        whose prompt alone is trained.
+        """
         super().train(False)
         self.training = mode and bool(self.trainable)
         self.denoiser.train(self.training and self.trainable != "prompt")
@@ -473,13 +545,21 @@ class DiffusionBackbone(TimmInterface):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what was kept: weights, embedded prompt, recipe, configs and card. Returns the folder.
 
-        ``create_model("local-dir:FOLDER")`` reads it back with no text encoder and no hub, in the dtype that it is asked for.
+        ``create_model("local-dir:FOLDER")`` reads it back with no text encoder and no hub, in the dtype that it is
+        asked for.
         """
         from diffusion_backbones.factory.save_pretrained import save
 
         return save(self, Path(folder))
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload backbone", token: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload backbone",
+        token: str | None = None,
+    ) -> str:
         """:meth:`save_pretrained` into a hub repository, created if it is not there. Returns its URL.
 
         The weights keep their licence, which the uploaded card states; see whether it lets you redistribute them.
@@ -492,4 +572,3 @@ class DiffusionBackbone(TimmInterface):
 def _dtype(module: nn.Module) -> torch.dtype:
     """What a network computes in; weights of one byte are only stored so, and some always have more."""
     return next((p.dtype for p in module.parameters() if p.dtype.itemsize > 1), torch.get_default_dtype())
-

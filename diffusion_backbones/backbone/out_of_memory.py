@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Callable[..., Any])
 
 
-SIGNS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a memory object")
+SIGNS = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a memory object",
+)
 """What devices and libraries say that raise a plain ``RuntimeError`` when there is no memory left."""
 
 
@@ -28,17 +35,20 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 def ran_out(error: BaseException) -> bool:
     """Whether a device that has no memory left raised this."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
 
 
 def explained(part: str) -> Callable[[M], M]:
-    """Decorates a method of a backbone: when the device runs out of memory in it, the error becomes an :class:`OutOfMemory`.
+    """Decorates a method of a backbone: when the device runs out of memory in it, the error becomes an
+    :class:`OutOfMemory`.
 
     A compiled graph is left as it is, and raises what the device does.
 
     Args:
-        part: What the method runs, for the message and for what is advised. The method's first argument is the batch: (B, C, h, w), or
-            (draws, B, C, h, w) of the denoiser.
+        part: What the method runs, for the message and for what is advised. The method's first argument is the batch:
+            (B, C, h, w), or (draws, B, C, h, w) of the denoiser.
     """
 
     def decorate(method: M) -> M:
@@ -61,9 +71,11 @@ def explained(part: str) -> Callable[[M], M]:
 
 
 def check_maps(network: nn.Module, x: Tensor, values: float, name: str) -> None:
-    """Raise :class:`OutOfMemory` if two of the widest maps of an image encoder are already more than the whole device has.
+    """Raise :class:`OutOfMemory` if two of the widest maps of an image encoder are already more than the whole device
+    has.
 
-    On the CPU the system would rather end the process than say so. What fits is less than this bound: a call needs more than two maps.
+    On the CPU the system would rather end the process than say so. What fits is less than this bound: a call needs more
+    than two maps.
 
     Args:
         network: Gives dtype and device.
@@ -78,7 +90,8 @@ def check_maps(network: nn.Module, x: Tensor, values: float, name: str) -> None:
         fits = room // image
         less = f"at most {_count(fits, 'image')} at a time could" if fits else "not even one could; give smaller images"
         raise OutOfMemory(
-            f"{name}: {_images(len(x), x.shape[-2:])} need at least {_gb(len(x) * image)} in the image encoder, for two of its widest maps, and {x.device} "
+            f"{name}: {_images(len(x), x.shape[-2:])} need at least {_gb(len(x) * image)} in the image encoder, for "
+            f"two of its widest maps, and {x.device} "
             f"has {_gb(room)}; {less}"
         )
 
@@ -91,7 +104,9 @@ def _explain(backbone: TimmInterface, part: str, x: Tensor, error: BaseException
     if draws and draws[0] > 1:
         asked, rows = f"{draws[0]} noise draws of {asked}", draws[0] * b
     network = backbone.encoder if part == "image encoder" else backbone.denoiser
-    dtype = next((p.dtype for p in network.parameters() if p.dtype.itemsize > 1), x.dtype)          # weights of one byte are only stored so
+    dtype = next(
+        (p.dtype for p in network.parameters() if p.dtype.itemsize > 1), x.dtype
+    )  # weights of one byte are only stored so
     less = []
     if rows > 1:
         less.append(f"chunk={rows // 2}" if part == "denoiser" else f"{_count(b // 2, 'image')} at a time")
@@ -101,7 +116,8 @@ def _explain(backbone: TimmInterface, part: str, x: Tensor, error: BaseException
     less.append(f"images of half the side, {height // 2} x {width // 2}")
     reason = str(error).strip().partition("\n")[0]
     return (
-        f"{backbone.declaration.name}: its {part} ran out of memory on {x.device} with {asked} in {_name(dtype)}. Less is needed with "
+        f"{backbone.declaration.name}: its {part} ran out of memory on {x.device} with {asked} in {_name(dtype)}. "
+        "Less is needed with "
         f"{', or with '.join(less)}; see docs/memory.md. ({reason})"
     )
 

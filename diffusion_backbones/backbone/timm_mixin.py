@@ -90,12 +90,20 @@ class TimmInterface(nn.Module):
     def reset_classifier(self, num_classes: int = 0, global_pool: str | None = None) -> None:
         """Accepted for zero classes, since there is no classifier; anything else is a ``ValueError``."""
         if num_classes:
-            raise ValueError(f"{self.declaration.name} has no classifier to reset to {num_classes} classes; put a head on its pyramid")
+            raise ValueError(
+                f"{self.declaration.name} has no classifier to reset to {num_classes} classes; put a head on its "
+                "pyramid"
+            )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory in the denoiser while it is trained. A compiled one is a ``ValueError``: its graph can no longer be cut into checkpoints."""
+        """Trade compute for memory in the denoiser while it is trained. A compiled one is a ``ValueError``: its graph
+        can no longer be cut into checkpoints.
+        """
         if enable and self.compiled:
-            raise ValueError(f"{self.declaration.name} is compiled, and what a compiled network keeps for its gradients is fixed; create it without compile=")
+            raise ValueError(
+                f"{self.declaration.name} is compiled, and what a compiled network keeps for its gradients is fixed; "
+                "create it without compile="
+            )
         (self.denoiser.enable_gradient_checkpointing if enable else self.denoiser.disable_gradient_checkpointing)()  # type: ignore[operator]
 
     def group_matcher(self, coarse: bool = False) -> Any:

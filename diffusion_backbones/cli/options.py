@@ -1,4 +1,6 @@
-"""What the verbs of the command line share: kinds of arguments, the options that say which backbone runs, and building it."""
+"""What the verbs of the command line share: kinds of arguments, the options that say which backbone runs, and building
+it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Program(click.Group):
         except (KeyError, ValueError, TypeError, OSError) as error:
             if ctx.params["traceback"]:
                 raise
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
+            text = (
+                error.args[0] if isinstance(error, KeyError) and error.args else error
+            )  # str() of a KeyError is a repr
             raise click.ClickException(" ".join(str(text).split())) from error
 
 
@@ -55,7 +59,11 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
-        return [CompletionItem(name) for name in [*registry.list_models(include_tags=True), *self.others] if name.startswith(incomplete)]
+        return [
+            CompletionItem(name)
+            for name in [*registry.list_models(include_tags=True), *self.others]
+            if name.startswith(incomplete)
+        ]
 
 
 class Levels(click.ParamType):  # type: ignore[type-arg]
@@ -66,11 +74,17 @@ class Levels(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         parts = value.split(",")
         if not all(part.strip().isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-            self.fail(f"{value!r} must be different positions such as 0,2, counted from 0 for the finest level", param, ctx)
+            self.fail(
+                f"{value!r} must be different positions such as 0,2, counted from 0 for the finest level", param, ctx
+            )
         return tuple(sorted(map(int, parts)))
 
 
-encoder_option = click.option("--encoder", type=click.Choice(["tiny"]), help="A distilled image encoder in place of the exact one: faster, and other features.")
+encoder_option = click.option(
+    "--encoder",
+    type=click.Choice(["tiny"]),
+    help="A distilled image encoder in place of the exact one: faster, and other features.",
+)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,12 +97,26 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="PIXELS",
             help="Resize the shorter side and cut out the central square, as timm does.  [default: no change]",
         ),
-        click.option("--levels", type=Levels(), help="Only these, 0 being the finest: 0,2. Fewer make a shorter network.  [default: all]"),
         click.option(
-            "--device", metavar="NAME", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one."
+            "--levels",
+            type=Levels(),
+            help="Only these, 0 being the finest: 0,2. Fewer make a shorter network.  [default: all]",
         ),
-        click.option("--checkpoint-path", type=path, help="A diffusers folder, a saved backbone or a .safetensors file, not the published weights."),
-        click.option("--random-weights", is_flag=True, help="Random weights (seed 0), to try things without a download."),
+        click.option(
+            "--device",
+            metavar="NAME",
+            default="auto",
+            show_default=True,
+            help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.",
+        ),
+        click.option(
+            "--checkpoint-path",
+            type=path,
+            help="A diffusers folder, a saved backbone or a .safetensors file, not the published weights.",
+        ),
+        click.option(
+            "--random-weights", is_flag=True, help="Random weights (seed 0), to try things without a download."
+        ),
         click.option("--prompt", help="In place of the recipe's."),
         click.option("--timestep", type=int, help="In place of the recipe's."),
         encoder_option,
@@ -113,11 +141,21 @@ def _check_random(name: str, model: Mapping[str, Any]) -> None:
     contradicting = [option for option in ("checkpoint_path", "prompt") if model[option] is not None]
     if model["random_weights"] and (contradicting or ":" in name):
         other = f"--{contradicting[0].replace('_', '-')}" if contradicting else name
-        raise click.UsageError(f"--random-weights builds a registered backbone without any file, so without a text encoder, and does not go with {other}.")
+        raise click.UsageError(
+            "--random-weights builds a registered backbone without any file, so without a text encoder, and does not "
+            f"go with {other}."
+        )
 
 
 def _build(
-    name: str, levels: tuple[int, ...] | None, dtype: str | None, *, device: str, checkpoint_path: Path | None, random_weights: bool, **settings: Any
+    name: str,
+    levels: tuple[int, ...] | None,
+    dtype: str | None,
+    *,
+    device: str,
+    checkpoint_path: Path | None,
+    random_weights: bool,
+    **settings: Any,
 ) -> Built:
     import torch
 
@@ -138,7 +176,9 @@ def _build(
     )
     if random_weights:
         click.echo(UNTRAINED, err=True)
-    described = {"random": f"seed 0 on {where.type}"} | ({"encoder": settings["encoder"]} if settings.get("encoder") else {})
+    described = {"random": f"seed 0 on {where.type}"} | (
+        {"encoder": settings["encoder"]} if settings.get("encoder") else {}
+    )
     return Built(backbone, described if random_weights else None)
 
 
@@ -151,5 +191,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(f"{name!r} cannot be used here: {str(error).splitlines()[0]}", param_hint="'--device'") from error
+        raise click.BadParameter(
+            f"{name!r} cannot be used here: {str(error).splitlines()[0]}", param_hint="'--device'"
+        ) from error
     return device

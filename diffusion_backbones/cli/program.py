@@ -17,13 +17,21 @@ import click
 
 from diffusion_backbones._version import __version__
 from diffusion_backbones.cli.export import export
-from diffusion_backbones.cli.options import Name, Program, _argument, _build, _check_random, encoder_option, find_device, model_options
+from diffusion_backbones.cli.options import (
+    Name,
+    Program,
+    _argument,
+    _build,
+    _check_random,
+    encoder_option,
+    find_device,
+    model_options,
+)
 from diffusion_backbones.cli.select import select
 from diffusion_backbones.reports import backbone_card, checkpoint_card, summary
 from diffusion_backbones.spec import registry
 
 if TYPE_CHECKING:
-
     pass
 
 
@@ -61,8 +69,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for ma
 def list_(pattern: str, pretrained: bool, checkpoints: bool, as_json: bool) -> None:
     """What backbones there are.
 
-    One line each: name, channels@stride of every level from fine to coarse, licence of the weights, and how they are had.
-    PATTERN is shell-style; a word without *, ? or [ is looked for anywhere in the name.
+    One line each: name, channels@stride of every level from fine to coarse, licence of the weights, and how they are
+    had. PATTERN is shell-style; a word without *, ? or [ is looked for anywhere in the name.
 
     \b
     Examples:
@@ -74,13 +82,29 @@ def list_(pattern: str, pretrained: bool, checkpoints: bool, as_json: bool) -> N
     if checkpoints:
         known = [registry.get_checkpoint(name) for name in registry.list_checkpoints(_glob(pattern))]
         head = ["name", "licence", "access", "pixels", "weights"]
-        rows = [[c.name, str(c.license), summary.access(c), str(c.input_size), c.hub_id or "in the package"] for c in known]
+        rows = [
+            [c.name, str(c.license), summary.access(c), str(c.input_size), c.hub_id or "in the package"] for c in known
+        ]
         _print(head, rows, [summary.checkpoint(c) for c in known] if as_json else None, f"{len(rows)} checkpoints")
     else:
-        declared = [registry.get_declaration(name) for name in registry.list_models(_glob(pattern), pretrained=pretrained)]
+        declared = [
+            registry.get_declaration(name) for name in registry.list_models(_glob(pattern), pretrained=pretrained)
+        ]
         head = ["name", "channels@stride", "licence", "access"]
-        rows = [[d.name, backbone_card.channels_at_strides(backbone_card.levels(d)), str(d.checkpoint.license), summary.access(d.checkpoint)] for d in declared]
-        bare = [name for name in registry.list_checkpoints(_glob(pattern)) if not checkpoint_card.read_by(registry.get_checkpoint(name))]
+        rows = [
+            [
+                d.name,
+                backbone_card.channels_at_strides(backbone_card.levels(d)),
+                str(d.checkpoint.license),
+                summary.access(d.checkpoint),
+            ]
+            for d in declared
+        ]
+        bare = [
+            name
+            for name in registry.list_checkpoints(_glob(pattern))
+            if not checkpoint_card.read_by(registry.get_checkpoint(name))
+        ]
         more = f"; {len(bare)} checkpoints without a published recipe match too: list --checkpoints" if bare else ""
         _print(head, rows, [summary.backbone(d) for d in declared] if as_json else None, f"{len(rows)} backbones{more}")
 
@@ -121,15 +145,20 @@ def info(name: str, as_json: bool) -> None:
     metavar="PIXELS",
     help="Add the shapes for one square image of this many pixels a side, padded as the backbone pads it.",
 )
-@click.option("--all", "extensions", is_flag=True, help="Also the ids that go beyond GDF's, such as outputs of attention layers and maps of the image encoder.")
+@click.option(
+    "--all",
+    "extensions",
+    is_flag=True,
+    help="Also the ids that go beyond GDF's, such as outputs of attention layers and maps of the image encoder.",
+)
 @json_option
 def activations(name: str, pattern: str, size: int | None, extensions: bool, as_json: bool) -> None:
     """Every activation of a network.
 
-    One line each: id, module path, port, channels, stride, and the shape with --size. NAME is a backbone or a checkpoint; its
-    whole network is listed, in forward order. PATTERN is shell-style; a word without *, ? or [ is looked for anywhere in the
-    id. The port is what is read of the module: its output, its input, or the attention map of its queries and keys, whose
-    channels are heads.
+    One line each: id, module path, port, channels, stride, and the shape with --size. NAME is a backbone or a
+    checkpoint; its whole network is listed, in forward order. PATTERN is shell-style; a word without *, ? or [ is
+    looked for anywhere in the id. The port is what is read of the module: its output, its input, or the attention map
+    of its queries and keys, whose channels are heads.
 
     \b
     Examples:
@@ -137,10 +166,16 @@ def activations(name: str, pattern: str, size: int | None, extensions: bool, as_
       diffusion-backbones activations sdxl 'up-*-cross-q' --size 1024
       diffusion-backbones activations sd15_gdf self --all --json
     """
-    checkpoint = registry.get_checkpoint(name) if name in registry.list_checkpoints() else registry.get_declaration(name).checkpoint
+    checkpoint = (
+        registry.get_checkpoint(name)
+        if name in registry.list_checkpoints()
+        else registry.get_declaration(name).checkpoint
+    )
     found, total = summary.activations(checkpoint, _glob(pattern), extensions, size)
     more = 0 if extensions else len(summary.activations(checkpoint, _glob(pattern), True, None)[0]) - len(found)
-    count = f"{len(found)} of {total} activations of {checkpoint.name}" + (f"; --all adds {more} that go beyond GDF's" if more else "")
+    count = f"{len(found)} of {total} activations of {checkpoint.name}" + (
+        f"; --all adds {more} that go beyond GDF's" if more else ""
+    )
     head = ["id", "path", "port", "channels", "stride", *(["shape"] if size else [])]
     rows = [[" x ".join(map(str, row[key])) if key == "shape" else str(row[key]) for key in head] for row in found]
     _print(head, rows, found if as_json else None, count)
@@ -157,7 +192,11 @@ def card(name: str) -> None:
       diffusion-backbones card sd35_large
     """
     known = name in registry.list_checkpoints()
-    text = checkpoint_card.card(registry.get_checkpoint(name)) if known else backbone_card.card(registry.get_declaration(name))
+    text = (
+        checkpoint_card.card(registry.get_checkpoint(name))
+        if known
+        else backbone_card.card(registry.get_declaration(name))
+    )
     click.echo(text, nl=False)
 
 
@@ -174,13 +213,19 @@ def card(name: str) -> None:
     help="Of the files, and of the computation except on the CPU, which computes in float32.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Images per pass; only neighbours of equal size share one."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Images per pass; only neighbours of equal size share one.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Threads that read images while others are computed and written; 0 does one thing after another.  [default: 0 on the CPU, up to 8 for a GPU]",
+    help="Threads that read images while others are computed and written; 0 does one thing after another.  [default: "
+    "0 on the CPU, up to 8 for a GPU]",
 )
 @click.option("--overwrite", is_flag=True, help="Make everything again, even where other settings made it.")
 def extract(
@@ -197,9 +242,10 @@ def extract(
 ) -> None:
     """Features of whole folders, a file for each image.
 
-    NAME is a backbone, hf-hub:OWNER/REPO or local-dir:FOLDER. IMAGES are files and folders, which are read with all that is
-    below them. The features of a/b.jpg in the folder photos go to OUT/a/b.jpg.safetensors, with the tensors level0
-    (C, h, w), level1 and so on; OUT/manifest.json says how they were made, and its path is printed. Calling it again goes on where it stopped.
+    NAME is a backbone, hf-hub:OWNER/REPO or local-dir:FOLDER. IMAGES are files and folders, which are read with all
+    that is below them. The features of a/b.jpg in the folder photos go to OUT/a/b.jpg.safetensors, with the tensors
+    level0 (C, h, w), level1 and so on; OUT/manifest.json says how they were made, and its path is printed. Calling it
+    again goes on where it stopped.
 
     \b
     Examples:
@@ -247,10 +293,24 @@ PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
 @main.command()
 @click.argument("name", metavar="[NAME]")
 @click.argument("image", metavar="IMAGE", required=False)
-@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The picture: .png, .jpg or .webp.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The picture: .png, .jpg or .webp.",
+)
 @click.pass_context
 @model_options
-def visualize(context: click.Context, name: str, image: str | None, out: Path, size: int | None, levels: tuple[int, ...] | None, **model: Any) -> None:
+def visualize(
+    context: click.Context,
+    name: str,
+    image: str | None,
+    out: Path,
+    size: int | None,
+    levels: tuple[int, ...] | None,
+    **model: Any,
+) -> None:
     """A photograph beside what each level sees in it.
 
     The channels of a level become red, green and blue by principal component analysis. NAME is a backbone,
@@ -281,7 +341,12 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
     if size is None and (advice := too_large(path, photo, declaration)):
         click.echo(advice, err=True)
     panels, seen = visualize.panels(built.backbone, photo, size, levels)
-    visualize.write(visualize.picture(seen, panels, *visualize.titles(declaration), warning=visualize.UNTRAINED if built.weights else ""), out)
+    visualize.write(
+        visualize.picture(
+            seen, panels, *visualize.titles(declaration), warning=visualize.UNTRAINED if built.weights else ""
+        ),
+        out,
+    )
     for panel in panels:
         click.echo(f"{panel.name}: {tuple(panel.features.shape)} @ stride {panel.stride}")
     click.echo(out)
@@ -289,28 +354,65 @@ def visualize(context: click.Context, name: str, image: str | None, out: Path, s
 
 @main.command()
 @click.argument("name", type=Name())
-@click.option("--device", metavar="NAME", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Of weights and maps.")
+@click.option(
+    "--device",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of weights and maps.",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a call.")
-@click.option("--size", type=click.IntRange(min=64), metavar="PIXELS", help="Side of the square images.  [default: the backbone's own]")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=64),
+    metavar="PIXELS",
+    help="Side of the square images.  [default: the backbone's own]",
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each way is timed, in turn."
+)
 @encoder_option
 @click.option("--fold", is_flag=True, help="Without the weights of what is constant, as create_model(fold=True) does.")
 @click.option(
-    "--compile", is_flag=False, flag_value="freeze", metavar="[MODE]", help="Time it as create_model(compile=MODE) too, and as it is.  [MODE: freeze]"
+    "--compile",
+    is_flag=False,
+    flag_value="freeze",
+    metavar="[MODE]",
+    help="Time it as create_model(compile=MODE) too, and as it is.  [MODE: freeze]",
 )
-@click.option("--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory.")
-@click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file.")
+@click.option(
+    "--load", is_flag=True, help="Also write the weights to a temporary folder and load them, for seconds and memory."
+)
+@click.option(
+    "--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Append what was measured to this file."
+)
 @json_option
 def bench(
-    name: str, device: str, dtype: str, batch: int, size: int | None, rounds: int, load: bool, table: Path | None, as_json: bool, **options: Any
+    name: str,
+    device: str,
+    dtype: str,
+    batch: int,
+    size: int | None,
+    rounds: int,
+    load: bool,
+    table: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """How fast a backbone is here, and how much memory it takes.
 
-    Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole network read with hooks, and
-    for ensembles an encode for each noise draw. With random weights, so nothing is downloaded. One line each: milliseconds an image, images a
-    second, times as fast as hooks, operations, share of what a large matrix product reaches on this device; with --load seconds until the weights
-    are in memory, and the most memory in use until it ran once.
+    Beside it stand, in the same run, the usual ways to the same features: the whole pipeline in memory and the whole
+    network read with hooks, and for ensembles an encode for each noise draw. With random weights, so nothing is
+    downloaded. One line each: milliseconds an image, images a second, times as fast as hooks, operations, share of what
+    a large matrix product reaches on this device; with --load seconds until the weights are in memory, and the most
+    memory in use until it ran once.
 
     \b
     Examples:
@@ -327,7 +429,9 @@ def bench(
         timings = benchmark.bench(setting, say=lambda text: click.echo(text, err=True))
     except OSError as error:
         raise click.ClickException(str(error)) from error
-    found = benchmark.rows(timings, setting, max(before, benchmark.matmul_gflops(setting.device, dtype)))           # a machine is slower at times
+    found = benchmark.rows(
+        timings, setting, max(before, benchmark.matmul_gflops(setting.device, dtype))
+    )  # a machine is slower at times
     if table:
         benchmark.write(found, table)
 
@@ -335,12 +439,22 @@ def bench(
         gigabytes = row["peak_bytes"] and row["peak_bytes"] / 1e9
         others = (row["gflops"], row["share_of_matmul"], row["load_seconds"], gigabytes)
         speed = [f"{1000 * row['seconds'] / batch:,.0f}", f"{batch / row['seconds']:.3g}", f"{row['speed']:.2f}x"]
-        return [row["way"], *speed, *("-" if value is None else f"{value:,.{digits}f}" for value, digits in zip(others, (0, 2, 2, 2), strict=True))]
+        return [
+            row["way"],
+            *speed,
+            *(
+                "-" if value is None else f"{value:,.{digits}f}"
+                for value, digits in zip(others, (0, 2, 2, 2), strict=True)
+            ),
+        ]
 
     where = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
     if call := timings[0].parts.get("call"):
         encoding, denoising = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
-        where = f"of the time: image encoder {encoding:.1%}, denoiser {denoising:.1%}, the rest {1 - encoding - denoising:.1%}\n{where}"
+        where = (
+            f"of the time: image encoder {encoding:.1%}, denoiser {denoising:.1%}, the rest "
+            f"{1 - encoding - denoising:.1%}\n{where}"
+        )
     head = ["way", "ms/image", "images/s", "speed", "GFLOPs", "of matmul", "loaded in s", "GB"]
     _print(head, [cells(row) for row in found], found if as_json else None, where)
 
@@ -349,16 +463,28 @@ def bench(
 @click.argument("name", type=Name(places=True))
 @click.argument("images", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @model_options
-@click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows into this file, in place of those of the same backbone.")
+@click.option(
+    "--csv",
+    "table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the rows into this file, in place of those of the same backbone.",
+)
 @json_option
 def compare(
-    name: str, images: Sequence[Path], size: int | None, levels: tuple[int, ...] | None, encoder: str | None, table: Path | None, as_json: bool, **model: Any
+    name: str,
+    images: Sequence[Path],
+    size: int | None,
+    levels: tuple[int, ...] | None,
+    encoder: str | None,
+    table: Path | None,
+    as_json: bool,
+    **model: Any,
 ) -> None:
     """How far the features with --encoder tiny are from the exact ones.
 
-    IMAGES are files and folders; without any they are the new drawn scenes of the evaluation set in the package. One line each for the latents and
-    every level: channels, stride, relative error (the norm of the difference as a share of the norm), and the mean cosine similarity of the features
-    at a place.
+    IMAGES are files and folders; without any they are the new drawn scenes of the evaluation set in the package. One
+    line each for the latents and every level: channels, stride, relative error (the norm of the difference as a share
+    of the norm), and the mean cosine similarity of the features at a place.
 
     \b
     Examples:
@@ -385,7 +511,12 @@ def compare(
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         deviation.write(found, table, backbone=exact.declaration.name, encoder=encoder, images=count, command=command)
     rows = [[row.level, str(row.channels), str(row.stride), f"{row.error:.4f}", f"{row.cosine:.4f}"] for row in found]
-    _print(["level", "channels", "stride", "relative error", "cosine"], rows, [asdict(row) for row in found] if as_json else None, f"{count} images")
+    _print(
+        ["level", "channels", "stride", "relative error", "cosine"],
+        rows,
+        [asdict(row) for row in found] if as_json else None,
+        f"{count} images",
+    )
 
 
 def _glob(pattern: str) -> str:

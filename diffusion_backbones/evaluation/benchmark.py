@@ -1,7 +1,7 @@
 """How long a backbone takes, beside the usual ways of having the same features.
 
-GDF's way keeps the whole pipeline in memory, runs the whole network and reads it with hooks; DIFT's way encodes an image anew for each noise draw. Each
-gives the same features, which is checked before anything is timed.
+GDF's way keeps the whole pipeline in memory, runs the whole network and reads it with hooks; DIFT's way encodes an
+image anew for each noise draw. Each gives the same features, which is checked before anything is timed.
 
 Random weights do: neither operations nor bytes depend on their values.
 """
@@ -35,7 +35,12 @@ from diffusion_backbones.spec.configs import Configs, package_configs
 from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.spec.registry import get_declaration
 
-BACKBONE, LATENTS, HOOKS, ENCODES = "backbone", "backbone, latents given", "whole network, read with hooks", "an encode for each draw"
+BACKBONE, LATENTS, HOOKS, ENCODES = (
+    "backbone",
+    "backbone, latents given",
+    "whole network, read with hooks",
+    "an encode for each draw",
+)
 EAGER = "backbone, not compiled"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference between two ways, as a share of the largest value."""
@@ -51,7 +56,8 @@ class Setting:
         batch: Images in a call.
         size: Side of the square images in pixels; the backbone's own by default.
         rounds: How often each way is timed, in turn, after one warm-up.
-        load: Whether both are also written to a temporary folder, read again and run once, each in a process of its own, for seconds and memory.
+        load: Whether both are also written to a temporary folder, read again and run once, each in a process of its
+            own, for seconds and memory.
         options: Further keywords of ``create_model``, such as ``fold`` or ``compile``, for the backbone alone.
     """
 
@@ -83,7 +89,9 @@ class Setting:
 
     def images(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return (torch.rand(self.batch, 3, self.side, self.side, generator=generator) * 2 - 1).to(self.device, getattr(torch, self.dtype))
+        return (torch.rand(self.batch, 3, self.side, self.side, generator=generator) * 2 - 1).to(
+            self.device, getattr(torch, self.dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,10 @@ class Timing:
     Attributes:
         way: Which.
         seconds: Of each round, for the whole batch.
-        gflops: 1e9 operations for one image, all noise draws; a multiply-add counts as two. None if they were not counted.
-        parts: Seconds of the image encoder and of the denoiser within one call; the rest is padding, noise and the pyramid. Empty if not told apart.
+        gflops: 1e9 operations for one image, all noise draws; a multiply-add counts as two. None if they were not
+            counted.
+        parts: Seconds of the image encoder and of the denoiser within one call; the rest is padding, noise and the
+            pyramid. Empty if not told apart.
         footprint: Seconds to load it and memory, if they were asked for.
     """
 
@@ -122,7 +132,8 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
         say: Is told what is done.
 
     Returns:
-        The backbone, then the other ways that it has: latents are given where there is an image encoder, and an image is encoded for each draw
+        The backbone, then the other ways that it has: latents are given where there is an image encoder, and an image
+            is encoded for each draw
         where there are several.
 
     Raises:
@@ -134,13 +145,18 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     whole = _whole(setting)
     compiled = bool(setting.options.get("compile"))
     plain = replace(setting, options={**setting.options, "compile": False}).build() if compiled else backbone
-    whole.denoiser.load_state_dict(plain.denoiser.state_dict(), strict=False, assign=True)          # shared, not twice in memory
+    whole.denoiser.load_state_dict(
+        plain.denoiser.state_dict(), strict=False, assign=True
+    )  # shared, not twice in memory
     exact = "encoder" not in setting.options
     if exact:
         whole.encoder.load_state_dict(plain.encoder.state_dict(), assign=True)
     latents: dict[str, Any] = {"x": None, "latents": plain.encode(x)} if backbone.family.encoder else {}
     given: dict[str, Any] = {"x": x} if exact else latents
-    same: dict[str, Callable[[], Any]] = {way: partial(model.forward_activations, ids=ids, **given) for way, model in ((BACKBONE, backbone), (HOOKS, whole))}
+    same: dict[str, Callable[[], Any]] = {
+        way: partial(model.forward_activations, ids=ids, **given)
+        for way, model in ((BACKBONE, backbone), (HOOKS, whole))
+    }
     ways: dict[str, Callable[[], Any]] = {BACKBONE: partial(backbone, x)}
     if latents and not any(site.encoder for level in backbone.levels for site in level.sites):
         ways[LATENTS] = partial(backbone, **latents)
@@ -152,13 +168,21 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     if compiled:
         ways[EAGER] = partial(plain, x)
         began = time.perf_counter()
-        _check({BACKBONE: lambda: _named(ways[EAGER]()), "compiled": lambda: _named(ways[BACKBONE]())}, TOLERANCE[setting.dtype])
+        _check(
+            {BACKBONE: lambda: _named(ways[EAGER]()), "compiled": lambda: _named(ways[BACKBONE]())},
+            TOLERANCE[setting.dtype],
+        )
         say(f"Compiled in {time.perf_counter() - began:.0f} s.")
     ways[HOOKS] = partial(whole.forward_activations, x, ids)
     _check(same, TOLERANCE[setting.dtype])
-    say(f"{' / '.join(ways)}: the same features{'' if exact else ' of the same latents'}. Timing {setting.rounds} rounds.")
+    say(
+        f"{' / '.join(ways)}: the same features{'' if exact else ' of the same latents'}. Timing {setting.rounds} "
+        "rounds."
+    )
     seconds = alternate(ways, setting.rounds, setting.device)
-    measured = costs.measure(replace(backbone.declaration, recipe=replace(recipe, input_size=setting.side)), backbone.configs)
+    measured = costs.measure(
+        replace(backbone.declaration, recipe=replace(recipe, input_size=setting.side)), backbone.configs
+    )
     denoiser = recipe.ensemble * measured.denoiser_gflops
     gflops = {BACKBONE: denoiser + measured.encoder_gflops, LATENTS: denoiser}
     inside = {} if "compile" in setting.options else {BACKBONE: parts(backbone, x)}
@@ -166,12 +190,15 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda text: None) -> l
     if setting.load:
         del whole, plain, ways, same
         shape = (backbone.declaration, x.cpu(), setting.dtype, setting.device)
-        options = {key: value for key, value in setting.options.items() if key == "compile"}          # others are in the folder
+        options = {key: value for key, value in setting.options.items() if key == "compile"}  # others are in the folder
         with memory_benchmark.written(backbone, setting.dtype, say) as (saved, pipeline):
             del backbone
             footprints[BACKBONE] = memory_benchmark.alone(memory_benchmark.backbone, saved, *shape[1:], **options)
             footprints[HOOKS] = memory_benchmark.alone(memory_benchmark.pipeline, pipeline, *shape)
-    return [Timing(way, tuple(times), gflops.get(way), inside.get(way, {}), footprints.get(way)) for way, times in seconds.items()]
+    return [
+        Timing(way, tuple(times), gflops.get(way), inside.get(way, {}), footprints.get(way))
+        for way, times in seconds.items()
+    ]
 
 
 def parts(backbone: DiffusionBackbone, x: Tensor) -> dict[str, float]:
@@ -259,7 +286,9 @@ def write(found: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(found[0]))
         if new:
             writer.writeheader()
-        writer.writerows({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in found)
+        writer.writerows(
+            {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in found
+        )
 
 
 def hardware(device: str) -> str:
@@ -270,21 +299,33 @@ def hardware(device: str) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _encode_each(whole: DiffusionBackbone, backbone: DiffusionBackbone, x: Tensor, ids: Sequence[str]) -> dict[str, Tensor]:
-    """DIFT repeats the image and encodes all copies, which with a posterior's mode are one latent; its denoiser stops early too."""
+def _encode_each(
+    whole: DiffusionBackbone, backbone: DiffusionBackbone, x: Tensor, ids: Sequence[str]
+) -> dict[str, Tensor]:
+    """DIFT repeats the image and encodes all copies, which with a posterior's mode are one latent; its denoiser stops
+    early too.
+    """
     z = whole.encode(x.repeat(backbone.declaration.recipe.ensemble, 1, 1, 1))[: len(x)]
     return backbone.forward_activations(None, ids, latents=z)
 
 
 def _whole(setting: Setting) -> DiffusionBackbone:
-    """The same recipe on a network that nothing was cut off: the only level is the last activation, and the recipe's are read with hooks."""
+    """The same recipe on a network that nothing was cut off: the only level is the last activation, and the recipe's
+    are read with hooks.
+    """
     declaration = get_declaration(setting.name)
     recipe = declaration.recipe
     catalogue = FAMILIES[declaration.checkpoint.family].activations(setting.configs(), setting.name)
-    last = [site.id for site in (catalogue[id] for id in catalogue) if not site.encoder and site.layout in ("map", "tokens")][-1]
-    recipe = replace(recipe, levels=(Level((last,)),), discard=(), normalise="none")          # of the maps, which are not compared
-    torch.manual_seed(0)                                                     # the weights of Setting.build
-    return create_model(declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise)
+    last = [
+        site.id for site in (catalogue[id] for id in catalogue) if not site.encoder and site.layout in ("map", "tokens")
+    ][-1]
+    recipe = replace(
+        recipe, levels=(Level((last,)),), discard=(), normalise="none"
+    )  # of the maps, which are not compared
+    torch.manual_seed(0)  # the weights of Setting.build
+    return create_model(
+        declaration.checkpoint.name, recipe=recipe, dtype=setting.dtype, device=setting.device, noise=setting.noise
+    )
 
 
 def _named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -297,7 +338,9 @@ def _check(same: Mapping[str, Callable[[], dict[str, Tensor]]], tolerance: float
         for id, act in run().items():
             difference = float((act - expected[id]).abs().max() / expected[id].abs().max())
             if not difference <= tolerance:
-                raise RuntimeError(f"{way}: {id} differs by {difference:.2g} of the largest value; what is timed would not be the same")
+                raise RuntimeError(
+                    f"{way}: {id} differs by {difference:.2g} of the largest value; what is timed would not be the same"
+                )
 
 
 def _command() -> str:

@@ -1,4 +1,6 @@
-"""How far the features of one backbone are from those of another of the same shape, such as one with a tiny encoder, on the same images."""
+"""How far the features of one backbone are from those of another of the same shape, such as one with a tiny encoder, on
+the same images.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,13 @@ def deviations(exact: DiffusionBackbone, other: DiffusionBackbone, images: Itera
         raise ValueError("there is no image to compare on")
     strides = [exact.latent_stride, *exact.feature_info.reduction()]
     return [
-        Deviation("latents" if i == 0 else str(i - 1), channels[i], strides[i], float((difference / norm).sqrt()), float(cosine / places))
+        Deviation(
+            "latents" if i == 0 else str(i - 1),
+            channels[i],
+            strides[i],
+            float((difference / norm).sqrt()),
+            float(cosine / places),
+        )
         for i, (difference, norm, cosine, places) in enumerate(sums)
     ]
 
@@ -68,15 +76,23 @@ def deviations(exact: DiffusionBackbone, other: DiffusionBackbone, images: Itera
 def _sums(a: Tensor, b: Tensor) -> Tensor:
     """(4,): squared difference, squared norm of ``a``, cosines, and how many places there are."""
     cosines = F.cosine_similarity(a, b, dim=1)
-    return torch.stack([(a - b).square().sum(), a.square().sum(), cosines.sum(), cosines.new_tensor(cosines.numel())]).cpu()
+    return torch.stack(
+        [(a - b).square().sum(), a.square().sum(), cosines.sum(), cosines.new_tensor(cosines.numel())]
+    ).cpu()
 
 
 def write(found: Sequence[Deviation], path: Path, **about: Any) -> None:
     """Put rows into a CSV in the place of those that are ``about`` the same backbone."""
-    rows = [{**about, **{key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in asdict(row).items()}} for row in found]
+    rows = [
+        {
+            **about,
+            **{key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in asdict(row).items()},
+        }
+        for row in found
+    ]
     before = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     kept = [row for row in before if row["backbone"] != about["backbone"]]
     with safetensors_io.whole(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=lambda row: str(row["backbone"])))                # stable: levels stay in order
+        writer.writerows(sorted([*kept, *rows], key=lambda row: str(row["backbone"])))  # stable: levels stay in order

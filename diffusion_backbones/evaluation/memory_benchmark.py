@@ -1,7 +1,9 @@
-"""What a network takes in a process of its own: seconds until its weights are in memory, and the most memory in use until it ran once.
+"""What a network takes in a process of its own: seconds until its weights are in memory, and the most memory in use
+until it ran once.
 
-The backbone is read from the compact folder that ``save_pretrained`` writes, the usual pipeline from the folders of its components, as diffusers and
-transformers read them. Both map large files and return before a byte was read, so seconds are counted until every page is in memory.
+The backbone is read from the compact folder that ``save_pretrained`` writes, the usual pipeline from the folders of its
+components, as diffusers and transformers read them. Both map large files and return before a byte was read, so seconds
+are counted until every page is in memory.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Footprint:
 def backbone(saved: Path, x: Tensor, dtype: str, device: str, **options: Any) -> Footprint:
     """Of a backbone in the folder ``saved``, run on images ``x``, (B, 3, H, W) on the CPU in ``dtype``."""
     name = f"local-dir:{saved}"
-    create_model(name, device="meta")                                        # imports all that is needed, so that it counts for nothing
+    create_model(name, device="meta")  # imports all that is needed, so that it counts for nothing
     with _counting(device) as count:
         built = create_model(name, dtype=dtype, device=device, **options)
         count.loaded([built])
@@ -69,7 +71,9 @@ def pipeline(folder: Path, declaration: Declaration, x: Tensor, dtype: str, devi
         denoiser, x = parts[family.denoiser], x.to(device)
         z = family.image_encoder(configs).encode(parts[family.encoder], x) if family.encoder else x
         with torch.device(device):
-            conditioning = {name: t.repeat(len(x), *[1] * (t.ndim - 1)) for name, t in family.blank_conditioning(configs).items()}
+            conditioning = {
+                name: t.repeat(len(x), *[1] * (t.ndim - 1)) for name, t in family.blank_conditioning(configs).items()
+            }
         conditioning = {name: t.to(z.dtype) if t.is_floating_point() else t for name, t in conditioning.items()}
         timestep = torch.full((len(x),), declaration.recipe.timestep, device=device)
         with Recorder(denoiser, sites).recording(sites):
@@ -80,14 +84,18 @@ def pipeline(folder: Path, declaration: Declaration, x: Tensor, dtype: str, devi
 def _read(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     from diffusers import ModelMixin
 
-    network: nn.Module = kind.from_pretrained(folder, **{"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype})
+    network: nn.Module = kind.from_pretrained(
+        folder, **{"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+    )
     return network
 
 
 def components(declaration: Declaration, configs: Configs, device: str) -> Iterator[tuple[str, Any]]:
     """(Name, stock network with random weights), one by one, of all that a pipeline of this checkpoint holds."""
     family = FAMILIES[declaration.checkpoint.family]
-    builders: dict[str, Callable[[], nn.Module]] = {family.denoiser: partial(family.build_denoiser, configs[family.denoiser])}
+    builders: dict[str, Callable[[], nn.Module]] = {
+        family.denoiser: partial(family.build_denoiser, configs[family.denoiser])
+    }
     if family.encoder:
         builders[family.encoder] = partial(family.image_encoder(configs).build, family.encoder_config(configs))
     for name in family.text_encoder_names(configs):
@@ -101,23 +109,30 @@ def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     cls = getattr(transformers, config["architectures"][0])
-    network: nn.Module = cls(cls.config_class(**{key: value for key, value in config.items() if key != "architectures"}))
+    network: nn.Module = cls(
+        cls.config_class(**{key: value for key, value in config.items() if key != "architectures"})
+    )
     return network
 
 
 @contextmanager
 def written(built: DiffusionBackbone, dtype: str, say: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
-    """A temporary folder with a backbone as ``save_pretrained`` writes it, and one with the components of its pipeline, random, in ``dtype``.
+    """A temporary folder with a backbone as ``save_pretrained`` writes it, and one with the components of its pipeline,
+    random, in ``dtype``.
 
     Raises:
         OSError: The disk has no room for them.
     """
     declaration, configs = built.declaration, package_configs(built.declaration.checkpoint)
-    size = sum(truncation.count_bytes(network.to(getattr(torch, dtype))) for _, network in components(declaration, configs, "meta"))
+    size = sum(
+        truncation.count_bytes(network.to(getattr(torch, dtype)))
+        for _, network in components(declaration, configs, "meta")
+    )
     size += truncation.count_bytes(built)
     room = shutil.disk_usage(tempfile.gettempdir()).free
     if size > room:
-        raise OSError(f"{declaration.name}: {size / 1e9:.1f} GB of weights are written to be read again, and {tempfile.gettempdir()} has room for "
+        raise OSError(f"{declaration.name}: {size / 1e9:.1f} GB of weights are written to be read again, and "
+                      f"{tempfile.gettempdir()} has room for "
                       f"{room / 1e9:.1f} GB; set TMPDIR to a folder on a larger disk, or leave --load out")  # fmt: skip
     say(f"Writing {size / 1e9:.1f} GB of random weights, to be read again.")
     with tempfile.TemporaryDirectory(prefix="diffusion_backbones_") as scratch:
@@ -146,7 +161,7 @@ class _Count:
     def loaded(self, networks: Any) -> None:
         for network in networks:
             for tensor in network.state_dict().values():
-                tensor.reshape(-1)[::1024].sum()                             # one value of every page: a mapped file is in memory now
+                tensor.reshape(-1)[::1024].sum()  # one value of every page: a mapped file is in memory now
                 self._weights += tensor.numel() * tensor.element_size()
         self._seconds = time.perf_counter() - self._began
 
@@ -157,7 +172,7 @@ class _Count:
 
     def footprint(self) -> Footprint:
         known = self._before is not None and self._after is not None
-        return Footprint(self._seconds, self._weights, self._after - self._before if known else None)      # type: ignore[operator]
+        return Footprint(self._seconds, self._weights, self._after - self._before if known else None)  # type: ignore[operator]
 
 
 @contextmanager
@@ -178,4 +193,6 @@ def _memory(device: str, start: bool = False) -> int | None:
         return None
     if start:
         Path("/proc/self/clear_refs").write_text("5")
-    return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")), None
+    )

@@ -41,7 +41,8 @@ class Pair:
 
     Attributes:
         source, target: RGB images of 256 x 256 pixels.
-        source_points, target_points: (K, 2) float32, x and y in pixels; row k is the same point of the object in both, visible in both.
+        source_points, target_points: (K, 2) float32, x and y in pixels; row k is the same point of the object in both,
+            visible in both.
         target_box: x0, y0, x1, y1 of the object in the target, in pixels.
         split: ``identities`` or ``style``, see :class:`SceneSet`.
     """
@@ -86,7 +87,10 @@ def load_scenes(folder: Path | str = FOLDER) -> SceneSet:
     """
     folder = Path(folder)
     if not (folder / "scenes.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no scenes.json, so it is no set of evaluation scenes; leave folder= out for the one in the package")
+        raise FileNotFoundError(
+            f"{folder} holds no scenes.json, so it is no set of evaluation scenes; leave folder= out for the one in "
+            "the package"
+        )
     index = json.loads((folder / "scenes.json").read_text())
     splits = {name: tuple(_scenes(folder / name, captions)) for name, captions in index["splits"].items()}
     return SceneSet(classes=tuple(index["classes"]), pairs=tuple(_pairs(folder / "pairs", index["pairs"])), **splits)
@@ -109,4 +113,11 @@ def _pairs(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Pair]:
     for i, row in enumerate(rows):
         source, target = (np.array(row[key], np.float32) for key in ("source_points", "target_points"))
         x0, y0, x1, y1 = row["target_box"]
-        yield Pair(_rgb(folder / f"{i:03}-source.jpg"), _rgb(folder / f"{i:03}-target.jpg"), source, target, (x0, y0, x1, y1), row["split"])
+        yield Pair(
+            _rgb(folder / f"{i:03}-source.jpg"),
+            _rgb(folder / f"{i:03}-target.jpg"),
+            source,
+            target,
+            (x0, y0, x1, y1),
+            row["split"],
+        )

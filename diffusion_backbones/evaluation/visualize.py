@@ -1,4 +1,5 @@
-"""Pictures of features: the photograph beside each level, whose channels are projected on their three principal components.
+"""Pictures of features: the photograph beside each level, whose channels are projected on their three principal
+components.
 
 A picture is deterministic: the same features give the same pixels.
 """
@@ -25,7 +26,9 @@ PAPER, INK, GREY, RED = (255, 255, 255), (31, 35, 40), (101, 109, 118), (188, 76
 HEIGHT, MARGIN, GAP, RADIUS = 420, 48, 28, 14
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PERCENTILE = 0.01
-"""Share of positions at either end of a component that may saturate, so that a few outliers do not take all the contrast."""
+"""Share of positions at either end of a component that may saturate, so that a few outliers do not take all the
+contrast.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,15 @@ def pca_rgb(features: Tensor) -> Tensor:
         features: (C, h, w), finite.
 
     Returns:
-        (h, w, 3) uint8 on the CPU. Each component is stretched so that one hundredth of the positions saturates at either
-        end, and signed so that few positions are bright and many dark: then what stands out is bright at every level, and the
-        levels look alike. Components that a map does not have are mid-grey.
+        (h, w, 3) uint8 on the CPU. Each component is stretched so that one hundredth of the positions saturates at
+        either end, and signed so that few positions are bright and many dark: then what stands out is bright at every
+        level, and the levels look alike. Components that a map does not have are mid-grey.
     """
     c, h, w = features.shape
     x = features.detach().cpu().double().reshape(c, h * w).T
     x = x - x.mean(0)
     wide = c > h * w
-    energy, axes = torch.linalg.eigh(x @ x.T if wide else x.T @ x)             # of the smaller of the two: the same components
+    energy, axes = torch.linalg.eigh(x @ x.T if wide else x.T @ x)  # of the smaller of the two: the same components
     rgb = torch.full((h * w, 3), 0.5)
     for i in range(min(3, len(energy))):
         if energy[-1 - i] <= 1e-12 * energy[-1]:
@@ -82,7 +85,9 @@ def _tails(n: int) -> tuple[int, int]:
     return 1 + int(PERCENTILE * n), n - int(PERCENTILE * n)
 
 
-def panels(backbone: DiffusionBackbone, photo: Image.Image, size: int | None = None, positions: Sequence[int] | None = None) -> tuple[list[Panel], Image.Image]:
+def panels(
+    backbone: DiffusionBackbone, photo: Image.Image, size: int | None = None, positions: Sequence[int] | None = None
+) -> tuple[list[Panel], Image.Image]:
     """Run a backbone on one photograph.
 
     Args:
@@ -98,7 +103,10 @@ def panels(backbone: DiffusionBackbone, photo: Image.Image, size: int | None = N
         pyramid = [level[0].float().cpu() for level in backbone(x[None].to(device))]
     seen = backbone.input_format.to_symmetric(x[None])[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
     strides = backbone.feature_info.reduction()
-    out = [Panel(f"level {i}", level, stride) for i, level, stride in zip(positions or range(len(pyramid)), pyramid, strides, strict=True)]
+    out = [
+        Panel(f"level {i}", level, stride)
+        for i, level, stride in zip(positions or range(len(pyramid)), pyramid, strides, strict=True)
+    ]
     return out, Image.fromarray(seen.numpy())
 
 
@@ -121,10 +129,18 @@ def picture(photo: Image.Image, panels: Sequence[Panel], title: str, about: str,
     Returns:
         An RGB image; all panels have the photograph's shape and one height.
     """
-    width = min(max(round(HEIGHT * photo.width / photo.height), 300), 3 * HEIGHT)  # captions need some, and panoramas take no more
+    width = min(
+        max(round(HEIGHT * photo.width / photo.height), 300), 3 * HEIGHT
+    )  # captions need some, and panoramas take no more
     height = max(round(width * photo.height / photo.width), 1)
-    captions = [("photograph", f"{photo.width} x {photo.height} pixels"), *((panel.name, panel.about) for panel in panels)]
-    shown = [photo.resize((width, height), Image.Resampling.LANCZOS), *(_enlarge(panel, photo.size, (width, height)) for panel in panels)]
+    captions = [
+        ("photograph", f"{photo.width} x {photo.height} pixels"),
+        *((panel.name, panel.about) for panel in panels),
+    ]
+    shown = [
+        photo.resize((width, height), Image.Resampling.LANCZOS),
+        *(_enlarge(panel, photo.size, (width, height)) for panel in panels),
+    ]
     top, line = MARGIN + 130, len(shown) * (width + GAP) - GAP
     canvas = Image.new("RGB", (line + 2 * MARGIN, top + height + 118 + 70 * bool(warning) + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -160,7 +176,8 @@ def write(picture: Image.Image, path: Path) -> None:
 
 
 def _enlarge(panel: Panel, photo: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """A level as large as the photograph's panel, every position a rectangle of one colour over the pixels that it stands for.
+    """A level as large as the photograph's panel, every position a rectangle of one colour over the pixels that it
+    stands for.
 
     The last row and column may reach beyond the photograph and are cut there.
     """
@@ -182,7 +199,14 @@ def _fit(draw: ImageDraw.ImageDraw, texts: Sequence[str], size: float, width: in
     return size
 
 
-def _text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: float, colour: tuple[int, int, int], bold: bool = False) -> None:
+def _text(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    text: str,
+    size: float,
+    colour: tuple[int, int, int],
+    bold: bool = False,
+) -> None:
     """One line. Pillow's own font has one weight, so bold is a thin outline."""
     draw.text(at, _plain(text), colour, ImageFont.load_default(size=size), stroke_width=1 if bold else 0)
 

@@ -7,7 +7,8 @@
       street/01.jpg.safetensors           level0 (C, h, w), level1 ...; metadata: strides, sizes, backbone, weights
 
 A file is there whole or not at all, and says by which settings it was made. So a run can be stopped in any way and
-started again: what is finished is skipped, and nothing is mixed. Features are written image by image and never gathered.
+started again: what is finished is skipped, and nothing is mixed. Features are written image by image and never
+gathered.
 
 ::
 

@@ -82,9 +82,15 @@ class Folder:
         self.is_new = not before
         differences = _differences(before, settings.as_json()) if before else []
         if differences and not overwrite:
-            raise ValueError(f"{path} holds features made by other settings: {'; '.join(differences)}. Choose another folder, or --overwrite.")
+            raise ValueError(
+                f"{path} holds features made by other settings: {'; '.join(differences)}. Choose another folder, or "
+                "--overwrite."
+            )
         if differences:
-            tqdm.write(f"{path} was made by other settings; whatever this call does not replace is still of those", file=sys.stderr)
+            tqdm.write(
+                f"{path} was made by other settings; whatever this call does not replace is still of those",
+                file=sys.stderr,
+            )
         elif before:
             self.images = before["images"]
 
@@ -99,7 +105,10 @@ class Folder:
         except (ValueError, KeyError, TypeError) as error:
             if self.overwrite:
                 return {}
-            raise ValueError(f"{path} is not whole ({error!r}), so nothing says how {self.path} was made. Choose another folder, or --overwrite.") from error
+            raise ValueError(
+                f"{path} is not whole ({error!r}), so nothing says how {self.path} was made. Choose another folder, "
+                "or --overwrite."
+            ) from error
 
     def target(self, file: ImageFile) -> Path:
         """Where an image's features go."""
@@ -120,16 +129,23 @@ class Folder:
             ValueError: A file is in the way, and no manifest says that this program made it.
             OSError: Something cannot be written.
         """
-        foreign = [self.target(file) for file in waiting if self.is_new and not self.overwrite and self.target(file).exists()]
+        foreign = [
+            self.target(file) for file in waiting if self.is_new and not self.overwrite and self.target(file).exists()
+        ]
         if foreign:
-            raise ValueError(f"{foreign[0]} is in the way, and {self.path} has no {MANIFEST} that says how it was made. Choose another folder, or --overwrite.")
+            raise ValueError(
+                f"{foreign[0]} is in the way, and {self.path} has no {MANIFEST} that says how it was made. Choose "
+                "another folder, or --overwrite."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{self.path} cannot be made: {error}") from error
         for part in [*self.path.rglob(".*.part"), *self.path.rglob(".tmp??????")]:  # ours, and safetensors' own
             part.unlink()
-        self.images |= {file.name: {"status": "done"} for file in files} | {file.name: {"status": "waiting"} for file in waiting}
+        self.images |= {file.name: {"status": "done"} for file in files} | {
+            file.name: {"status": "waiting"} for file in waiting
+        }
         self.write_manifest()
 
     def write(self, file: ImageFile, maps: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

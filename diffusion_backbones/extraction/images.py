@@ -41,12 +41,21 @@ def find(places: Iterable[str | Path]) -> list[ImageFile]:
     """
     found: dict[str, Path] = {}
     for place in map(Path, places):
-        images = {path.relative_to(place).as_posix(): path for path in _below(place)} if place.is_dir() else {place.name: place}
+        images = (
+            {path.relative_to(place).as_posix(): path for path in _below(place)}
+            if place.is_dir()
+            else {place.name: place}
+        )
         if not images or not place.exists():
-            raise FileNotFoundError(f"{place} holds no image ({', '.join(SUFFIXES)})" if place.is_dir() else f"{place} does not exist")
+            raise FileNotFoundError(
+                f"{place} holds no image ({', '.join(SUFFIXES)})" if place.is_dir() else f"{place} does not exist"
+            )
         for name, path in images.items():
             if name in found and not path.samefile(found[name]):
-                raise ValueError(f"{found[name]} and {path} would both be kept as {name!r}; give the folder above them, or call twice")
+                raise ValueError(
+                    f"{found[name]} and {path} would both be kept as {name!r}; give the folder above them, or call "
+                    "twice"
+                )
             found[name] = path
     return [ImageFile(path, name) for name, path in found.items()]
 
@@ -63,7 +72,8 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def load(path: str | Path) -> Image.Image:
-    """Open an image as RGB, turned upright as its EXIF orientation says. Transparency is dropped, as torchvision and timm do.
+    """Open an image as RGB, turned upright as its EXIF orientation says. Transparency is dropped, as torchvision and
+    timm do.
 
     Raises:
         ValueError: It is no image, is damaged, or has more than 8 bits per channel, which would be clipped to white.
@@ -93,7 +103,9 @@ def transform(config: dict[str, Any], size: int | None, bgr: bool = False) -> Ca
     if size is None:
         preprocess = Compose([ToTensor(), Normalize(config["mean"], config["std"])])
     else:
-        preprocess = create_transform((3, size, size), **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")})
+        preprocess = create_transform(
+            (3, size, size), **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
+        )
     return Compose([preprocess, Lambda(lambda x: x.flip(0))]) if bgr else preprocess
 
 
@@ -102,4 +114,7 @@ def too_large(path: Path, image: Image.Image, declaration: Declaration) -> str:
     side = declaration.input_size
     if image.width * image.height <= LARGE * side**2:
         return ""
-    return f"{path} has {image.width} x {image.height} pixels and {declaration.name} was made for {side} x {side}: --size {side} takes far less time and memory"
+    return (
+        f"{path} has {image.width} x {image.height} pixels and {declaration.name} was made for {side} x {side}: "
+        f"--size {side} takes far less time and memory"
+    )

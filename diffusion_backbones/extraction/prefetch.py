@@ -1,4 +1,6 @@
-"""Maps that run ahead of who takes from them, one behind the other: each works while the others do, and none gets far ahead."""
+"""Maps that run ahead of who takes from them, one behind the other: each works while the others do, and none gets far
+ahead.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,14 @@ def threads(n: int, finish: bool) -> Iterator[Executor | None]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=not finish)
-        torch.set_num_threads(alone)                # this thread kept its number; those started from now on get it again
+        torch.set_num_threads(alone)  # this thread kept its number; those started from now on get it again
 
 
 def ahead(pool: Executor | None, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
     """``map(function, items)`` in the threads of ``pool``, in order, with errors where they would be raised there.
 
-    Items are taken in the thread that takes the results, and never more than ``depth + 1`` of them are under way: so who is slow stops
-    who is before it, and memory does not grow. Without a pool it is ``map``.
+    Items are taken in the thread that takes the results, and never more than ``depth + 1`` of them are under way: so
+    who is slow stops who is before it, and memory does not grow. Without a pool it is ``map``.
 
     Args:
         pool: Of :func:`threads`.

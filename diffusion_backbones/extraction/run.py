@@ -31,7 +31,9 @@ class Summary:
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads that read where nobody says how many: none on the CPU, whose cores the network needs itself, and several beside a GPU."""
+    """Threads that read where nobody says how many: none on the CPU, whose cores the network needs itself, and several
+    beside a GPU.
+    """
     return 0 if device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1)
 
 
@@ -50,8 +52,8 @@ def extract(
 ) -> Summary:
     """Write the pyramid of every image, and skip those that an earlier call with the same settings has finished.
 
-    With ``workers``, the next batch is read and the last is written while one is computed. In memory are at most ``2 * batch_size + workers + 1`` images
-    and the features of two batches, however many images there are.
+    With ``workers``, the next batch is read and the last is written while one is computed. In memory are at most ``2 *
+    batch_size + workers + 1`` images and the features of two batches, however many images there are.
 
     Args:
         backbone: On its device, in the dtype that it shall compute in.
@@ -60,7 +62,8 @@ def extract(
         size: Shorter side and central crop in pixels, as timm's transform does; None keeps every image's own size.
         dtype: Of what is written.
         batch_size: Images per pass. Only neighbours of equal size share one.
-        workers: Threads that read, beside one that writes. 0 does one thing after another, without threads. By default :func:`default_workers`.
+        workers: Threads that read, beside one that writes. 0 does one thing after another, without threads. By default
+            :func:`default_workers`.
         names: Of the maps, ``level0``, ``level1`` ... by default.
         weights: Where the weights came from, if ``backbone.provenance`` does not say it.
         overwrite: Make every image again, and replace a folder's settings.
@@ -105,7 +108,7 @@ def extract(
         with (
             tqdm(total=len(files), initial=summary.skipped, unit="image", disable=None) as bar,
             threads(workers, finish=False) as readers,
-            threads(min(workers, 1), finish=True) as writer,                # what was computed is not lost by what comes after
+            threads(min(workers, 1), finish=True) as writer,  # what was computed is not lost by what comes after
         ):
             inputs = advised(ahead(readers, Reader(backbone, size), waiting, depth=batch_size + workers))
             outputs = map(compute, batches(inputs, batch_size))

@@ -20,7 +20,8 @@ from diffusion_backbones.extraction.images import ImageFile
 
 @dataclass(frozen=True)
 class Input:
-    """An image, ready for the network: ``x`` (3, H, W), and its size (H, W) in the file; or the reason why there is none.
+    """An image, ready for the network: ``x`` (3, H, W), and its size (H, W) in the file; or the reason why there is
+    none.
 
     ``x`` is let go once it has been computed; ``size`` (H, W) stays.
     """
@@ -52,7 +53,8 @@ class Reader:
     """File -> what a backbone takes. It may be called in several threads at once.
 
     Args:
-        backbone: Whose format, and whose device: for a GPU the image is put where it can be fetched while the CPU goes on.
+        backbone: Whose format, and whose device: for a GPU the image is put where it can be fetched while the CPU goes
+            on.
         size: As in :func:`~diffusion_backbones.extraction.extract`.
     """
 
@@ -68,7 +70,9 @@ class Reader:
             return Input(file, error=str(error))
         x = self.preprocess(image)
         advice = images.too_large(file.path, image, self.declaration) if self.own_size else ""
-        return Input(file, x.pin_memory() if self.pinned else x, (x.shape[-2], x.shape[-1]), (image.height, image.width), advice)
+        return Input(
+            file, x.pin_memory() if self.pinned else x, (x.shape[-2], x.shape[-1]), (image.height, image.width), advice
+        )
 
 
 def advised(inputs: Iterable[Input]) -> Iterator[Input]:
@@ -115,12 +119,20 @@ class Computer:
         try:
             with torch.inference_mode():
                 x = [item.x.to(self.device, non_blocking=later) for item in batch if item.x is not None]
-                pyramid = [level.to(self.dtype).to("cpu", non_blocking=later) for level in self.backbone(torch.stack(x))] if x else []
+                pyramid = (
+                    [level.to(self.dtype).to("cpu", non_blocking=later) for level in self.backbone(torch.stack(x))]
+                    if x
+                    else []
+                )
         except (RuntimeError, MemoryError) as error:
             if ran_out(error):
                 return Output(done)
             raise
-        return Output(done, pyramid, torch.cuda.current_stream(self.device).record_event().synchronize) if later else Output(done, pyramid)
+        return (
+            Output(done, pyramid, torch.cuda.current_stream(self.device).record_event().synchronize)
+            if later
+            else Output(done, pyramid)
+        )
 
 
 class Writer:
@@ -133,7 +145,11 @@ class Writer:
     """
 
     def __init__(self, backbone: DiffusionBackbone, folder: Folder, tell: Callable[[ImageFile, str | None], None]):
-        self.declaration, self.strides, self.device = backbone.declaration, backbone.feature_info.reduction(), device_of(backbone)
+        self.declaration, self.strides, self.device = (
+            backbone.declaration,
+            backbone.feature_info.reduction(),
+            device_of(backbone),
+        )
         self.folder, self.tell = folder, tell
 
     def __call__(self, output: Output) -> None:
@@ -147,12 +163,18 @@ class Writer:
             return item.error
         if not pyramid:
             batch = f"a batch of {together} with {item.size[1]} x {item.size[0]} pixels"
-            return f"{item.file.path} does not fit the memory of {self.device}: {batch}; use a smaller --size or --batch-size"
+            return (
+                f"{item.file.path} does not fit the memory of {self.device}: {batch}; use a smaller --size or "
+                "--batch-size"
+            )
         settings = self.folder.settings
         maps = dict(zip(settings.levels, pyramid, strict=True))
         unfit = [name for name, level in maps.items() if not torch.isfinite(level).all()]
         if unfit:
-            return f"{item.file.path}: {', '.join(unfit)} has values that {settings.dtype} cannot hold; use --dtype bfloat16 or float32"
+            return (
+                f"{item.file.path}: {', '.join(unfit)} has values that {settings.dtype} cannot hold; use --dtype "
+                "bfloat16 or float32"
+            )
         self.folder.write(item.file, maps, self._metadata(item))
         return None
 

@@ -37,11 +37,17 @@ OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding"
 FOREIGN: dict[str, Callable[[Any], str]] = {
     "num_classes": lambda n: "" if n == 0 else f"a backbone has no classifier, so num_classes must be 0, got {n}",
     "in_chans": lambda n: "" if n == 3 else f"the image encoder takes RGB, so in_chans must be 3, got {n}",
-    "global_pool": lambda p: "" if p == "" else f"a backbone returns maps and pools nothing, so global_pool must be '', got {p!r}",
-    "img_size": lambda _: "",                   # any size is accepted as it is
-    "pretrained_cfg": lambda _: "",             # the declaration says it
+    "global_pool": lambda p: (
+        "" if p == "" else f"a backbone returns maps and pools nothing, so global_pool must be '', got {p!r}"
+    ),
+    "img_size": lambda _: "",  # any size is accepted as it is
+    "pretrained_cfg": lambda _: "",  # the declaration says it
     "features_only": lambda f: "" if f else "features_only=False asks for a classifier, and a backbone has none",
-    "output_stride": lambda s: "" if s == 32 else f"output_stride={s} dilates a classifier's network; here out_strides=(...) resamples the pyramid",
+    "output_stride": lambda s: (
+        ""
+        if s == 32
+        else f"output_stride={s} dilates a classifier's network; here out_strides=(...) resamples the pyramid"
+    ),
     "feature_cls": lambda c: f"feature_cls={c!r} chooses among timm's wrappers, and this backbone needs none",
 }
 
@@ -74,58 +80,81 @@ def create_model(
     """Build a backbone: frozen, in eval mode, deterministic.
 
     Args:
-        name: A registered backbone (``sd15_gdf``), a checkpoint (``sd15``) together with ``recipe=``, ``hf-hub:owner/repo``,
-            or ``local-dir:folder``. The last two read a folder that ``save_pretrained`` wrote, or a diffusers folder with ``recipe=``.
-        pretrained: Download what the backbone needs from the hub. Without it the weights are random and nothing is fetched.
-        checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file: a whole
-            checkpoint in the original layout, or a denoiser alone, which takes the rest from the hub if ``pretrained``.
+        name: A registered backbone (``sd15_gdf``), a checkpoint (``sd15``) together with ``recipe=``,
+            ``hf-hub:owner/repo``, or ``local-dir:folder``. The last two read a folder that ``save_pretrained`` wrote,
+            or a diffusers folder with ``recipe=``.
+        pretrained: Download what the backbone needs from the hub. Without it the weights are random and nothing is
+            fetched.
+        checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file: a
+            whole checkpoint in the original layout, or a denoiser alone, which takes the rest from the hub if
+            ``pretrained``.
         cache_dir: huggingface_hub's cache folder.
-        recipe: A :class:`Recipe`, a YAML or JSON file, or a list of activation ids, which are grouped by stride and read at
-            timestep 50 unless ``timestep=`` says otherwise.
+        recipe: A :class:`Recipe`, a YAML or JSON file, or a list of activation ids, which are grouped by stride and
+            read at timestep 50 unless ``timestep=`` says otherwise.
         out_indices: Which levels; an integer n means the last n. Fewer levels are a shorter network.
-        out_strides: Resample to these strides, without parameters, e.g. ``(4, 8, 16, 32)``; of the levels the nearest is taken.
-        dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in float32.
-        weight_dtype: ``"int8"`` keeps the weights of the denoiser's linear and convolutional layers in eight bits, rounded as they are read, and
-            computes in ``dtype``; needs torchao. For what does not fit otherwise: it is slower, and changes the features. See docs/memory.md.
+        out_strides: Resample to these strides, without parameters, e.g. ``(4, 8, 16, 32)``; of the levels the nearest
+            is taken.
+        dtype: Of weights and maps, ``torch.float32`` by default. An image encoder that overflows in float16 stays in
+            float32.
+        weight_dtype: ``"int8"`` keeps the weights of the denoiser's linear and convolutional layers in eight bits,
+            rounded as they are read, and computes in ``dtype``; needs torchao. For what does not fit otherwise: it is
+            slower, and changes the features. See docs/memory.md.
         device: Where; ``"meta"`` builds without memory.
-        trainable: What is trained: nothing by default; True for the denoiser; ``"lora"`` for adapters in its attention, which needs
-            peft; ``"prompt"`` for the embedded prompt.
+        trainable: What is trained: nothing by default; True for the denoiser; ``"lora"`` for adapters in its attention,
+            which needs peft; ``"prompt"`` for the embedded prompt.
         lora_rank: Of the adapters, 8 by default.
         prompt_tokens: How many tokens are learned, the first of the recipe's prompt; all by default.
-        input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], the default, ``"unit"`` [0, 1], ``"uint8"`` 0 to 255, ``"imagenet"``
-            ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's default, or an ``InputFormat`` of your own. For frameworks that
-            normalise by themselves.
-        encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder, which computes such maps
-            anyway, and not by upsampling.
-        chunk: How many noisy latents, draws times images, the denoiser is run on at once unless a call says otherwise; all by default.
-        fold: Keep the values of what depends on the prompt and the timestep alone, and drop its weights. The features stay the same; calls can no
-            longer change prompt or timestep. Weights are folded on the CPU, so that ``device`` never holds what is dropped.
-        encoder: ``"tiny"`` takes, in place of the checkpoint's image encoder, one that was distilled from it, where one is declared: about a ninth of
-            its operations, and other features. ``diffusion-backbones compare`` measures how far they are from the exact ones.
-        compile: Compile the image encoder and the denoiser when they are first called, which takes a minute or several and changes no feature.
-            ``"freeze"`` makes constants of the weights, which on a CPU is faster still and holds for one batch and size; other strings are modes of
-            ``torch.compile``, such as ``"reduce-overhead"`` for CUDA graphs. Nothing is compiled on ``meta``.
+        input_format: What images were made of pixels: ``"symmetric"`` [-1, 1], the default, ``"unit"`` [0, 1],
+            ``"uint8"`` 0 to 255, ``"imagenet"`` ImageNet's mean and deviation, ``"detectron2-bgr"`` detectron2's
+            default, or an ``InputFormat`` of your own. For frameworks that normalise by themselves.
+        encoder_levels: Take those of ``out_strides`` that are finer than the recipe's levels from the image encoder,
+            which computes such maps anyway, and not by upsampling.
+        chunk: How many noisy latents, draws times images, the denoiser is run on at once unless a call says otherwise;
+            all by default.
+        fold: Keep the values of what depends on the prompt and the timestep alone, and drop its weights. The features
+            stay the same; calls can no longer change prompt or timestep. Weights are folded on the CPU, so that
+            ``device`` never holds what is dropped.
+        encoder: ``"tiny"`` takes, in place of the checkpoint's image encoder, one that was distilled from it, where one
+            is declared: about a ninth of its operations, and other features. ``diffusion-backbones compare`` measures
+            how far they are from the exact ones.
+        compile: Compile the image encoder and the denoiser when they are first called, which takes a minute or several
+            and changes no feature. ``"freeze"`` makes constants of the weights, which on a CPU is faster still and
+            holds for one batch and size; other strings are modes of ``torch.compile``, such as ``"reduce-overhead"``
+            for CUDA graphs. Nothing is compiled on ``meta``.
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
-        **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace the
-            recipe's; see :class:`Recipe`. What is None is ignored.
+        **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace
+            the recipe's; see :class:`Recipe`. What is None is ignored.
 
     Raises:
         KeyError: Unknown backbone, checkpoint or activation id; the closest are named.
-        TypeError: Unknown keyword, one that goes with another ``trainable``, or one that would change what a saved backbone is; ``fold`` with
-            anything trainable.
+        TypeError: Unknown keyword, one that goes with another ``trainable``, or one that would change what a saved
+            backbone is; ``fold`` with anything trainable.
         ImportError: ``trainable="lora"`` without peft, or ``weight_dtype="int8"`` without torchao.
         ValueError: A value that cannot be; weights that do not fit the network; a pickle.
         ConnectionError: The hub does not give the weights.
         MemoryError: The weights that are kept do not fit on the device; which dtype would is said.
-        FileNotFoundError: Nothing at a path, or not what is needed there; ``compile`` for the CPU without a C++ compiler.
+        FileNotFoundError: Nothing at a path, or not what is needed there; ``compile`` for the CPU without a C++
+            compiler.
     """
-    compilation.check_compile(compile, torch.device(device) if device is not None else torch.get_default_device(), trainable)
+    compilation.check_compile(
+        compile, torch.device(device) if device is not None else torch.get_default_device(), trainable
+    )
     check_trainable(trainable, lora_rank, prompt_tokens)
     if chunk is not None:
         check_count("chunk", chunk)
     format = get_input_format(input_format) if input_format is not None else None
-    options = _Options(trainable, lora_rank, prompt_tokens, format, encoder_levels, chunk, quantization.check_weight_dtype(weight_dtype, trainable), fold, compile)
+    options = _Options(
+        trainable,
+        lora_rank,
+        prompt_tokens,
+        format,
+        encoder_levels,
+        chunk,
+        quantization.check_weight_dtype(weight_dtype, trainable),
+        fold,
+        compile,
+    )
     settings = _overrides(overrides, features_only=features_only)
     checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
     place = _find(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
@@ -134,10 +163,14 @@ def create_model(
     configs = place.configs()
     declaration = place.declaration or _custom(place.checkpoint, configs, recipe)
     if place.restored and settings:
-        raise TypeError(f"a saved backbone keeps its recipe, and {', '.join(settings)} would change it; give it per call instead")
+        raise TypeError(
+            f"a saved backbone keeps its recipe, and {', '.join(settings)} would change it; give it per call instead"
+        )
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not place.source:
-        Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)([settings["prompt"]])     # says what is missing
+        Prompter(place.checkpoint.family, configs, None, declaration.recipe.prompt_padding)(
+            [settings["prompt"]]
+        )  # says what is missing
     folded = place.restored.folded if place.restored else {}
     return _build(declaration, configs, place, out_indices, _strides(out_strides), dtype, device, options, folded)
 
@@ -176,7 +209,16 @@ def _overrides(given: dict[str, Any], **accepted: Any) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN:
-            known = [*OVERRIDES, *FOREIGN, "recipe", "checkpoint_path", "out_indices", "out_strides", "encoder", *_Options._fields]
+            known = [
+                *OVERRIDES,
+                *FOREIGN,
+                "recipe",
+                "checkpoint_path",
+                "out_indices",
+                "out_strides",
+                "encoder",
+                *_Options._fields,
+            ]
             raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
         elif reason := FOREIGN[key](value):
             raise ValueError(reason)
@@ -197,7 +239,9 @@ def _strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Place:
-    """What a name stands for: a checkpoint, perhaps the recipe that goes with it, where its weights are, and the config of another image encoder."""
+    """What a name stands for: a checkpoint, perhaps the recipe that goes with it, where its weights are, and the config
+    of another image encoder.
+    """
 
     checkpoint: Checkpoint
     declaration: Declaration | None = None
@@ -235,13 +279,18 @@ def _resolve(name: str, has_recipe: bool, cache_dir: Any) -> Place:
             restored = Saved(folder)
             return Place(restored.declaration.checkpoint, restored.declaration, restored=restored)
         if not has_recipe:
-            raise TypeError(f"{name} is no saved backbone (its config.json would say so), so recipe= must say which activations to read")
+            raise TypeError(
+                f"{name} is no saved backbone (its config.json would say so), so recipe= must say which activations "
+                "to read"
+            )
         return Place(_anonymous(folder), source=folder)
     if not has_recipe:
         declaration = get_declaration(name)
         return Place(declaration.checkpoint, declaration)
     if is_model(name):
-        raise TypeError(f"{name!r} already has a recipe; use create_model({get_declaration(name).checkpoint.name!r}, recipe=...)")
+        raise TypeError(
+            f"{name!r} already has a recipe; use create_model({get_declaration(name).checkpoint.name!r}, recipe=...)"
+        )
     return Place(get_checkpoint(name))
 
 
@@ -251,7 +300,10 @@ def _anonymous(folder: Folder) -> Checkpoint:
     if not kinds:
         wanted = ", ".join(dict.fromkeys(f"{family.denoiser}/config.json" for family in FAMILIES.values()))
         known = ", ".join(name for family in FAMILIES.values() for name in family.networks)
-        raise FileNotFoundError(f"{folder} holds no denoiser that is known here ({wanted}, of one of {known}); is it a folder in the diffusers layout?")
+        raise FileNotFoundError(
+            f"{folder} holds no denoiser that is known here ({wanted}, of one of {known}); is it a folder in the "
+            "diffusers layout?"
+        )
     family = FAMILIES[kinds[0]]
     configs = folder.configs(family)
     named = Path(folder.provenance.get("repo") or folder.path.resolve()).name.lower()
@@ -273,7 +325,9 @@ def _custom(checkpoint: Checkpoint, configs: Configs, recipe: Any) -> Declaratio
         recipe = Recipe.from_file(recipe)
     elif not isinstance(recipe, Recipe):
         if not isinstance(recipe, Sequence) or not recipe:
-            raise TypeError(f"recipe must be a Recipe, a YAML or JSON file, or a list of activation ids; got {recipe!r}")
+            raise TypeError(
+                f"recipe must be a Recipe, a YAML or JSON file, or a list of activation ids; got {recipe!r}"
+            )
         if all(isinstance(id, str) for id in recipe):
             catalogue = _catalogue(checkpoint, configs)
             recipe = [[site.id for site in level] for level in group_by_stride([catalogue[id] for id in recipe])]
@@ -282,7 +336,11 @@ def _custom(checkpoint: Checkpoint, configs: Configs, recipe: Any) -> Declaratio
 
 
 def _catalogue(checkpoint: Checkpoint, configs: Configs) -> Catalogue:
-    return FAMILIES[checkpoint.family].activations(configs, checkpoint.name).with_probe(partial(introspection.site, checkpoint.family, configs))
+    return (
+        FAMILIES[checkpoint.family]
+        .activations(configs, checkpoint.name)
+        .with_probe(partial(introspection.site, checkpoint.family, configs))
+    )
 
 
 # From a checkpoint to its weights.
@@ -297,7 +355,10 @@ def _open_published(checkpoint: Checkpoint, cache_dir: Any) -> Source:
 def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Place:
     checkpoint = place.checkpoint
     if place.restored:
-        raise TypeError(f"{checkpoint.name} is loaded from a saved backbone, which brings its weights; checkpoint_path={str(path)!r} would give others")
+        raise TypeError(
+            f"{checkpoint.name} is loaded from a saved backbone, which brings its weights; "
+            f"checkpoint_path={str(path)!r} would give others"
+        )
     if path.is_dir():
         folder = Folder(path)
         if not is_saved(folder):
@@ -305,20 +366,25 @@ def _open_path(path: Path, place: Place, pretrained: bool, cache_dir: Any) -> Pl
         restored = Saved(folder)
         if place.declaration and restored.declaration.recipe.digest != place.declaration.recipe.digest:
             raise ValueError(
-                f"{path} was saved from {restored.declaration.name}, whose recipe is another than that of {place.declaration.name}; "
+                f"{path} was saved from {restored.declaration.name}, whose recipe is another than that of "
+                f"{place.declaration.name}; "
                 f"use create_model('local-dir:{path}')"
             )
         return replace(place, declaration=restored.declaration, restored=restored)
-    files = safetensors_io.TensorFiles([path])                 # refuses pickles and broken files
+    files = safetensors_io.TensorFiles([path])  # refuses pickles and broken files
     if is_single_file(files):
         return replace(place, source=SingleFile(path, package_configs(checkpoint)))
     if not (place.source or pretrained):
         raise FileNotFoundError(
-            f"{path} holds a denoiser alone. The image encoder and the prompt must come from somewhere: add pretrained=True to take them from "
+            f"{path} holds a denoiser alone. The image encoder and the prompt must come from somewhere: add "
+            "pretrained=True to take them from "
             f"{checkpoint.hub_id}, or give a diffusers folder."
         )
     base = place.source or _open_published(replace(checkpoint, denoiser=None), cache_dir)
-    return replace(place, source=WithComponent(base, FAMILIES[checkpoint.family].denoiser, partial(Path, path), {"path": str(path)}))
+    return replace(
+        place,
+        source=WithComponent(base, FAMILIES[checkpoint.family].denoiser, partial(Path, path), {"path": str(path)}),
+    )
 
 
 def _with_encoder(place: Place, encoder: str, pretrained: bool, cache_dir: Any) -> Place:
@@ -329,12 +395,17 @@ def _with_encoder(place: Place, encoder: str, pretrained: bool, cache_dir: Any) 
     tiny, source = tiny_encoder.find(checkpoint, encoder), None
     if place.source:
         if tiny.file and not pretrained:
-            raise FileNotFoundError(f"the tiny encoder of {checkpoint.name} is in {tiny.file.repo} on the hub; add pretrained=True to take it from there")
+            raise FileNotFoundError(
+                f"the tiny encoder of {checkpoint.name} is in {tiny.file.repo} on the hub; add pretrained=True to "
+                "take it from there"
+            )
         source = tiny_encoder.source(tiny, place.source, family, cache_dir)
     config = (source and source.config) or packaged(tiny)
-    checkpoint = replace(checkpoint, encoder_float16=True)                  # it is the checkpoint's own encoder that overflows
+    checkpoint = replace(checkpoint, encoder_float16=True)  # it is the checkpoint's own encoder that overflows
     declaration = place.declaration and replace(place.declaration, checkpoint=checkpoint)
-    return Place(checkpoint, declaration, source, encoder=tiny_encoder.fitted(config, family, place.configs(), checkpoint.name))
+    return Place(
+        checkpoint, declaration, source, encoder=tiny_encoder.fitted(config, family, place.configs(), checkpoint.name)
+    )
 
 
 # Building.
@@ -355,7 +426,9 @@ class _Options(NamedTuple):
 
 
 def build(described: Described, trainable: bool | str = False) -> DiffusionBackbone:
-    """A described backbone on torch's default device, in its default dtype: with random weights, or on ``meta`` without any."""
+    """A described backbone on torch's default device, in its default dtype: with random weights, or on ``meta`` without
+    any.
+    """
     place = Place(described.declaration.checkpoint, described.declaration)
     strides = _strides(described.out_strides)
     options = _Options(trainable, input_format=described.input_format)
@@ -386,16 +459,25 @@ def _build(
     levels = tuple(levels[i] for i in sorted(take(out_indices, len(levels))))
     if options.encoder_levels:
         if not out_strides:
-            raise ValueError("encoder_levels=True fills strides that the recipe lacks, so it needs out_strides=, such as (4, 8, 16, 32)")
+            raise ValueError(
+                "encoder_levels=True fills strides that the recipe lacks, so it needs out_strides=, such as (4, 8, "
+                "16, 32)"
+            )
         levels = (*fine(catalogue.all(), out_strides, levels), *levels)
     sites = [site for level in levels for site in level.sites]
     postprocessing.check_postprocessing(recipe, [site for site in sites if not site.encoder])
     if options.trainable == "prompt":
-        check_prompt(family, configs, options.prompt_tokens, any(site.id.endswith("cross-map") for site in sites), declaration.name)
+        check_prompt(
+            family,
+            configs,
+            options.prompt_tokens,
+            any(site.id.endswith("cross-map") for site in sites),
+            declaration.name,
+        )
     paths = [path for site in postprocessing.needed(recipe, sites) for path in site.modules]
     empty = (source is not None or restored is not None) and device.type != "meta"
     kind, fold = family.image_encoder(configs), options.fold and not folded
-    home = torch.device("cpu") if fold and empty else device            # so that the device never holds what is dropped
+    home = torch.device("cpu") if fold and empty else device  # so that the device never holds what is dropped
 
     with safetensors_io.unfilled() if empty else device:
         denoiser = family.build_denoiser(configs[family.denoiser])
@@ -404,12 +486,16 @@ def _build(
     whole = {"denoiser": safetensors_io.shapes(denoiser), "encoder": safetensors_io.shapes(encoder)}
     denoiser = family.truncate(denoiser, paths)
     encoder = kind.truncate(encoder)
-    rounded = quantization.names(denoiser, introspection.called(checkpoint.family, configs, paths)) if options.weight_dtype else frozenset()
-    at_once = frozenset() if fold else rounded                          # values are folded from whole weights
+    rounded = (
+        quantization.names(denoiser, introspection.called(checkpoint.family, configs, paths))
+        if options.weight_dtype
+        else frozenset()
+    )
+    at_once = frozenset() if fold else rounded  # values are folded from whole weights
     if empty:
         memory_budget.check_budget([(denoiser, dtype), (encoder, encoder_dtype)], home, declaration.name, at_once)
     else:
-        nn.Module.to(denoiser, dtype)               # not diffusers' own .to, which warns about layers that other networks have
+        nn.Module.to(denoiser, dtype)  # not diffusers' own .to, which warns about layers that other networks have
         nn.Module.to(encoder, encoder_dtype)
         quantization.round_(denoiser, at_once)
 
@@ -425,8 +511,11 @@ def _build(
         embeddings = restored.embeddings()
     else:
         assert source is not None
-        embeddings = prompter([recipe.prompt])              # first, so that the text encoder is gone before the weights come
-        parts = [(family.denoiser, "denoiser", denoiser, dtype, store), (family.encoder, "encoder", encoder, encoder_dtype, safetensors_io.as_read)]
+        embeddings = prompter([recipe.prompt])  # first, so that the text encoder is gone before the weights come
+        parts = [
+            (family.denoiser, "denoiser", denoiser, dtype, store),
+            (family.encoder, "encoder", encoder, encoder_dtype, safetensors_io.as_read),
+        ]
         for component, part, network, its_dtype, keep in parts if family.encoder else parts[:1]:
             files = source.tensors(component, half=its_dtype in (torch.float16, torch.bfloat16))
             safetensors_io.load(network, files, whole[part], its_dtype, home, f"{checkpoint.name} {component}", keep)
@@ -467,12 +556,17 @@ def _build(
 
 def _without(configs: Configs, recipe: Recipe, family: Family) -> Configs:
     rest = left_out(configs, recipe.without)
-    everything = {name: config for name, config in configs.items() if config is not None}           # a saved folder leaves out already
+    everything = {
+        name: config for name, config in configs.items() if config is not None
+    }  # a saved folder leaves out already
     whole, kept = family.text_encoder_names(everything), family.text_encoder_names(rest)
     for name in recipe.without:
         if name in kept or name not in whole:
             there = ", ".join(whole) or "none"
-            raise ValueError(f"recipe {recipe.name!r}: without={name!r} is no text encoder that this checkpoint can do without; it has {there}")
+            raise ValueError(
+                f"recipe {recipe.name!r}: without={name!r} is no text encoder that this checkpoint can do without; it "
+                f"has {there}"
+            )
     return rest
 
 
@@ -487,5 +581,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         return dtype
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch.dtype or its name ('float32', 'float16', 'bfloat16'), got {dtype!r}")
+        raise ValueError(
+            f"dtype must be a floating-point torch.dtype or its name ('float32', 'float16', 'bfloat16'), got {dtype!r}"
+        )
     return found

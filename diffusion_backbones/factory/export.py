@@ -1,7 +1,8 @@
 """A backbone as one file that runs without this package: ``torch.export``, AOTInductor, ONNX.
 
-Weights, recipe, prompt, timestep and fixed noise are constants of the file. What a call of a backbone may change (``prompt=``, ``timestep=``, ``indices=``,
-``latents=`` ...) can no longer be changed, and images are not checked: (B, 3, H, W) in the backbone's input format go in, the maps come out.
+Weights, recipe, prompt, timestep and fixed noise are constants of the file. What a call of a backbone may change
+(``prompt=``, ``timestep=``, ``indices=``, ``latents=`` ...) can no longer be changed, and images are not checked: (B,
+3, H, W) in the backbone's input format go in, the maps come out.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".pt2", ".onnx")
 MOST = {"batch": 32, "pixels": 2048}
-"""The largest batch and side that a file with dynamic sizes is made for. The smallest side is twice ``size_divisibility``: PyTorch takes a size of one for a
-constant, and the coarsest map may have it."""
+"""The largest batch and side that a file with dynamic sizes is made for. The smallest side is twice
+``size_divisibility``: PyTorch takes a size of one for a constant, and the coarsest map may have it.
+"""
 ONE_FILE = 2**31 - 2**24
 """Bytes of weights that an ONNX file itself can hold; more go into a second file beside it."""
 METADATA = "metadata.json"
@@ -59,13 +61,14 @@ def export(
 
     Args:
         backbone: With weights, on the device where the file is to run. Its dtype is the file's.
-        path: ``.pt2`` for a library compiled by AOTInductor, loaded with ``torch._inductor.aoti_load_package(path)``, on this kind of machine and with this
-            version of PyTorch; ``.onnx`` for ONNX.
+        path: ``.pt2`` for a library compiled by AOTInductor, loaded with ``torch._inductor.aoti_load_package(path)``,
+            on this kind of machine and with this version of PyTorch; ``.onnx`` for ONNX.
         size: Height and width in pixels; by default the recipe's, square.
         batch: Images in a call; any number up to 32 by default.
-        dynamic: Any height and width that are multiples of the backbone's ``size_divisibility``, from twice that to 2048.
-        compiled: False writes the exported program itself to the ``.pt2``: it is loaded with ``torch.export.load(path)``, may be compiled or moved there, and
-            until then runs as fast as the backbone.
+        dynamic: Any height and width that are multiples of the backbone's ``size_divisibility``, from twice that to
+            2048.
+        compiled: False writes the exported program itself to the ``.pt2``: it is loaded with
+            ``torch.export.load(path)``, may be compiled or moved there, and until then runs as fast as the backbone.
         overwrite: Replace an existing file.
 
     Returns:
@@ -76,7 +79,8 @@ def export(
         FileNotFoundError: AOTInductor without a C++ compiler.
         ImportError: ONNX without its packages.
         OSError: The file cannot be written.
-        ValueError: An unknown suffix; sizes that cannot be; a backbone without weights; a network that cannot be exported so.
+        ValueError: An unknown suffix; sizes that cannot be; a backbone without weights; a network that cannot be
+            exported so.
     """
     path = Path(path)
     check_path(path, compiled, overwrite)
@@ -86,45 +90,63 @@ def export(
         compilation.check_compiler("write the program itself, compiled=False or --program")
     path.parent.mkdir(parents=True, exist_ok=True)
     data = describe(backbone, size, batch, dynamic)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:          # what cannot be written says so now
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}."
+    ) as folder:  # what cannot be written says so now
         part = Path(folder) / path.name
         if onnx:
             _write_onnx(trace(backbone, size, batch, dynamic), part, data)
         elif not compiled:
             torch.export.save(trace(backbone, size, batch, dynamic), part, extra_files={METADATA: json.dumps(data)})
         else:
-            fixed = not dynamic and batch is not None           # then weights are packed as the processor reads them fastest
+            fixed = not dynamic and batch is not None  # then weights are packed as the processor reads them fastest
             configs = {"freezing": True} if fixed else compilation.settings(True, _device(backbone))
             program = trace(backbone, size, batch, dynamic)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs={**configs, "aot_inductor.metadata": data})
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):                  # the weights of a large ONNX file first
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(part), inductor_configs={**configs, "aot_inductor.metadata": data}
+            )
+        for file in sorted(
+            Path(folder).iterdir(), key=lambda file: file == part
+        ):  # the weights of a large ONNX file first
             file.replace(path.with_name(file.name))
     return data
 
 
 @torch.no_grad()
-def trace(backbone: DiffusionBackbone, size: Sequence[int] | None = None, batch: int | None = None, dynamic: bool = False) -> ExportedProgram:
+def trace(
+    backbone: DiffusionBackbone, size: Sequence[int] | None = None, batch: int | None = None, dynamic: bool = False
+) -> ExportedProgram:
     """A backbone as an exported program, from (B, 3, H, W) to the list of maps; arguments as for :func:`export`.
 
     Raises:
         ValueError: The network cannot be exported so.
     """
     height, width = _size(backbone, size)
-    x = torch.zeros(batch or 2, 3, height, width, device=_device(backbone), dtype=next(backbone.denoiser.parameters()).dtype)
+    x = torch.zeros(
+        batch or 2, 3, height, width, device=_device(backbone), dtype=next(backbone.denoiser.parameters()).dtype
+    )
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=MOST["batch"])}
     if dynamic:
         d = backbone.size_divisibility
-        dims |= {2 + i: d * torch.export.Dim(f"{name}_{d}", min=2, max=MOST["pixels"] // d) for i, name in enumerate(("height", "width"))}
+        dims |= {
+            2 + i: d * torch.export.Dim(f"{name}_{d}", min=2, max=MOST["pixels"] // d)
+            for i, name in enumerate(("height", "width"))
+        }
     try:
         with torch.compiler.set_stance("force_eager"):
             return torch.export.export(_Maps(backbone), (x,), dynamic_shapes={"image": dims}, strict=False)
-    except Exception as error:                          # whatever of PyTorch's own tracing fails
+    except Exception as error:  # whatever of PyTorch's own tracing fails
         sizes = "any size" if dynamic else f"{height} x {width}"
         advice = "; a fixed batch= or size may be possible" if dynamic or not batch else ""
-        raise ValueError(f"{backbone.declaration.name} cannot be exported for {sizes}, batch {batch or 'any'}: {_first(error)}{advice}") from error
+        raise ValueError(
+            f"{backbone.declaration.name} cannot be exported for {sizes}, batch {batch or 'any'}: "
+            f"{_first(error)}{advice}"
+        ) from error
 
 
-def describe(backbone: DiffusionBackbone, size: Sequence[int] | None = None, batch: int | None = None, dynamic: bool = False) -> dict[str, str]:
+def describe(
+    backbone: DiffusionBackbone, size: Sequence[int] | None = None, batch: int | None = None, dynamic: bool = False
+) -> dict[str, str]:
     """What an exported file says of itself, all of it text; arguments as for :func:`export`."""
     import diffusion_backbones
 
@@ -133,7 +155,8 @@ def describe(backbone: DiffusionBackbone, size: Sequence[int] | None = None, bat
     info = backbone.feature_info
     return {
         "name": backbone.declaration.name,
-        "input": f"(B, 3, H, W) {_dtype(backbone)}, {'BGR' if backbone.input_format.bgr else 'RGB'} in [{low:.4g}, {high:.4g}]",
+        "input": f"(B, 3, H, W) {_dtype(backbone)}, {'BGR' if backbone.input_format.bgr else 'RGB'} in [{low:.4g}, "
+        f"{high:.4g}]",
         "batch": str(batch) if batch else f"1 to {MOST['batch']}",
         "size": f"H and W multiples of {d} from {2 * d} to {MOST['pixels']}" if dynamic else f"{height} x {width}",
         "channels": " ".join(map(str, info.channels())),
@@ -153,17 +176,25 @@ def check_path(path: Path, compiled: bool = True, overwrite: bool = False) -> No
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or overwrite it")
     if path.suffix == ".onnx" and (missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
-        raise ImportError(f"ONNX needs {' and '.join(missing)}; install them with pip install 'diffusion-backbones[export]'")
+        raise ImportError(
+            f"ONNX needs {' and '.join(missing)}; install them with pip install 'diffusion-backbones[export]'"
+        )
 
 
 def _check(backbone: DiffusionBackbone, size: Sequence[int] | None, batch: int | None, dynamic: bool) -> None:
     name = backbone.declaration.name
     if not backbone.family.one_graph:
-        raise ValueError(f"{name} cannot be exported: its network reads the lengths of texts on the host in every call, so it is no single graph")
+        raise ValueError(
+            f"{name} cannot be exported: its network reads the lengths of texts on the host in every call, so it is "
+            "no single graph"
+        )
     if _device(backbone).type == "meta":
         raise ValueError(f"{name} is on the meta device and has no weights to export; build it on another")
     if backbone.declaration.recipe.noise == "random":
-        raise ValueError(f"{name} draws noise in every call, and a file has none to draw; build it with noise='fixed' or noise='none'")
+        raise ValueError(
+            f"{name} draws noise in every call, and a file has none to draw; build it with noise='fixed' or "
+            "noise='none'"
+        )
     if size is not None and (len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size)):
         raise ValueError(f"size must be height and width in pixels, such as (512, 512), got {tuple(size)}")
     if size is not None and dynamic:

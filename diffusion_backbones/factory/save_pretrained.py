@@ -1,8 +1,8 @@
 """The compact folder: what a backbone kept, in three files.
 
-``config.json`` holds name, checkpoint, recipe, architecture configs and where the weights came from; ``model.safetensors``
-the kept weights and the embedded prompt, in the dtypes they had; ``README.md`` the card. The dtype of the backbone that is
-loaded is ``create_model``'s, as everywhere else.
+``config.json`` holds name, checkpoint, recipe, architecture configs and where the weights came from;
+``model.safetensors`` the kept weights and the embedded prompt, in the dtypes they had; ``README.md`` the card. The
+dtype of the backbone that is loaded is ``create_model``'s, as everywhere else.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Described:
 
     def __init__(self, data: Mapping[str, Any], where: str):
         if data.get("format") != FORMAT:
-            raise ValueError(f"{where} has format {data.get('format')!r} and this version reads {FORMAT}; update diffusion_backbones")
+            raise ValueError(
+                f"{where} has format {data.get('format')!r} and this version reads {FORMAT}; update diffusion_backbones"
+            )
         try:
             recipe, checkpoint = Recipe.from_dict(data["recipe"]), Checkpoint.from_dict(data["checkpoint"])
             self.declaration = Declaration(data["name"], checkpoint, recipe)
@@ -63,7 +65,9 @@ class Described:
             self.folded: Mapping[str, Any] = dict(data.get("folded", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{where} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again.") from error
+            raise ValueError(
+                f"{where} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again."
+            ) from error
 
 
 class Saved(Described):
@@ -78,13 +82,23 @@ class Saved(Described):
         self._files = safetensors_io.TensorFiles([folder.file(WEIGHTS)])
 
     def _part(self, prefix: str) -> safetensors_io.TensorFiles:
-        return self._files.renamed({name.removeprefix(prefix): name for name in self._files.shapes if name.startswith(prefix)})
+        return self._files.renamed(
+            {name.removeprefix(prefix): name for name in self._files.shapes if name.startswith(prefix)}
+        )
 
     def load(
-        self, part: str, module: nn.Module, whole: safetensors_io.Shapes, dtype: torch.dtype, device: torch.device, store: safetensors_io.Store = safetensors_io.as_read
+        self,
+        part: str,
+        module: nn.Module,
+        whole: safetensors_io.Shapes,
+        dtype: torch.dtype,
+        device: torch.device,
+        store: safetensors_io.Store = safetensors_io.as_read,
     ) -> None:
         """Fill the ``denoiser`` or the ``encoder``; see :func:`diffusion_backbones.ops.safetensors_io.load`."""
-        safetensors_io.load(module, self._part(f"{part}."), whole, dtype, device, f"{self.declaration.name} {part}", store)
+        safetensors_io.load(
+            module, self._part(f"{part}."), whole, dtype, device, f"{self.declaration.name} {part}", store
+        )
 
     def embeddings(self) -> dict[str, Tensor]:
         """The prompt as it was embedded, (1, ...) each."""
@@ -93,7 +107,8 @@ class Saved(Described):
 
 
 def save(backbone: TimmInterface, folder: Path) -> Path:
-    """Write the compact folder. Every file appears whole or not at all, ``config.json`` last, so that a folder that has it is whole.
+    """Write the compact folder. Every file appears whole or not at all, ``config.json`` last, so that a folder that has
+    it is whole.
 
     Raises:
         ValueError: The backbone has no weights, being on ``meta``, or only rounded ones.
@@ -102,14 +117,18 @@ def save(backbone: TimmInterface, folder: Path) -> Path:
     from diffusion_backbones.reports.backbone_card import card
 
     if any(p.is_meta for p in backbone.parameters()):
-        raise ValueError(f"{backbone.declaration.name} is on the meta device and has no weights to save; build it on another")
+        raise ValueError(
+            f"{backbone.declaration.name} is on the meta device and has no weights to save; build it on another"
+        )
     if backbone.weight_dtype:
         raise ValueError(
-            f"{backbone.declaration.name} was made with weight_dtype={backbone.weight_dtype!r} and has rounded weights; a folder holds whole ones. Save it "
-            f"without, and give weight_dtype={backbone.weight_dtype!r} to create_model when it is loaded: weights are rounded one by one as they are read"
+            f"{backbone.declaration.name} was made with weight_dtype={backbone.weight_dtype!r} and has rounded "
+            "weights; a folder holds whole ones. Save it "
+            f"without, and give weight_dtype={backbone.weight_dtype!r} to create_model when it is loaded: weights are "
+            "rounded one by one as they are read"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}       # its seed says it
+    state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}  # its seed says it
     safetensors_io.write(folder / WEIGHTS, state, {"format": "pt"})
     _write_text(folder / CARD, card(kept(backbone), backbone.configs))
     for_timm = {"architecture": backbone.declaration.architecture, "pretrained_cfg": backbone.pretrained_cfg}
@@ -142,7 +161,11 @@ def describe(backbone: TimmInterface) -> dict[str, Any]:
         **({"folded": folded} if folded else {}),
         "configs": {name: config and dict(config) for name, config in backbone.configs.items()},
         "provenance": backbone.provenance,
-        "versions": {"diffusion_backbones": diffusion_backbones.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+        "versions": {
+            "diffusion_backbones": diffusion_backbones.__version__,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+        },
     }
 
 

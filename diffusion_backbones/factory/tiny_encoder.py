@@ -1,6 +1,8 @@
-"""``create_model(encoder="tiny")``: a distilled image encoder in the place of a checkpoint's own, for about a ninth of its operations.
+"""``create_model(encoder="tiny")``: a distilled image encoder in the place of a checkpoint's own, for about a ninth of
+its operations.
 
-Which one fits is declared with the checkpoint (:class:`~diffusion_backbones.spec.checkpoint.TinyEncoder`). Only its encoder is built and read.
+Which one fits is declared with the checkpoint (:class:`~diffusion_backbones.spec.checkpoint.TinyEncoder`). Only its
+encoder is built and read.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ def find(checkpoint: Checkpoint, encoder: str) -> TinyEncoder:
         ValueError: There is none; what there is instead is said.
     """
     if encoder not in CHOICES:
-        raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, CHOICES))}.{closest(str(encoder), CHOICES)} None is the checkpoint's own.")
+        raise ValueError(
+            f"encoder={encoder!r} is none of {', '.join(map(repr, CHOICES))}.{closest(str(encoder), CHOICES)} None is "
+            "the checkpoint's own."
+        )
     if checkpoint.tiny_encoder is None:
         known = ", ".join(name for name in list_checkpoints() if get_checkpoint(name).tiny_encoder)
         raise ValueError(f"no tiny encoder is known for the latents of {checkpoint.name}. These have one: {known}.")
@@ -36,7 +41,8 @@ def find(checkpoint: Checkpoint, encoder: str) -> TinyEncoder:
 
 
 def fitted(config: Config, family: Family, configs: Configs, name: str) -> dict[str, Any]:
-    """A tiny encoder's config for the place of the encoder in ``configs``, whose scaling it takes over: recipes that do not scale their latents need it.
+    """A tiny encoder's config for the place of the encoder in ``configs``, whose scaling it takes over: recipes that do
+    not scale their latents need it.
 
     Raises:
         ValueError: It gives other latents, as for a fine-tune with another autoencoder.
@@ -44,10 +50,16 @@ def fitted(config: Config, family: Family, configs: Configs, name: str) -> dict[
     from diffusion_backbones.families.image_encoders import kind
 
     own = family.encoder_config(configs)
-    given, wanted = ((config["latent_channels"], kind(config).stride(config)), (own.get("latent_channels", 4), kind(own).stride(own)))
+    given, wanted = (
+        (config["latent_channels"], kind(config).stride(config)),
+        (own.get("latent_channels", 4), kind(own).stride(own)),
+    )
     if given != wanted:
         says = [f"{channels} channels at stride {stride}" for channels, stride in (given, wanted)]
-        raise ValueError(f"the tiny encoder of {name} gives latents of {says[0]}, and those of these weights have {says[1]}; leave encoder= out")
+        raise ValueError(
+            f"the tiny encoder of {name} gives latents of {says[0]}, and those of these weights have {says[1]}; leave "
+            "encoder= out"
+        )
     shift, factor = kind(own).scaling(own)
     return {**config, "shift_factor": shift, "scaling_factor": factor}
 

@@ -20,9 +20,20 @@ from diffusion_backbones.families.unet.pixel import PixelUNet
 from diffusion_backbones.spec.configs import Config, Configs, left_out
 
 FAMILIES: dict[str, Family] = {
-    "unet": UNet(), "dit": DiT(), "pixart": PixArt(), "sd3": SD3(), "flux": Flux(), "hunyuan": Hunyuan(), "auraflow": AuraFlow(),
-    "sana": Sana(), "qwen": Qwen(), "flux2": Flux2(), "lumina": Lumina(), "z_image": ZImage(),
-    "pixel": PixelUNet(), "deepfloyd": DeepFloyd(),
+    "unet": UNet(),
+    "dit": DiT(),
+    "pixart": PixArt(),
+    "sd3": SD3(),
+    "flux": Flux(),
+    "hunyuan": Hunyuan(),
+    "auraflow": AuraFlow(),
+    "sana": Sana(),
+    "qwen": Qwen(),
+    "flux2": Flux2(),
+    "lumina": Lumina(),
+    "z_image": ZImage(),
+    "pixel": PixelUNet(),
+    "deepfloyd": DeepFloyd(),
 }
 """Every family by the name that :class:`~diffusion_backbones.spec.checkpoint.Checkpoint` uses."""
 

@@ -21,7 +21,13 @@ LoadText = Callable[[str], tuple[Any, Any]]
 """Component name of a text encoder -> (tokenizer, model), loaded on first use."""
 
 EMBEDDINGS = (
-    "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "prompt_embeds_2", "prompt_attention_mask_2", "class_labels", "guidance",
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "prompt_attention_mask",
+    "prompt_embeds_2",
+    "prompt_attention_mask_2",
+    "class_labels",
+    "guidance",
 )
 TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
 """Those that a prompt is embedded in."""
@@ -38,7 +44,8 @@ class Family(ABC):
         networks: Class names that its denoisers have in their configs.
         registers: Learned tokens that stand before those of the text.
         reads_pipeline: Whether ``model_index.json`` matters, which names the pipeline's class.
-        one_graph: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and exported.
+        one_graph: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
+            exported.
     """
 
     denoiser: str
@@ -73,7 +80,14 @@ class Family(ABC):
         """Cut the network behind the last of the module ``paths``; see :mod:`diffusion_backbones.ops.truncation`."""
 
     @abstractmethod
-    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self,
+        denoiser: nn.Module,
+        z: Tensor,
+        timestep: Tensor,
+        conditioning: Mapping[str, Tensor],
+        size: tuple[int, int],
+    ) -> Tensor:
         """Run the denoiser on noisy latents and return what it returns, which is meaningless once it is cut.
 
         Args:
@@ -100,7 +114,10 @@ class Family(ABC):
 
     def activations(self, configs: Configs, network: str) -> Catalogue:
         """Those of the image encoder and those of :meth:`catalogue`."""
-        return Catalogue([*self.image_encoder(configs).sites(self.encoder_config(configs)), *self.catalogue(configs, network).all()], network)
+        return Catalogue(
+            [*self.image_encoder(configs).sites(self.encoder_config(configs)), *self.catalogue(configs, network).all()],
+            network,
+        )
 
     def levels(self, configs: Configs, recipe: Recipe, catalogue: Catalogue) -> list[tuple[Site, ...]]:
         """The sites of every level of a recipe, fine to coarse.
@@ -112,13 +129,21 @@ class Family(ABC):
         return [tuple(catalogue[id].over_text(tokens) for id in level.activations) for level in recipe.levels]
 
     def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
-        """What conditions a network without weights, (1, ...) each, on the default device: zeros, as nothing was encoded."""
+        """What conditions a network without weights, (1, ...) each, on the default device: zeros, as nothing was
+        encoded.
+        """
         import torch
 
         return {name: torch.zeros(1, *shape) for name, shape in self.conditioning_shapes(configs).items()}
 
     def activation(
-        self, denoiser: nn.Module, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: nn.Module,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         """What a site gives, from what was recorded there.
 
@@ -136,9 +161,17 @@ class Family(ABC):
         return x if site.part is None else x[..., site.part * site.channels : (site.part + 1) * site.channels]
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
-        """An attention map as the network applies it: (B, heads, h·w, keys), or (B, h·w, keys) if averaged. Arguments as for :meth:`activation`."""
+        """An attention map as the network applies it: (B, heads, h·w, keys), or (B, h·w, keys) if averaged. Arguments
+        as for :meth:`activation`.
+        """
         from diffusion_backbones.ops.attention_maps import attention_map
 
         return attention_map(denoiser.get_submodule(site.path), recorded[0], recorded[1], average)
@@ -151,7 +184,8 @@ class Family(ABC):
         return self.conditioning_shapes(configs).get("prompt_embeds", (0,))[0]
 
     def image_rows(self, configs: Configs, length: int, tokens: int, stride: int) -> str | None:
-        """Where an image is in a sequence, as the end of a :class:`Site`'s port: ``""`` if it is all of it, None if it is not there.
+        """Where an image is in a sequence, as the end of a :class:`Site`'s port: ``""`` if it is all of it, None if it
+        is not there.
 
         Args:
             length: Of the sequence, with the longest text that there can be.

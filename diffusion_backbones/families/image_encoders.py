@@ -94,7 +94,9 @@ class DCEncoder:
 
 
 class KLEncoder:
-    """The encoder half of diffusers' ``AutoencoderKL``; the posterior is read at its mode, so the same image gives the same latents."""
+    """The encoder half of diffusers' ``AutoencoderKL``; the posterior is read at its mode, so the same image gives the
+    same latents.
+    """
 
     reading = "the mode of the posterior"
 
@@ -127,14 +129,36 @@ class KLEncoder:
         for level, width in enumerate(widths):
             name, path, stride = f"encoder-level{level}", f"encoder.down_blocks.{level}", 2**level
             for repeat in range(config.get("layers_per_block", 1)):
-                sites.append(Site(f"{name}-repeat{repeat}-res-out", f"{path}.resnets.{repeat}", "out", width, stride, "map", encoder=True))
+                sites.append(
+                    Site(
+                        f"{name}-repeat{repeat}-res-out",
+                        f"{path}.resnets.{repeat}",
+                        "out",
+                        width,
+                        stride,
+                        "map",
+                        encoder=True,
+                    )
+                )
             if level < len(widths) - 1:
-                sites.append(Site(f"{name}-downsampler-out", f"{path}.downsamplers.0", "out", width, 2 * stride, "map", encoder=True))
+                sites.append(
+                    Site(
+                        f"{name}-downsampler-out",
+                        f"{path}.downsamplers.0",
+                        "out",
+                        width,
+                        2 * stride,
+                        "map",
+                        encoder=True,
+                    )
+                )
         return sites
 
 
 class PatchKLEncoder(KLEncoder):
-    """The encoder half of diffusers' ``AutoencoderKLFlux2``: latents are gathered into patches, then standardised by running statistics."""
+    """The encoder half of diffusers' ``AutoencoderKLFlux2``: latents are gathered into patches, then standardised by
+    running statistics.
+    """
 
     reading = "the mode of the posterior in patches, standardised channel by channel"
 
@@ -199,10 +223,12 @@ class FrameKLEncoder(KLEncoder):
 
 
 class DistilledEncoder:
-    """The encoder half of diffusers' ``AutoencoderTiny``, which is distilled to give latents scaled as a denoiser takes them.
+    """The encoder half of diffusers' ``AutoencoderTiny``, which is distilled to give latents scaled as a denoiser takes
+    them.
 
-    They are brought back to those of the encoder that it stands for, so that all that follows is as behind that one. Its config has the scaling of
-    that encoder, where :func:`diffusion_backbones.factory.tiny_encoder.config` put it; published ones say 1 and 0.
+    They are brought back to those of the encoder that it stands for, so that all that follows is as behind that one.
+    Its config has the scaling of that encoder, where :func:`diffusion_backbones.factory.tiny_encoder.config` put it;
+    published ones say 1 and 0.
     """
 
     reading = "as the tiny encoder gives them"
@@ -210,7 +236,7 @@ class DistilledEncoder:
     def build(self, config: Config) -> nn.Module:
         from diffusers import AutoencoderTiny
 
-        derived = "block_out_channels"                  # diffusers writes it into files, and complains when it reads it there
+        derived = "block_out_channels"  # diffusers writes it into files, and complains when it reads it there
         vae: nn.Module = AutoencoderTiny.from_config({key: value for key, value in config.items() if key != derived})
         return vae
 
@@ -262,7 +288,8 @@ def kind(config: Config) -> ImageEncoder:
 def channels_innermost(x: Tensor) -> Tensor:
     """The same images; on the CPU laid out with the channels of a pixel side by side, as every map behind them then is.
 
-    Convolutions are faster so. Only for encoders without group norm, which torch computes less precisely on the CPU in this layout (``docs/encoder.md``).
+    Convolutions are faster so. Only for encoders without group norm, which torch computes less precisely on the CPU in
+    this layout (``docs/encoder.md``).
     """
     import torch
 

@@ -30,7 +30,7 @@ try:
     from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
     from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 except ImportError as error:
-    itself = "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2"        # it is not on PyPI
+    itself = "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2"  # it is not on PyPI
     raise ImportError(f"{missing('detectron2', 'detectron2', error)} && {itself}") from error
 
 
@@ -38,12 +38,15 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
     """A backbone whose maps are named by their stride: ``{"s8": ..., "s16": ..., "s32": ...}``.
 
     Args:
-        name, pretrained, **kwargs: As in :func:`~diffusion_backbones.create_model`; numbers, strings and lists, as LazyConfig wants.
-        pixel_mean, pixel_std: What the model around it normalises pixels of 0 to 255 with, in the order of ``input_format``.
+        name, pretrained, **kwargs: As in :func:`~diffusion_backbones.create_model`; numbers, strings and lists, as
+            LazyConfig wants.
+        pixel_mean, pixel_std: What the model around it normalises pixels of 0 to 255 with, in the order of
+            ``input_format``.
         input_format: ``"RGB"`` or ``"BGR"``, as that model's ``input_format`` and the data loader's ``INPUT.FORMAT``.
 
     Raises:
-        ValueError: Two levels have one stride; the images are neither RGB nor BGR; and whatever ``create_model`` raises.
+        ValueError: Two levels have one stride; the images are neither RGB nor BGR; and whatever ``create_model``
+            raises.
     """
 
     def __init__(
@@ -59,17 +62,24 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
         super().__init__()
         if input_format not in ("RGB", "BGR") or not len(pixel_mean) == len(pixel_std) == 3:
             raise ValueError(
-                "the image encoder takes three channels, so INPUT.FORMAT must be 'RGB' or 'BGR', and MODEL.PIXEL_MEAN and MODEL.PIXEL_STD three numbers "
+                "the image encoder takes three channels, so INPUT.FORMAT must be 'RGB' or 'BGR', and MODEL.PIXEL_MEAN "
+                "and MODEL.PIXEL_STD three numbers "
                 f"each; got {input_format!r}, {list(pixel_mean)} and {list(pixel_std)}"
             )
         bgr = input_format == "BGR"
         mean, std = ([value / 255 for value in values] for values in (pixel_mean, pixel_std))
-        (m0, m1, m2), (s0, s1, s2) = (mean[::-1], std[::-1]) if bgr else (mean, std)            # red first
+        (m0, m1, m2), (s0, s1, s2) = (mean[::-1], std[::-1]) if bgr else (mean, std)  # red first
         self.net = create_model(name, pretrained, input_format=InputFormat((m0, m1, m2), (s0, s1, s2), bgr), **kwargs)
         strides = self.net.feature_info.reduction()
         if len(set(strides)) < len(strides):
-            raise ValueError(f"maps are named by their stride, and {name} has strides {strides}; {_advice(strides)}, or choose levels with OUT_INDICES")
-        self._shapes = {f"s{s}": ShapeSpec(channels=c, stride=s) for c, s in zip(self.net.feature_info.channels(), strides, strict=True)}
+            raise ValueError(
+                f"maps are named by their stride, and {name} has strides {strides}; {_advice(strides)}, or choose "
+                "levels with OUT_INDICES"
+            )
+        self._shapes = {
+            f"s{s}": ShapeSpec(channels=c, stride=s)
+            for c, s in zip(self.net.feature_info.channels(), strides, strict=True)
+        }
 
     def output_shape(self) -> dict[str, Any]:
         """Name -> ``ShapeSpec`` with channels and stride, fine to coarse."""
@@ -97,20 +107,40 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
             ValueError: No pixel has such values under that normalisation.
         """
         told = self.net.input_format
-        if not torch.compiler.is_compiling() and not x.is_meta and bool(torch.isfinite(x).all()) and not within(x, told):
+        if (
+            not torch.compiler.is_compiling()
+            and not x.is_meta
+            and bool(torch.isfinite(x).all())
+            and not within(x, told)
+        ):
             low, high = told.range()
             raise ValueError(
-                f"the backbone was told to expect {'BGR' if told.bgr else 'RGB'} in [{low:.4g}, {high:.4g}], and the images reach from {x.min():.4g} to "
-                f"{x.max():.4g}. The model's INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (in a LazyConfig input_format, pixel_mean and "
-                "pixel_std) must be those of the backbone: 'RGB', [127.5] * 3 and [127.5] * 3 unless it is given others."
+                f"the backbone was told to expect {'BGR' if told.bgr else 'RGB'} in [{low:.4g}, {high:.4g}], and the "
+                f"images reach from {x.min():.4g} to "
+                f"{x.max():.4g}. The model's INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (in a LazyConfig "
+                "input_format, pixel_mean and "
+                "pixel_std) must be those of the backbone: 'RGB', [127.5] * 3 and [127.5] * 3 unless it is given "
+                "others."
             )
         return {name: level.to(x.dtype) for name, level in zip(self._shapes, self.net(x), strict=True)}
 
 
 def add_diffusion_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.DIFFUSION``, and have images come as RGB in [-1, 1]. Another ``INPUT.FORMAT``, ``PIXEL_MEAN`` or ``PIXEL_STD`` is undone."""
-    optional = ("CHECKPOINT_PATH", "CACHE_DIR", "RECIPE", "OUT_INDICES", "OUT_STRIDES", "DTYPE", *map(str.upper, OVERRIDES))
-    cfg.MODEL.DIFFUSION = CfgNode({"NAME": "sd15_gdf", "PRETRAINED": True, "TRAINABLE": False, "ENCODER_LEVELS": False, **dict.fromkeys(optional)})
+    """Add ``MODEL.DIFFUSION``, and have images come as RGB in [-1, 1]. Another ``INPUT.FORMAT``, ``PIXEL_MEAN`` or
+    ``PIXEL_STD`` is undone.
+    """
+    optional = (
+        "CHECKPOINT_PATH",
+        "CACHE_DIR",
+        "RECIPE",
+        "OUT_INDICES",
+        "OUT_STRIDES",
+        "DTYPE",
+        *map(str.upper, OVERRIDES),
+    )
+    cfg.MODEL.DIFFUSION = CfgNode(
+        {"NAME": "sd15_gdf", "PRETRAINED": True, "TRAINABLE": False, "ENCODER_LEVELS": False, **dict.fromkeys(optional)}
+    )
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.5] * 3, [127.5] * 3
 
@@ -118,7 +148,9 @@ def add_diffusion_config(cfg: CfgNode) -> None:
 def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
     """The backbone alone: maps s8, s16, ..."""
     keywords = {key.lower(): value for key, value in cfg.MODEL.DIFFUSION.items()}
-    return Detectron2Backbone(**keywords, pixel_mean=cfg.MODEL.PIXEL_MEAN, pixel_std=cfg.MODEL.PIXEL_STD, input_format=cfg.INPUT.FORMAT)
+    return Detectron2Backbone(
+        **keywords, pixel_mean=cfg.MODEL.PIXEL_MEAN, pixel_std=cfg.MODEL.PIXEL_STD, input_format=cfg.INPUT.FORMAT
+    )
 
 
 def build_diffusion_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
@@ -133,7 +165,12 @@ def build_retinanet_diffusion_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec)
     """With FPN, and two more levels by convolutions on the coarsest map: p3 to p7 for strides 8, 16, 32."""
     bottom_up = build_diffusion_backbone(cfg, input_shape)
     names = _in_features(cfg, bottom_up)
-    return _fpn(cfg, bottom_up, names, LastLevelP6P7(bottom_up.output_shape()[names[-1]].channels, cfg.MODEL.FPN.OUT_CHANNELS, names[-1]))
+    return _fpn(
+        cfg,
+        bottom_up,
+        names,
+        LastLevelP6P7(bottom_up.output_shape()[names[-1]].channels, cfg.MODEL.FPN.OUT_CHANNELS, names[-1]),
+    )
 
 
 def _fpn(cfg: CfgNode, bottom_up: Detectron2Backbone, names: list[str], top_block: Any) -> FPN:
@@ -146,10 +183,16 @@ def _in_features(cfg: CfgNode, bottom_up: Detectron2Backbone) -> list[str]:
     shapes, name = bottom_up.output_shape(), cfg.MODEL.DIFFUSION.NAME
     names = list(cfg.MODEL.FPN.IN_FEATURES) or list(shapes)
     if absent := [n for n in names if n not in shapes]:
-        raise ValueError(f"{name} gives {', '.join(shapes)}, and MODEL.FPN.IN_FEATURES asks for {', '.join(absent)}; leave it empty or set OUT_STRIDES")
+        raise ValueError(
+            f"{name} gives {', '.join(shapes)}, and MODEL.FPN.IN_FEATURES asks for {', '.join(absent)}; leave it "
+            "empty or set OUT_STRIDES"
+        )
     strides = [shapes[n].stride for n in names]
     if strides != [2 ** (strides[0].bit_length() - 1 + i) for i in range(len(strides))]:
-        raise ValueError(f"FPN needs strides that are powers of two and double from level to level, and {name} gives it {strides}; {_advice(strides)}")
+        raise ValueError(
+            f"FPN needs strides that are powers of two and double from level to level, and {name} gives it {strides}; "
+            f"{_advice(strides)}"
+        )
     return names
 
 

@@ -26,23 +26,25 @@ except ImportError as error:
     raise missing("mmengine", "openmmlab", error) from error
 
 
-@MODELS.register_module(name="DiffusionBackbone")          # the root, in which mmseg's and mmdet's registries look too
+@MODELS.register_module(name="DiffusionBackbone")  # the root, in which mmseg's and mmdet's registries look too
 class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
     """A backbone as OpenMMLab's necks and heads take it: a tuple of maps, fine to coarse.
 
     Args:
         name, pretrained, out_indices, out_strides: As in :func:`~diffusion_backbones.create_model`.
-        input_scale: Resize images by this factor, bilinearly, before the network sees them: 2 for crops of 512 pixels and a
-            network of 1024. Strides are those of the resized image.
+        input_scale: Resize images by this factor, bilinearly, before the network sees them: 2 for crops of 512 pixels
+            and a network of 1024. Strides are those of the resized image.
         in_channels: OpenMMLab's name for the channels of the image. Must be 3.
         init_cfg: ``dict(type="Pretrained", checkpoint=path)`` is OpenMMLab's way of writing ``checkpoint_path=path``.
-        **kwargs: Every other keyword of ``create_model``: ``recipe``, ``prompt``, ``timestep``, ``dtype``, ``trainable``, ...
+        **kwargs: Every other keyword of ``create_model``: ``recipe``, ``prompt``, ``timestep``, ``dtype``,
+            ``trainable``, ...
 
     Attributes:
         net: The backbone. Frozen, it stays in eval mode and without gradients, whatever the runner calls.
 
     Raises:
-        ValueError: ``init_cfg`` is of another kind, ``input_scale`` is not positive, and whatever ``create_model`` raises.
+        ValueError: ``init_cfg`` is of another kind, ``input_scale`` is not positive, and whatever ``create_model``
+            raises.
         TypeError: ``pretrained`` is no bool.
     """
 
@@ -60,21 +62,29 @@ class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
     ):
         super().__init__()
         if not isinstance(pretrained, bool):
-            raise TypeError(f"pretrained must be True or False, got {pretrained!r}; weights of your own are given as checkpoint_path={pretrained!r}")
+            raise TypeError(
+                f"pretrained must be True or False, got {pretrained!r}; weights of your own are given as "
+                f"checkpoint_path={pretrained!r}"
+            )
         if not 0 < input_scale < math.inf:
             raise ValueError(f"input_scale must be a positive factor, got {input_scale!r}")
         if init_cfg is not None:
             if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
                 raise ValueError(
-                    "a backbone takes its weights whole, so init_cfg must be None (with pretrained=True for the published weights) or "
+                    "a backbone takes its weights whole, so init_cfg must be None (with pretrained=True for the "
+                    "published weights) or "
                     f"dict(type='Pretrained', checkpoint='folder or .safetensors file'), got {dict(init_cfg)}"
                 )
             if kwargs.get("checkpoint_path"):
-                raise ValueError(f"give either init_cfg={dict(init_cfg)} or checkpoint_path={kwargs['checkpoint_path']!r}, not both")
+                raise ValueError(
+                    f"give either init_cfg={dict(init_cfg)} or checkpoint_path={kwargs['checkpoint_path']!r}, not both"
+                )
             kwargs["checkpoint_path"] = init_cfg["checkpoint"]
         self.input_scale = input_scale
-        self.net = create_model(name, pretrained, out_indices=out_indices, out_strides=out_strides, in_chans=in_channels, **kwargs)
-        self.is_init = True                                 # so that no init_weights() touches it
+        self.net = create_model(
+            name, pretrained, out_indices=out_indices, out_strides=out_strides, in_chans=in_channels, **kwargs
+        )
+        self.is_init = True  # so that no init_weights() touches it
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Preprocessed images -> their pyramid.
@@ -83,8 +93,8 @@ class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
             x: (B, 3, H, W) RGB in [-1, 1], or as ``input_format`` says, any H and W.
 
         Returns:
-            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), in the dtype of ``x`` whatever that of the network, so that heads in float32
-            can stand on a network in float16.
+            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), in the dtype of ``x`` whatever that of the network, so that
+            heads in float32 can stand on a network in float16.
         """
         if self.input_scale != 1:
             height, width = (max(1, round(s * self.input_scale)) for s in x.shape[-2:])

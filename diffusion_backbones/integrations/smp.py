@@ -4,8 +4,9 @@
 
     model = smp.FPN(register(backbone), encoder_weights=None, classes=21)
 
-smp counts levels by strides 2, 4, 8, 16 and 32; what the pyramid lacks of these is resampled without parameters. DPT takes no
-registered encoder and needs none: ``smp.DPT("tu-sd15_gdf", out_strides=(4, 8, 16, 32), decoder_readout="ignore")`` goes through timm.
+smp counts levels by strides 2, 4, 8, 16 and 32; what the pyramid lacks of these is resampled without parameters. DPT
+takes no registered encoder and needs none: ``smp.DPT("tu-sd15_gdf", out_strides=(4, 8, 16, 32),
+decoder_readout="ignore")`` goes through timm.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ def register(backbone: DiffusionBackbone, name: str | None = None) -> str:
 
     Args:
         backbone: With its weights. It is not copied: all models that are built on the name share it.
-        name: By default that of the backbone with ``diffusion-`` before it. It stands for what was registered under it last.
+        name: By default that of the backbone with ``diffusion-`` before it. It stands for what was registered under it
+            last.
 
     Returns:
-        The name, for the ``encoder_name`` of any smp model but DPT. Give ``encoder_weights=None`` with it: the weights are there.
+        The name, for the ``encoder_name`` of any smp model but DPT. Give ``encoder_weights=None`` with it: the weights
+        are there.
 
     Raises:
         TypeError: ``backbone`` is none.
@@ -45,7 +48,9 @@ def register(backbone: DiffusionBackbone, name: str | None = None) -> str:
         raise TypeError(f"register takes a backbone, as create_model makes it, got {backbone!r}")
     name = name or f"diffusion-{backbone.declaration.name}"
     if name.startswith(("tu-", "timm-")):
-        raise ValueError(f"smp looks for names with {name.partition('-')[0]}- before them in timm, got {name!r}; choose another")
+        raise ValueError(
+            f"smp looks for names with {name.partition('-')[0]}- before them in timm, got {name!r}; choose another"
+        )
     encoders[name] = {"encoder": partial(Encoder, backbone), "params": {}, "pretrained_settings": {}}
     return name
 
@@ -54,25 +59,32 @@ class Encoder(nn.Module):
     """What smp asks of an encoder.
 
     Attributes:
-        out_channels: Of every map that :meth:`forward` returns: 3 for the image, 0 at stride 2 unless the pyramid has that stride,
-            as in smp's own transformer encoders, and those of the level with the nearest stride elsewhere.
+        out_channels: Of every map that :meth:`forward` returns: 3 for the image, 0 at stride 2 unless the pyramid has
+            that stride, as in smp's own transformer encoders, and those of the level with the nearest stride elsewhere.
         output_stride: Of the last map.
     """
 
     def __init__(self, backbone: DiffusionBackbone, depth: int = 5, output_stride: int = 32):
         super().__init__()
         if not 2 <= depth <= len(STRIDES):
-            raise ValueError(f"encoder_depth counts the strides {STRIDES} and must be from 2 to {len(STRIDES)}, got {depth}")
+            raise ValueError(
+                f"encoder_depth counts the strides {STRIDES} and must be from 2 to {len(STRIDES)}, got {depth}"
+            )
         self.backbone, self.depth = backbone, depth
         self.native, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
-        self.sources = [nearest(stride, self.native) if stride > 2 or stride in self.native else None for stride in STRIDES[:depth]]
+        self.sources = [
+            nearest(stride, self.native) if stride > 2 or stride in self.native else None for stride in STRIDES[:depth]
+        ]
         self.out_channels = [3, *(0 if source is None else channels[source] for source in self.sources)]
         self.make_dilated(output_stride)
 
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
         """Raise ``ValueError`` for anything but 3."""
         if in_channels != 3:
-            raise ValueError(f"the image encoder takes RGB, so in_channels must be 3, got {in_channels}; bring the image to three channels first")
+            raise ValueError(
+                f"the image encoder takes RGB, so in_channels must be 3, got {in_channels}; bring the image to three "
+                "channels first"
+            )
 
     def make_dilated(self, output_stride: int) -> None:
         """Bring what is coarser to ``output_stride``, by resampling: there is nothing to dilate."""
@@ -80,7 +92,9 @@ class Encoder(nn.Module):
         self.output_stride = self.strides[-1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> ``x`` and the maps (B, C, ceil(H / s), ceil(W / s)) at strides 2, 4, ..., in the dtype of ``x``."""
+        """(B, 3, H, W) in [-1, 1] -> ``x`` and the maps (B, C, ceil(H / s), ceil(W / s)) at strides 2, 4, ..., in the
+        dtype of ``x``.
+        """
         size, maps, out = (x.shape[-2], x.shape[-1]), self.backbone(x), [x]
         for source, stride in zip(self.sources, self.strides, strict=True):
             if source is None:

@@ -1,7 +1,8 @@
 """Every backbone in timm's registry: ``timm.create_model("sd15_gdf", features_only=True)``.
 
-Imported when timm is, whether before this package or after it. What ``timm.create_model`` returns is the backbone itself, so
-everything built on timm's registry (transformers' and OpenMMLab's ``TimmBackbone``, smp's ``tu-`` encoders) reaches it too.
+Imported when timm is, whether before this package or after it. What ``timm.create_model`` returns is the backbone
+itself, so everything built on timm's registry (transformers' and OpenMMLab's ``TimmBackbone``, smp's ``tu-`` encoders)
+reaches it too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def _register(declaration: Declaration) -> None:
     if not declaration.tag:
         entry.__name__ = entry.__qualname__ = declaration.architecture
         entry.__module__ = __name__
-        entry.__doc__ = f"{declaration.checkpoint.title}, read by the recipe {declaration.recipe.name}: a list of maps, fine to coarse."
+        entry.__doc__ = (
+            f"{declaration.checkpoint.title}, read by the recipe {declaration.recipe.name}: a list of "
+            "maps, fine to coarse."
+        )
         register_model(entry)
 
 
@@ -39,7 +43,9 @@ def _full_name(architecture: str, cfg: Any) -> str:
 
 
 def _saved_in(cfg: Any) -> str | None:
-    """Of ``timm.create_model("local-dir:folder")`` timm passes on the architecture that is written there, and the place in ``pretrained_cfg``."""
+    """Of ``timm.create_model("local-dir:folder")`` timm passes on the architecture that is written there, and the place
+    in ``pretrained_cfg``.
+    """
     if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):
         return None
     return f"{cfg['source']}:{cfg['file' if cfg['source'] == 'local-dir' else 'hf_hub_id']}"

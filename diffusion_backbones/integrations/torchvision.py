@@ -30,8 +30,8 @@ EXTRA = {"pool": ("pool",), "p6p7": ("p6", "p7"), None: ()}
 
 
 class NamedLevels(nn.Module):
-    """Some levels of a backbone by name, as ``IntermediateLayerGetter`` gives them: ``NamedLevels(backbone, out=-1, aux=-2)`` is what
-    torchvision's ``DeepLabV3`` and ``FCN`` take.
+    """Some levels of a backbone by name, as ``IntermediateLayerGetter`` gives them: ``NamedLevels(backbone, out=-1,
+    aux=-2)`` is what torchvision's ``DeepLabV3`` and ``FCN`` take.
 
     Args:
         backbone: From :func:`~diffusion_backbones.create_model`.
@@ -47,17 +47,24 @@ class NamedLevels(nn.Module):
     def __init__(self, backbone: DiffusionBackbone, **levels: int):
         super().__init__()
         info = backbone.feature_info
-        maps = [f"{i}: {channels} channels at stride {stride}" for i, (channels, stride) in enumerate(zip(info.channels(), info.reduction(), strict=True))]
+        maps = [
+            f"{i}: {channels} channels at stride {stride}"
+            for i, (channels, stride) in enumerate(zip(info.channels(), info.reduction(), strict=True))
+        ]
         for name, level in levels.items():
             if not -len(maps) <= level < len(maps):
                 has = f"{backbone.declaration.name} has {', '.join(maps)}"
-                raise ValueError(f"{name}={level} is no level: {has}. Take another recipe, or create_model(..., out_strides=(...)) to resample.")
+                raise ValueError(
+                    f"{name}={level} is no level: {has}. Take another recipe, or create_model(..., out_strides=(...)) "
+                    "to resample."
+                )
         self.backbone, self.levels = backbone, {name: level % len(maps) for name, level in levels.items()}
         self.channels = {name: info.channels()[level] for name, level in self.levels.items()}
         self.strides = {name: info.reduction()[level] for name, level in self.levels.items()}
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, 3, H, W) in [-1, 1], or as the backbone's ``input_format`` says -> name -> (B, C, ceil(H / stride), ceil(W / stride)).
+        """(B, 3, H, W) in [-1, 1], or as the backbone's ``input_format`` says -> name -> (B, C, ceil(H / stride),
+        ceil(W / stride)).
 
         Raises:
             ValueError: Values beyond that, which is what ImageNet's normalisation gives.
@@ -66,7 +73,8 @@ class NamedLevels(nn.Module):
         if not torch.compiler.is_compiling() and not x.is_meta and not within(x, format):
             (low, high), span = format.range(), f"[{float(x.min()):.2f}, {float(x.max()):.2f}]"
             raise ValueError(
-                f"this backbone takes images in [{low:.4g}, {high:.4g}], got values in {span}; normalise as it says, in a detector with **PyramidFPN.transform"
+                f"this backbone takes images in [{low:.4g}, {high:.4g}], got values in {span}; normalise as it says, "
+                "in a detector with **PyramidFPN.transform"
             )
         needed = sorted(set(self.levels.values()))
         maps = dict(zip(needed, self.backbone(x, needed), strict=True))
@@ -76,8 +84,8 @@ class NamedLevels(nn.Module):
 class PyramidFPN(nn.Module):
     """A backbone and a feature pyramid network, for ``FasterRCNN``, ``MaskRCNN``, ``RetinaNet``, ``FCOS``.
 
-    Their default anchors want five maps: strides 4, 8, 16, 32 and ``"pool"`` in the R-CNNs, strides 8, 16, 32 and ``"p6p7"`` in
-    RetinaNet and FCOS. For others :meth:`anchors` and :meth:`roi_align` make what fits.
+    Their default anchors want five maps: strides 4, 8, 16, 32 and ``"pool"`` in the R-CNNs, strides 8, 16, 32 and
+    ``"p6p7"`` in RetinaNet and FCOS. For others :meth:`anchors` and :meth:`roi_align` make what fits.
 
     Args:
         backbone: From :func:`~diffusion_backbones.create_model`.
@@ -87,13 +95,20 @@ class PyramidFPN(nn.Module):
 
     Attributes:
         names, strides: Of the maps that :meth:`forward` gives.
-        transform: Keywords of the detectors: mean, standard deviation, and a ``size_divisible`` that every stride divides.
+        transform: Keywords of the detectors: mean, standard deviation, and a ``size_divisible`` that every stride
+            divides.
 
     Raises:
         ValueError: No such level or extra, or strides that do not grow.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, out_channels: int = 256, levels: int | Sequence[int] | None = None, extra: str | None = "pool"):
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        out_channels: int = 256,
+        levels: int | Sequence[int] | None = None,
+        extra: str | None = "pool",
+    ):
         super().__init__()
         if extra not in EXTRA:
             raise ValueError(f"extra must be 'pool', 'p6p7' or None, got {extra!r}")
@@ -104,7 +119,8 @@ class PyramidFPN(nn.Module):
         self.strides = list(self.body.strides.values())
         if self.strides != sorted(set(self.strides)):
             raise ValueError(
-                f"the levels of an FPN have strides that grow, got {self.strides} from levels={list(chosen)} of {backbone.declaration.name}, "
+                f"the levels of an FPN have strides that grow, got {self.strides} from levels={list(chosen)} of "
+                f"{backbone.declaration.name}, "
                 f"which has {strides}; choose one level of each stride with levels=[...]"
             )
         self.strides += [self.strides[-1] * 2**i for i in range(1, len(EXTRA[extra]) + 1)]
@@ -114,7 +130,11 @@ class PyramidFPN(nn.Module):
         self.fpn = FeaturePyramidNetwork(list(self.body.channels.values()), out_channels, extra_blocks=blocks)
         cfg = backbone.pretrained_cfg
         divisible = math.lcm(backbone.size_divisibility, *self.strides)
-        self.transform: dict[str, Any] = {"image_mean": list(cfg["mean"]), "image_std": list(cfg["std"]), "size_divisible": divisible}
+        self.transform: dict[str, Any] = {
+            "image_mean": list(cfg["mean"]),
+            "image_std": list(cfg["std"]),
+            "size_divisible": divisible,
+        }
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> name -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -124,7 +144,8 @@ class PyramidFPN(nn.Module):
     def anchors(self, scale: float = 8, ratios: Sequence[float] = (0.5, 1.0, 2.0), octaves: int = 1) -> AnchorGenerator:
         """One set of anchors a map, of ``scale`` x stride pixels.
 
-        The scales of torchvision's own models: 8 for the R-CNNs, 4 with ``octaves=3`` for RetinaNet, 1 with ``ratios=(1.0,)`` for FCOS.
+        The scales of torchvision's own models: 8 for the R-CNNs, 4 with ``octaves=3`` for RetinaNet, 1 with
+        ``ratios=(1.0,)`` for FCOS.
         """
         sizes = tuple(tuple(scale * stride * 2 ** (i / octaves) for i in range(octaves)) for stride in self.strides)
         return AnchorGenerator(sizes, (tuple(ratios),) * len(sizes))

@@ -1,12 +1,14 @@
-"""A backbone as transformers' own: a config, and a model that ``AutoBackbone`` builds from it, under UperNet, Mask2Former, DETR ...
+"""A backbone as transformers' own: a config, and a model that ``AutoBackbone`` builds from it, under UperNet,
+Mask2Former, DETR ...
 
 ::
 
     config = DiffusionBackboneConfig.from_backbone(create_model("sd15_gdf", pretrained=True), out_indices=[0, 1, 2])
     segmenter = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config))
 
-``save_pretrained`` of the whole model writes weights and architecture, and ``from_pretrained`` needs no other file. Importing this
-module registers both classes. Images must be in [-1, 1], which is what an image processor gives with :data:`PROCESSOR`.
+``save_pretrained`` of the whole model writes weights and architecture, and ``from_pretrained`` needs no other file.
+Importing this module registers both classes. Images must be in [-1, 1], which is what an image processor gives with
+:data:`PROCESSOR`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ try:
 except ImportError as error:
     raise missing("transformers 5.2 or newer", "transformers", error) from error
 
-PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PROCESSOR = {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 """Keywords of any transformers image processor, after which an image is in [-1, 1]. Most have ImageNet's by default."""
 
 
@@ -51,7 +59,8 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
     """What a backbone is. Made by :meth:`from_backbone`, or read from a folder.
 
     Args:
-        backbone: Name, checkpoint, recipe, strides and architecture, as :func:`diffusion_backbones.factory.save_pretrained.describe` puts them.
+        backbone: Name, checkpoint, recipe, strides and architecture, as
+            :func:`diffusion_backbones.factory.save_pretrained.describe` puts them.
         trainable: Whether the denoiser is trained.
         out_features, out_indices: Which maps, fine to coarse, by name (``level0`` ...) or position; by default all.
     """
@@ -67,20 +76,29 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
         **kwargs: Any,
     ):
         if not isinstance(backbone, dict):
-            raise TypeError(f"a DiffusionBackboneConfig is made by DiffusionBackboneConfig.from_backbone(create_model(...)), got backbone={backbone!r}")
+            raise TypeError(
+                "a DiffusionBackboneConfig is made by DiffusionBackboneConfig.from_backbone(create_model(...)), got "
+                f"backbone={backbone!r}"
+            )
         kwargs.pop("stage_names", None)
         super().__init__(**kwargs)
         self.backbone, self.trainable, self.num_channels, self.held = backbone, trainable, 3, Held()
         described = Described(backbone, "backbone_config")
-        self.stage_names = [f"level{i}" for i in range(len(described.out_strides or described.declaration.recipe.levels))]
-        features, indices = out_features and list(out_features), out_indices if out_indices is None else list(out_indices)
+        self.stage_names = [
+            f"level{i}" for i in range(len(described.out_strides or described.declaration.recipe.levels))
+        ]
+        features, indices = (
+            out_features and list(out_features),
+            out_indices if out_indices is None else list(out_indices),
+        )
         if features is None and indices is None:
             features = self.stage_names
         self.set_output_features_output_indices(out_features=features, out_indices=indices)
 
     @classmethod
     def from_backbone(cls, backbone: DiffusionBackbone, **kwargs: Any) -> DiffusionBackboneConfig:
-        """The config of a backbone. Models that are built from it, or from a copy, hold this very backbone, with its weights.
+        """The config of a backbone. Models that are built from it, or from a copy, hold this very backbone, with its
+        weights.
 
         Args:
             backbone: From :func:`~diffusion_backbones.create_model`, with any of its keywords.
@@ -103,8 +121,8 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
 class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
     """A backbone behind transformers' names.
 
-    Built from a config of :meth:`DiffusionBackboneConfig.from_backbone` it holds that backbone; from one that was read from a folder
-    it has random weights, until ``from_pretrained`` of this model or of the one around it loads them.
+    Built from a config of :meth:`DiffusionBackboneConfig.from_backbone` it holds that backbone; from one that was read
+    from a folder it has random weights, until ``from_pretrained`` of this model or of the one around it loads them.
     """
 
     config_class, main_input_name, has_attentions = DiffusionBackboneConfig, "pixel_values", False
@@ -113,7 +131,7 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
 
     def __init__(self, config: DiffusionBackboneConfig):
         super().__init__(config)
-        empty = torch.get_default_device().type == "meta"                 # as from_pretrained builds
+        empty = torch.get_default_device().type == "meta"  # as from_pretrained builds
         held = None if empty else config.held.backbone
         self.diffusion_backbone = held or build(Described(config.backbone, "backbone_config"), config.trainable)
         if empty:
@@ -123,7 +141,13 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         self._uncomputed = sorted(set(dict(self.named_buffers())) - set(self.state_dict())) if empty else []
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **call: Any) -> Any:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **call: Any,
+    ) -> Any:
         """Images -> the chosen maps.
 
         Args:
@@ -137,8 +161,17 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         """
         n = len(self.stage_names)
         chosen = [i % n for i in self.out_indices]
-        maps = dict(zip(every := range(n) if output_hidden_states else chosen, self.diffusion_backbone(pixel_values, list(every), **call), strict=True))
-        output = BackboneOutput(feature_maps=tuple(maps[i] for i in chosen), hidden_states=tuple(maps.values()) if output_hidden_states else None)
+        maps = dict(
+            zip(
+                every := range(n) if output_hidden_states else chosen,
+                self.diffusion_backbone(pixel_values, list(every), **call),
+                strict=True,
+            )
+        )
+        output = BackboneOutput(
+            feature_maps=tuple(maps[i] for i in chosen),
+            hidden_states=tuple(maps.values()) if output_hidden_states else None,
+        )
         return output.to_tuple() if return_dict is False else output
 
     @property
@@ -150,8 +183,10 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         """Nothing is drawn again."""
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Called with the model itself once it is loaded, to repair what the loader does: it unfreezes every parameter, leaves buffers
-        that are in no file uninitialised, and gives views into a file, at addresses where the CPU's kernels may round differently."""
+        """Called with the model itself once it is loaded, to repair what the loader does: it unfreezes every parameter,
+        leaves buffers that are in no file uninitialised, and gives views into a file, at addresses where the CPU's
+        kernels may round differently.
+        """
         if module is not self:
             return
         for tensor in [*self.parameters(), *self.buffers()]:

@@ -29,7 +29,8 @@ ERRORS: tuple[type[Exception], ...] = (_HTTPError, OSError)
 
 
 class HubRepo(Folder):
-    """A repository on the Hugging Face hub, in the diffusers layout. Files are downloaded when they are asked for, and only those.
+    """A repository on the Hugging Face hub, in the diffusers layout. Files are downloaded when they are asked for, and
+    only those.
 
     Args:
         repo: ``owner/name``.
@@ -56,10 +57,15 @@ class HubRepo(Folder):
         self.provenance = {"repo": repo, "commit": self.commit}
 
     def _cached_part(self, error: Exception) -> Folder:
-        try:        # without patterns, huggingface_hub refuses a snapshot that is known to be only a part
-            path = snapshot_download(self.repo, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True, allow_patterns=[])
+        try:  # without patterns, huggingface_hub refuses a snapshot that is known to be only a part
+            path = snapshot_download(
+                self.repo, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True, allow_patterns=[]
+            )
         except LocalEntryNotFoundError:
-            raise ConnectionError(f"{explain(self.repo, self.revision, error)}; revision {self.revision!r} of it is not in the cache either") from error
+            raise ConnectionError(
+                f"{explain(self.repo, self.revision, error)}; revision {self.revision!r} of it is not in the cache "
+                "either"
+            ) from error
         level = logging.INFO if isinstance(error, OfflineModeIsEnabled) else logging.WARNING
         log.log(level, "%s is read from the cache: %s", self.repo, explain(self.repo, self.revision, error))
         return Folder(path)
@@ -75,7 +81,9 @@ class HubRepo(Folder):
     def json(self, name: str) -> Config:
         data = super().json(name)
         if not self._cached and self.revision != self.commit and not self._known(name):
-            self._download(name, self.revision)         # by its branch, so that huggingface_hub notes the commit for a start without network
+            self._download(
+                name, self.revision
+            )  # by its branch, so that huggingface_hub notes the commit for a start without network
         return data
 
     def _known(self, name: str) -> bool:
@@ -113,11 +121,15 @@ def explain(repo: str, revision: str, error: BaseException) -> str:
         return f"{repo}: the hub answered {status} ({str(error).splitlines()[0]})"
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo}: HF_HUB_OFFLINE is set"
-    return f"{repo}: the hub cannot be reached ({str(error) or type(error).__name__}); connect, or give checkpoint_path= a local folder or file"
+    return (
+        f"{repo}: the hub cannot be reached ({str(error) or type(error).__name__}); connect, or give "
+        "checkpoint_path= a local folder or file"
+    )
 
 
 def open_checkpoint(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Source:
-    """A checkpoint's repository, or the first of its mirrors that gives its files, and the denoiser it has from elsewhere.
+    """A checkpoint's repository, or the first of its mirrors that gives its files, and the denoiser it has from
+    elsewhere.
 
     Raises:
         ConnectionError: None answers; each is named with its reason, and what is known about the checkpoint is said.
@@ -130,7 +142,9 @@ def open_checkpoint(checkpoint: Checkpoint, cache_dir: str | Path | None = None)
 
 
 def replaced(base: Source, component: str, file: HubFile, cache_dir: str | Path | None) -> WithComponent:
-    """A source with the weights of one network from a file on the hub, and with the config that lies beside that file, if one does."""
+    """A source with the weights of one network from a file on the hub, and with the config that lies beside that file,
+    if one does.
+    """
     repo = HubRepo(file.repo, file.revision, cache_dir)
     beside = str(PurePosixPath(file.filename).with_name("config.json"))
     config = repo.json(beside) if beside in repo.names() else None
@@ -139,15 +153,23 @@ def replaced(base: Source, component: str, file: HubFile, cache_dir: str | Path 
 
 def _open_first(checkpoint: Checkpoint, cache_dir: str | Path | None) -> HubRepo:
     reasons = []
-    for repo, revision in [(checkpoint.hub_id, checkpoint.revision), *((mirror, "main") for mirror in checkpoint.mirrors)]:
+    for repo, revision in [
+        (checkpoint.hub_id, checkpoint.revision),
+        *((mirror, "main") for mirror in checkpoint.mirrors),
+    ]:
         try:
             source = HubRepo(repo, revision, cache_dir)
-            source.configs(FAMILIES[checkpoint.family])         # a gated repository lists its files and then gives none
+            source.configs(FAMILIES[checkpoint.family])  # a gated repository lists its files and then gives none
         except (ConnectionError, FileNotFoundError) as error:
             reasons.append(str(error))
             continue
         if reasons:
-            log.warning("%s is read from the mirror %s, which nobody compared with the original. %s", checkpoint.name, repo, "; ".join(reasons))
+            log.warning(
+                "%s is read from the mirror %s, which nobody compared with the original. %s",
+                checkpoint.name,
+                repo,
+                "; ".join(reasons),
+            )
         return source
     said = f" {checkpoint.status}" if checkpoint.status else ""
     gate = " It is gated: its licence must be accepted on the hub first." if checkpoint.gated else ""

@@ -1,7 +1,7 @@
 """Prompts -> embeddings, computed once and kept on disk.
 
-A text encoder is loaded when a prompt is seen for the first time, encodes it, and is freed. A second start reads the few
-hundred kilobytes that came out and never loads it.
+A text encoder is loaded when a prompt is seen for the first time, encodes it, and is freed. A second start reads the
+few hundred kilobytes that came out and never loads it.
 """
 
 from __future__ import annotations
@@ -58,19 +58,23 @@ class Prompter:
         """
         if self.source is None:
             raise FileNotFoundError(
-                f"prompt={prompts[0]!r} needs a text encoder, and this backbone has none: it was built without weights or loaded from a folder that "
+                f"prompt={prompts[0]!r} needs a text encoder, and this backbone has none: it was built without "
+                "weights or loaded from a folder that "
                 "save_pretrained wrote. Give prompt_embeds=, or load it with pretrained=True or checkpoint_path=."
             )
         fingerprint = self.source.text_fingerprint()
         rows = {prompt: self._row(fingerprint, self.source, prompt) for prompt in dict.fromkeys(prompts)}
         lengths = {prompt: row["prompt_embeds"].shape[1] for prompt, row in rows.items() if "prompt_embeds" in row}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"prompt_padding='longest' leaves prompts at their lengths, here {lengths}; give those of one length per call, or pad them")
+            raise ValueError(
+                f"prompt_padding='longest' leaves prompts at their lengths, here {lengths}; give those of one length "
+                "per call, or pad them"
+            )
         return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
 
     def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
         path = self._path(fingerprint, prompt)
-        with _encoding:                         # two threads load one text encoder, not two
+        with _encoding:  # two threads load one text encoder, not two
             row = _read(path)
             if row is None:
                 with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
@@ -80,7 +84,9 @@ class Prompter:
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
         encoders = FAMILIES[self.family].text_encoder_names(self.configs)
-        key = hashlib.sha256(json.dumps([fingerprint, self.family, encoders, self.padding, prompt]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(
+            json.dumps([fingerprint, self.family, encoders, self.padding, prompt]).encode()
+        ).hexdigest()[:32]
         return cache_folder() / "prompts" / f"{key}.safetensors"
 
 

@@ -1,7 +1,7 @@
 """Single ``.safetensors`` files in the original latent-diffusion layout: one file with U-Net, VAE and text encoder.
 
-diffusers' own converters say which stored tensor becomes which; they are run on ``meta`` tensors, so nothing is read, and
-the renaming that they did is applied lazily.
+diffusers' own converters say which stored tensor becomes which; they are run on ``meta`` tensors, so nothing is read,
+and the renaming that they did is applied lazily.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 MARK = "model.diffusion_model."
 AVERAGED = "model_ema."
-_TEXT = {"text_encoder": ("cond_stage_model.", "conditioner.embedders.0."), "text_encoder_2": ("conditioner.embedders.1.",)}
+_TEXT = {
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
 
 
 class SingleFile:
@@ -54,17 +57,26 @@ class SingleFile:
         """
         from diffusers.loaders import single_file_utils as convert
 
-        fakes = {name: torch.empty(shape, device="meta") for name, shape in self._stored.shapes.items() if not name.startswith(AVERAGED)}
+        fakes = {
+            name: torch.empty(shape, device="meta")
+            for name, shape in self._stored.shapes.items()
+            if not name.startswith(AVERAGED)
+        }
         if component == "unet" and len(fakes) < len(self._stored.shapes):
             log.warning("%s holds averaged (EMA) weights too; the others are read, as diffusers does", self.path)
-        convert_component = {"unet": convert.convert_ldm_unet_checkpoint, "vae": convert.convert_ldm_vae_checkpoint}[component]
+        convert_component = {"unet": convert.convert_ldm_unet_checkpoint, "vae": convert.convert_ldm_vae_checkpoint}[
+            component
+        ]
         converted: dict[str, Tensor] = convert_component(dict(fakes), config=dict(self._configs[component]))
         if not converted:
-            raise ValueError(f"{self.path} holds no {component} in the original layout, where names begin with {MARK!r} or 'first_stage_model.'")
+            raise ValueError(
+                f"{self.path} holds no {component} in the original layout, where names begin with {MARK!r} or "
+                "'first_stage_model.'"
+            )
         stored = {id(fake): name for name, fake in fakes.items()}
         names = {new: stored[id(t) if id(t) in stored else id(t._base)] for new, t in converted.items()}
         files = self._stored.renamed(names)
-        files.shapes = {new: tuple(t.shape) for new, t in converted.items()}        # some are stored as 1 x 1 convolutions
+        files.shapes = {new: tuple(t.shape) for new, t in converted.items()}  # some are stored as 1 x 1 convolutions
         return files
 
     def text(self, component: str) -> tuple[Any, Any]:
@@ -80,14 +92,19 @@ class SingleFile:
 
         names = [name for name in self._stored.shapes if name.startswith(_TEXT[component])]
         if not names:
-            raise FileNotFoundError(f"{self.path} holds no {component}, so the prompt cannot be encoded; give a file that holds it, or a diffusers folder")
+            raise FileNotFoundError(
+                f"{self.path} holds no {component}, so the prompt cannot be encoded; give a file that holds it, or a "
+                "diffusers folder"
+            )
         weights = dict(self._stored.read(names, torch.float32, torch.device("cpu")))
         prefix = next(prefix for prefix in _TEXT[component] if names[0].startswith(prefix))
         if any(name.startswith(f"{prefix}transformer.") for name in names):
             return {name.removeprefix(f"{prefix}transformer."): tensor for name, tensor in weights.items()}
         like = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
         converted: dict[str, Tensor] = convert_open_clip_checkpoint(like, weights, f"{prefix}model.")
-        return {name: tensor for name, tensor in converted.items() if _layer(name) < config["num_hidden_layers"]}   # SD 2.x leaves the last one out
+        return {
+            name: tensor for name, tensor in converted.items() if _layer(name) < config["num_hidden_layers"]
+        }  # SD 2.x leaves the last one out
 
     def text_fingerprint(self) -> str:
         stat = self.path.stat()

@@ -23,7 +23,7 @@ from diffusion_backbones.spec.configs import Config, Configs
 log = logging.getLogger(__name__)
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_SMALL = (".json", ".txt", ".model", ".jinja")        # what configs and tokenizers are made of
+_SMALL = (".json", ".txt", ".model", ".jinja")  # what configs and tokenizers are made of
 
 
 class Source(Protocol):
@@ -39,7 +39,9 @@ class Source(Protocol):
         """The weights of a component, unread; ``half`` prefers float16 files where there are both."""
 
     def text(self, component: str) -> tuple[Any, Any]:
-        """(tokenizer, text model) of a text encoder, on the CPU, float32, but for language models of billions of parameters."""
+        """(tokenizer, text model) of a text encoder, on the CPU, float32, but for language models of billions of
+        parameters.
+        """
 
     def text_fingerprint(self) -> str:
         """Changes whenever the text encoders do."""
@@ -60,7 +62,12 @@ class Folder:
 
     def names(self) -> list[str]:
         """Relative names of the files in it and in its sub-folders; the layout goes no deeper."""
-        return [path.relative_to(self.path).as_posix() for depth in ("*", "*/*") for path in sorted(self.path.glob(depth)) if path.is_file()]
+        return [
+            path.relative_to(self.path).as_posix()
+            for depth in ("*", "*/*")
+            for path in sorted(self.path.glob(depth))
+            if path.is_file()
+        ]
 
     def file(self, name: str) -> Path:
         """The local path of one of :meth:`names`."""
@@ -76,7 +83,10 @@ class Folder:
         names = self.names()
         if name not in names:
             here = ", ".join(sorted({PurePosixPath(n).parts[0] for n in names})) or "nothing"
-            raise FileNotFoundError(f"{self} has no {name}; it holds {here}. A checkpoint is in the diffusers layout, with unet/config.json and so on.")
+            raise FileNotFoundError(
+                f"{self} has no {name}; it holds {here}. A checkpoint is in the diffusers layout, with "
+                "unet/config.json and so on."
+            )
         try:
             data: Config = json.loads(self.file(name).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -97,8 +107,15 @@ class Folder:
 
     def configs(self, family: Family) -> Configs:
         required = [family.denoiser, *([family.encoder] if family.encoder else [])]
-        configs = {name: self.json(self._where(name, "config.json") if name == family.denoiser else f"{name}/config.json") for name in required}
-        pipeline = {"model_index": self.json("model_index.json")} if family.reads_pipeline and "model_index.json" in self.names() else {}
+        configs = {
+            name: self.json(self._where(name, "config.json") if name == family.denoiser else f"{name}/config.json")
+            for name in required
+        }
+        pipeline = (
+            {"model_index": self.json("model_index.json")}
+            if family.reads_pipeline and "model_index.json" in self.names()
+            else {}
+        )
         return configs | {"scheduler": self.json(self._where("scheduler", "scheduler_config.json"))} | pipeline
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
@@ -111,20 +128,26 @@ class Folder:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self}: {error}") from error
         if "fp16" in name and not half:
-            log.warning("%s has the weights of %s in float16 only, and they are used in higher precision", self, component)
+            log.warning(
+                "%s has the weights of %s in float16 only, and they are used in higher precision", self, component
+            )
         if not name.endswith(".json"):
             return [self.file(name)]
         shards = [str(PurePosixPath(name).with_name(shard)) for shard in self._shards(name)]
         for shard in shards:
             if shard not in names:
-                raise FileNotFoundError(f"{self}: {name} lists {len(shards)} shards, and {shard} is not there; download it again")
+                raise FileNotFoundError(
+                    f"{self}: {name} lists {len(shards)} shards, and {shard} is not there; download it again"
+                )
         return [self.file(shard) for shard in shards]
 
     def _shards(self, index: str) -> list[str]:
         try:
             return sorted(set(self.json(index)["weight_map"].values()))
         except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files") from error
+            raise ValueError(
+                f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files"
+            ) from error
 
     def text(self, component: str) -> tuple[Any, Any]:
         from diffusion_backbones.families.text import clip, language_model
@@ -137,7 +160,9 @@ class Folder:
             return tokenizer, language_model.pretrained(config, files[0].parent)
         weights = TensorFiles(files)
         build = language_model.text_model if architectures & set(language_model.ARCHITECTURES) else clip.text_model
-        return tokenizer, build(config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights))
+        return tokenizer, build(
+            config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights)
+        )
 
     def _tokenizer(self, component: str) -> Any:
         from transformers import AutoTokenizer
@@ -149,7 +174,7 @@ class Folder:
 
     def text_fingerprint(self) -> str:
         parts = [str(self.path.resolve())]
-        for path in sorted(self.path.glob("t*/*")):                     # text_encoder*, tokenizer*
+        for path in sorted(self.path.glob("t*/*")):  # text_encoder*, tokenizer*
             stat = path.stat()
             parts.append(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}")
         return digest(parts)
@@ -159,7 +184,8 @@ class Folder:
 
 
 class WithComponent:
-    """Another source with the weights of one network taken from one file, as those of CleanDIFT's and PixArt's denoisers are published.
+    """Another source with the weights of one network taken from one file, as those of CleanDIFT's and PixArt's
+    denoisers are published.
 
     Args:
         base: Where everything else comes from.
@@ -169,7 +195,14 @@ class WithComponent:
         config: Its own config; None if it is that of ``base``.
     """
 
-    def __init__(self, base: Source, component: str, file: Callable[[], Path], provenance: Mapping[str, str], config: Config | None = None):
+    def __init__(
+        self,
+        base: Source,
+        component: str,
+        file: Callable[[], Path],
+        provenance: Mapping[str, str],
+        config: Config | None = None,
+    ):
         self.base, self.component, self._file, self.config = base, component, file, config
         self.provenance = base.provenance | {f"{component}_{k}": v for k, v in provenance.items()}
 
@@ -178,7 +211,9 @@ class WithComponent:
         return {**configs, self.component: self.config} if self.config else configs
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
-        return TensorFiles([self._file()], _modern) if component == self.component else self.base.tensors(component, half)
+        return (
+            TensorFiles([self._file()], _modern) if component == self.component else self.base.tensors(component, half)
+        )
 
     def text(self, component: str) -> tuple[Any, Any]:
         return self.base.text(component)
@@ -204,22 +239,33 @@ def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
     """
     names = list(names)
     inside = [name for name in names if name.startswith(component + "/") and name.count("/") == 1]
-    alone = not inside and any(name.startswith(f"{stem}.") for name in names)                  # at the root of a repository of one network
+    alone = not inside and any(
+        name.startswith(f"{stem}.") for name in names
+    )  # at the root of a repository of one network
     inside, at = ([name for name in names if "/" not in name], "") if alone else (inside, f"{component}/")
     full = [f"{at}{stem}.safetensors", f"{at}{stem}.safetensors.index.json"]
-    fp16 = [f"{at}{stem}.fp16.safetensors", f"{at}{stem}.safetensors.index.fp16.json", f"{at}{stem}.fp16.safetensors.index.json"]
+    fp16 = [
+        f"{at}{stem}.fp16.safetensors",
+        f"{at}{stem}.safetensors.index.fp16.json",
+        f"{at}{stem}.fp16.safetensors.index.json",
+    ]
     for candidate in fp16 + full if half else full + fp16:
         if candidate in inside:
             return candidate
     for name in inside:
         if name.endswith(PICKLES):
             raise FileNotFoundError(f"{name} {PICKLE_REFUSED}")
-    raise FileNotFoundError(f"no {full[0]} (nor its fp16 variant, nor an index of shards); {component}/ holds: {', '.join(inside) or 'nothing'}")
+    raise FileNotFoundError(
+        f"no {full[0]} (nor its fp16 variant, nor an index of shards); {component}/ holds: "
+        f"{', '.join(inside) or 'nothing'}"
+    )
 
 
 def _modern(name: str) -> str:
     """Attention layers of old VAE files are named as before diffusers 0.18."""
-    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name)
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
+    )
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -24,6 +24,24 @@ from diffusion_backbones.models import (
 )
 
 __all__ = [
-    "auraflow", "cleandift", "ddpm", "deepfloyd", "dit", "flux", "flux2", "hunyuan", "lumina", "papers", "pixart", "qwen", "sana",
-    "sd3", "sdxl", "ssd", "stable_diffusion", "tiny_encoders", "tinysd", "z_image",
+    "auraflow",
+    "cleandift",
+    "ddpm",
+    "deepfloyd",
+    "dit",
+    "flux",
+    "flux2",
+    "hunyuan",
+    "lumina",
+    "papers",
+    "pixart",
+    "qwen",
+    "sana",
+    "sd3",
+    "sdxl",
+    "ssd",
+    "stable_diffusion",
+    "tiny_encoders",
+    "tinysd",
+    "z_image",
 ]

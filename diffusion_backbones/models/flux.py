@@ -6,34 +6,42 @@ from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.registry import register_checkpoint, register_model
 
-FLUX_DEV = register_checkpoint(Checkpoint(
-    name="flux_dev",
-    title="FLUX.1 [dev]",
-    hub_id="black-forest-labs/FLUX.1-dev",
-    revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
-    license=License("other", name="flux-1-dev-non-commercial-license", link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"),
-    paper=papers.FLUX,
-    input_size=1024,
-    tiny_encoder=TAEF1,
-    family="flux",
-    gated=True,
-    encoder_float16=False,
-))
+FLUX_DEV = register_checkpoint(
+    Checkpoint(
+        name="flux_dev",
+        title="FLUX.1 [dev]",
+        hub_id="black-forest-labs/FLUX.1-dev",
+        revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
+        license=License(
+            "other",
+            name="flux-1-dev-non-commercial-license",
+            link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+        ),
+        paper=papers.FLUX,
+        input_size=1024,
+        tiny_encoder=TAEF1,
+        family="flux",
+        gated=True,
+        encoder_float16=False,
+    )
+)
 
-FLUX_SCHNELL = register_checkpoint(Checkpoint(
-    name="flux_schnell",
-    title="FLUX.1 [schnell]",
-    hub_id="black-forest-labs/FLUX.1-schnell",
-    revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
-    license=License("apache-2.0"),
-    paper=papers.FLUX,
-    input_size=1024,
-    tiny_encoder=TAEF1,
-    family="flux",
-    gated=True,
-    encoder_float16=False,
-    unverified=("Whether its VAE must run in float32 is not certain: of two copies of its config one says so.",),
-))
+FLUX_SCHNELL = register_checkpoint(
+    Checkpoint(
+        name="flux_schnell",
+        title="FLUX.1 [schnell]",
+        hub_id="black-forest-labs/FLUX.1-schnell",
+        revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
+        license=License("apache-2.0"),
+        paper=papers.FLUX,
+        input_size=1024,
+        tiny_encoder=TAEF1,
+        family="flux",
+        gated=True,
+        encoder_float16=False,
+        unverified=("Whether its VAE must run in float32 is not certain: of two copies of its config one says so.",),
+    )
+)
 
 MASSIVE = (154, 1446)
 """Channels of the residual stream that dwarf all others (DiTF, eval_spair.py)."""
@@ -43,33 +51,41 @@ _NOTES = (
     "DiTF draws its noises unseeded; here they are fixed seeded canvases.",
 )
 
-register_model(FLUX_DEV, Recipe(
-    name="ditf",
-    levels=("vit-block27-out",),
-    timestep=260,
-    ensemble=8,
-    discard=MASSIVE,
-    normalise="adaptive",
-    input_size=640,
-    paper=papers.DITF,
-    source="arXiv 2505.18584 and its code: eval_spair.py, src/flux/model.py (k = 28, t = 0.260)",
-    notes=(
-        *_NOTES,
-        "DiTF prompts with a caption of each image, or with 'a photo of a {category}'; prompt= in a call does it.",
-        "DiTF resizes the longer side to 640 pixels and keeps the aspect ratio.",
+register_model(
+    FLUX_DEV,
+    Recipe(
+        name="ditf",
+        levels=("vit-block27-out",),
+        timestep=260,
+        ensemble=8,
+        discard=MASSIVE,
+        normalise="adaptive",
+        input_size=640,
+        paper=papers.DITF,
+        source="arXiv 2505.18584 and its code: eval_spair.py, src/flux/model.py (k = 28, t = 0.260)",
+        notes=(
+            *_NOTES,
+            "DiTF prompts with a caption of each image, or with 'a photo of a {category}'; prompt= in a call does it.",
+            "DiTF resizes the longer side to 640 pixels and keeps the aspect ratio.",
+        ),
     ),
-))
+)
 
-register_model(FLUX_DEV, Recipe(
-    name="ditf_tracking",
-    levels=("vit-block23-out",),
-    timestep=90,
-    discard=MASSIVE,
-    normalise="adaptive",
-    prompt="a photo of a image",
-    input_size=960,
-    paper=papers.DITF,
-    source="arXiv 2505.18584, README for DAVIS (k = 24, t = 0.090, one noise)",
-    notes=(*_NOTES, "The README says 960 pixels, the script eval_davis.sh 480."),
-    unverified=("That the two massive channels are dropped for tracking too is taken over from the correspondence script.",),
-))
+register_model(
+    FLUX_DEV,
+    Recipe(
+        name="ditf_tracking",
+        levels=("vit-block23-out",),
+        timestep=90,
+        discard=MASSIVE,
+        normalise="adaptive",
+        prompt="a photo of a image",
+        input_size=960,
+        paper=papers.DITF,
+        source="arXiv 2505.18584, README for DAVIS (k = 24, t = 0.090, one noise)",
+        notes=(*_NOTES, "The README says 960 pixels, the script eval_davis.sh 480."),
+        unverified=(
+            "That the two massive channels are dropped for tracking too is taken over from the correspondence script.",
+        ),
+    ),
+)

@@ -19,7 +19,8 @@ LDM = Paper(
 SDXL = Paper(
     key="podell2023sdxl",
     title="SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis",
-    authors="Podell, Dustin and English, Zion and Lacey, Kyle and Blattmann, Andreas and Dockhorn, Tim and Müller, Jonas and Penna, Joe and Rombach, Robin",
+    authors="Podell, Dustin and English, Zion and Lacey, Kyle and Blattmann, Andreas and Dockhorn, Tim and Müller, "
+    "Jonas and Penna, Joe and Rombach, Robin",
     venue="",
     year=2023,
     arxiv="2307.01952",
@@ -64,7 +65,8 @@ DIT = Paper(
 PIXART_ALPHA = Paper(
     key="chen2023pixartalpha",
     title="PixArt-α: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis",
-    authors="Chen, Junsong and Yu, Jincheng and Ge, Chongjian and Yao, Lewei and Xie, Enze and Wu, Yue and Wang, Zhongdao and Kwok, James and "
+    authors="Chen, Junsong and Yu, Jincheng and Ge, Chongjian and Yao, Lewei and Xie, Enze and Wu, Yue and Wang, "
+    "Zhongdao and Kwok, James and "
     "Luo, Ping and Lu, Huchuan and Li, Zhenguo",
     venue="",
     year=2023,
@@ -74,7 +76,8 @@ PIXART_ALPHA = Paper(
 PIXART_SIGMA = Paper(
     key="chen2024pixartsigma",
     title="PixArt-Σ: Weak-to-Strong Training of Diffusion Transformer for 4K Text-to-Image Generation",
-    authors="Chen, Junsong and Ge, Chongjian and Xie, Enze and Wu, Yue and Yao, Lewei and Ren, Xiaozhe and Wang, Zhongdao and Luo, Ping and "
+    authors="Chen, Junsong and Ge, Chongjian and Xie, Enze and Wu, Yue and Yao, Lewei and Ren, Xiaozhe and Wang, "
+    "Zhongdao and Luo, Ping and "
     "Lu, Huchuan and Li, Zhenguo",
     venue="",
     year=2024,
@@ -84,8 +87,10 @@ PIXART_SIGMA = Paper(
 SD3 = Paper(
     key="esser2024sd3",
     title="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
-    authors="Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and Müller, Jonas and Saini, Harry and Levi, Yam and "
-    "Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, Dustin and Dockhorn, Tim and English, Zion and Lacey, Kyle and "
+    authors="Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and Müller, Jonas and Saini, "
+    "Harry and Levi, Yam and "
+    "Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, Dustin and Dockhorn, Tim and English, Zion and "
+    "Lacey, Kyle and "
     "Goodwin, Alex and Marek, Yannik and Rombach, Robin",
     venue="International Conference on Machine Learning",
     year=2024,
@@ -142,7 +147,8 @@ QWEN_IMAGE = Paper(
 DEEPFLOYD_IF = Paper(
     key="deepfloyd2023if",
     title="DeepFloyd-IF",
-    authors="Shonenkov, Alex and Konstantinov, Misha and Bakshandaeva, Daria and Schuhmann, Christoph and Ivanova, Ksenia and Klokova, Nadiia",
+    authors="Shonenkov, Alex and Konstantinov, Misha and Bakshandaeva, Daria and Schuhmann, Christoph and Ivanova, "
+    "Ksenia and Klokova, Nadiia",
     venue="",
     year=2023,
     url="https://github.com/deep-floyd/IF",
@@ -151,7 +157,8 @@ DEEPFLOYD_IF = Paper(
 SANA = Paper(
     key="xie2024sana",
     title="SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers",
-    authors="Xie, Enze and Chen, Junsong and Chen, Junyu and Cai, Han and Tang, Haotian and Lin, Yujun and Zhang, Zhekai and Li, Muyang "
+    authors="Xie, Enze and Chen, Junsong and Chen, Junyu and Cai, Han and Tang, Haotian and Lin, Yujun and Zhang, "
+    "Zhekai and Li, Muyang "
     "and Zhu, Ligeng and Lu, Yao and Han, Song",
     venue="",
     year=2024,
@@ -161,8 +168,10 @@ SANA = Paper(
 LUMINA_IMAGE_2 = Paper(
     key="qin2025lumina",
     title="Lumina-Image 2.0: A Unified and Efficient Image Generative Framework",
-    authors="Qin, Qi and Zhuo, Le and Xin, Yi and Du, Ruoyi and Li, Zhen and Fu, Bin and Lu, Yiting and Li, Xinyue and Liu, Dongyang and Zhu, Xiangyang "
-    "and Beddow, Will and Millon, Erwann and Perez, Victor and Wang, Wenhai and Qiao, Yu and Zhang, Bo and Liu, Xiaohong and Li, Hongsheng and Xu, Chang "
+    authors="Qin, Qi and Zhuo, Le and Xin, Yi and Du, Ruoyi and Li, Zhen and Fu, Bin and Lu, Yiting and Li, Xinyue "
+    "and Liu, Dongyang and Zhu, Xiangyang "
+    "and Beddow, Will and Millon, Erwann and Perez, Victor and Wang, Wenhai and Qiao, Yu and Zhang, Bo and Liu, "
+    "Xiaohong and Li, Hongsheng and Xu, Chang "
     "and Gao, Peng",
     venue="",
     year=2025,
@@ -190,7 +199,8 @@ DDAE = Paper(
 DITF = Paper(
     key="gan2025ditf",
     title="Unleashing Diffusion Transformers for Visual Correspondence by Modulating Massive Activations",
-    authors="Gan, Chaofan and Tu, Yuanpeng and Chen, Xi and Chen, Tieyuan and Li, Yuxi and Harandi, Mehrtash and Lin, Weiyao",
+    authors="Gan, Chaofan and Tu, Yuanpeng and Chen, Xi and Chen, Tieyuan and Li, Yuxi and Harandi, Mehrtash and Lin, "
+    "Weiyao",
     venue="Advances in Neural Information Processing Systems",
     year=2025,
     arxiv="2505.18584",
@@ -245,7 +255,8 @@ HYPERFEATURES = Paper(
 SD_DINO = Paper(
     key="zhang2023tale",
     title="A Tale of Two Features: Stable Diffusion Complements DINO for Zero-Shot Semantic Correspondence",
-    authors="Zhang, Junyi and Herrmann, Charles and Hur, Junhwa and Cabrera, Luisa Polania and Jampani, Varun and Sun, Deqing and Yang, Ming-Hsuan",
+    authors="Zhang, Junyi and Herrmann, Charles and Hur, Junhwa and Cabrera, Luisa Polania and Jampani, Varun and "
+    "Sun, Deqing and Yang, Ming-Hsuan",
     venue=_NEURIPS,
     year=2023,
     arxiv="2305.15347",
@@ -290,7 +301,8 @@ DIFFCUT = Paper(
 GENPERCEPT = Paper(
     key="xu2025genpercept",
     title="What Matters When Repurposing Diffusion Models for General Dense Perception Tasks?",
-    authors="Xu, Guangkai and Ge, Yongtao and Liu, Mingyu and Fan, Chengxiang and Xie, Kangyang and Zhao, Zhiyue and Chen, Hao and Shen, Chunhua",
+    authors="Xu, Guangkai and Ge, Yongtao and Liu, Mingyu and Fan, Chengxiang and Xie, Kangyang and Zhao, Zhiyue and "
+    "Chen, Hao and Shen, Chunhua",
     venue="International Conference on Learning Representations",
     year=2025,
     arxiv="2403.06090",

@@ -11,78 +11,96 @@ def _license(repo: str) -> License:
     return License("other", name="stabilityai-ai-community", link=f"https://huggingface.co/{repo}/blob/main/LICENSE.md")
 
 
-SD3_MEDIUM = register_checkpoint(Checkpoint(
-    name="sd3_medium",
-    title="Stable Diffusion 3 medium",
-    hub_id="stabilityai/stable-diffusion-3-medium-diffusers",
-    license=_license("stabilityai/stable-diffusion-3-medium"),
-    paper=papers.SD3,
-    input_size=1024,
-    tiny_encoder=TAESD3,
-    family="sd3",
-    gated=True,
-    encoder_float16=False,
-))
+SD3_MEDIUM = register_checkpoint(
+    Checkpoint(
+        name="sd3_medium",
+        title="Stable Diffusion 3 medium",
+        hub_id="stabilityai/stable-diffusion-3-medium-diffusers",
+        license=_license("stabilityai/stable-diffusion-3-medium"),
+        paper=papers.SD3,
+        input_size=1024,
+        tiny_encoder=TAESD3,
+        family="sd3",
+        gated=True,
+        encoder_float16=False,
+    )
+)
 
-SD35_MEDIUM = register_checkpoint(Checkpoint(
-    name="sd35_medium",
-    title="Stable Diffusion 3.5 medium",
-    hub_id="stabilityai/stable-diffusion-3.5-medium",
-    revision="b940f670f0eda2d07fbb75229e779da1ad11eb80",
-    license=_license("stabilityai/stable-diffusion-3.5-medium"),
-    paper=papers.SD3,
-    input_size=1024,
-    tiny_encoder=TAESD3,
-    family="sd3",
-    gated=True,
-    encoder_float16=False,
-    unverified=("Its VAE, text encoder and scheduler configs were not read; they are taken to be those of 3.5 large.",),
-))
+SD35_MEDIUM = register_checkpoint(
+    Checkpoint(
+        name="sd35_medium",
+        title="Stable Diffusion 3.5 medium",
+        hub_id="stabilityai/stable-diffusion-3.5-medium",
+        revision="b940f670f0eda2d07fbb75229e779da1ad11eb80",
+        license=_license("stabilityai/stable-diffusion-3.5-medium"),
+        paper=papers.SD3,
+        input_size=1024,
+        tiny_encoder=TAESD3,
+        family="sd3",
+        gated=True,
+        encoder_float16=False,
+        unverified=(
+            "Its VAE, text encoder and scheduler configs were not read; they are taken to be those of 3.5 large.",
+        ),
+    )
+)
 
-SD35_LARGE = register_checkpoint(Checkpoint(
-    name="sd35_large",
-    title="Stable Diffusion 3.5 large",
-    hub_id="stabilityai/stable-diffusion-3.5-large",
-    revision="ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
-    license=_license("stabilityai/stable-diffusion-3.5-large"),
-    paper=papers.SD3,
-    input_size=1024,
-    tiny_encoder=TAESD3,
-    family="sd3",
-    gated=True,
-    encoder_float16=False,
-))
+SD35_LARGE = register_checkpoint(
+    Checkpoint(
+        name="sd35_large",
+        title="Stable Diffusion 3.5 large",
+        hub_id="stabilityai/stable-diffusion-3.5-large",
+        revision="ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
+        license=_license("stabilityai/stable-diffusion-3.5-large"),
+        paper=papers.SD3,
+        input_size=1024,
+        tiny_encoder=TAESD3,
+        family="sd3",
+        gated=True,
+        encoder_float16=False,
+    )
+)
 
-SD35_LARGE_TURBO = register_checkpoint(Checkpoint(
-    name="sd35_large_turbo",
-    title="Stable Diffusion 3.5 large turbo",
-    hub_id="stabilityai/stable-diffusion-3.5-large-turbo",
-    license=_license("stabilityai/stable-diffusion-3.5-large-turbo"),
-    paper=papers.SD3,
-    input_size=1024,
-    tiny_encoder=TAESD3,
-    family="sd3",
-    gated=True,
-    encoder_float16=False,
-    unverified=("None of its files was read; its configs are taken to be those of 3.5 large, of which it is a distillation. Its gate was not seen either.",),
-))
+SD35_LARGE_TURBO = register_checkpoint(
+    Checkpoint(
+        name="sd35_large_turbo",
+        title="Stable Diffusion 3.5 large turbo",
+        hub_id="stabilityai/stable-diffusion-3.5-large-turbo",
+        license=_license("stabilityai/stable-diffusion-3.5-large-turbo"),
+        paper=papers.SD3,
+        input_size=1024,
+        tiny_encoder=TAESD3,
+        family="sd3",
+        gated=True,
+        encoder_float16=False,
+        unverified=(
+            "None of its files was read; its configs are taken to be those of 3.5 large, of which it is a "
+            "distillation. Its gate was not seen either.",
+        ),
+    )
+)
 
-register_model(SD3_MEDIUM, Recipe(
-    name="seg4diff",
-    levels=("vit-block9-cross-map",),
-    timestep=515,
-    without=("text_encoder_3",),
-    input_size=640,
-    paper=papers.SEG4DIFF,
-    source="arXiv 2509.18096 and its code: configs/eval_ovss.yaml (block 9, 8 of 28 steps remain, 77 CLIP tokens)",
-    notes=(
-        "A map of attention, averaged over heads: channel i says how much a place looks at token i of the prompt, the start token being 0.",
-        "Prompt with the names of the classes, or with a caption; under the empty prompt the tokens mean nothing.",
-        "Seg4Diff draws the noise unseeded; here it is one fixed seeded canvas.",
-        "The LoRA weights that Seg4Diff trains for its best figures are not part of this backbone.",
+register_model(
+    SD3_MEDIUM,
+    Recipe(
+        name="seg4diff",
+        levels=("vit-block9-cross-map",),
+        timestep=515,
+        without=("text_encoder_3",),
+        input_size=640,
+        paper=papers.SEG4DIFF,
+        source="arXiv 2509.18096 and its code: configs/eval_ovss.yaml (block 9, 8 of 28 steps remain, 77 CLIP tokens)",
+        notes=(
+            "A map of attention, averaged over heads: channel i says how much a place looks at token i of the prompt, "
+            "the start token being 0.",
+            "Prompt with the names of the classes, or with a caption; under the empty prompt the tokens mean nothing.",
+            "Seg4Diff draws the noise unseeded; here it is one fixed seeded canvas.",
+            "The LoRA weights that Seg4Diff trains for its best figures are not part of this backbone.",
+        ),
+        unverified=(
+            "The noise level 0.515 follows from 28 steps with the scheduler's shift of 3; that the code leaves this "
+            "shift on was not confirmed.",
+            "Without T5, diffusers' pipeline appends zeros to the CLIP tokens; Seg4Diff is taken not to.",
+        ),
     ),
-    unverified=(
-        "The noise level 0.515 follows from 28 steps with the scheduler's shift of 3; that the code leaves this shift on was not confirmed.",
-        "Without T5, diffusers' pipeline appends zeros to the CLIP tokens; Seg4Diff is taken not to.",
-    ),
-))
+)

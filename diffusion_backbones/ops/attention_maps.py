@@ -1,7 +1,7 @@
 """Attention maps, recomputed from the queries and keys that a network's own fused attention used.
 
-The stock network never forms the probabilities and keeps its fused kernels; here they are computed afterwards, one head and
-one chunk of queries at a time.
+The stock network never forms the probabilities and keeps its fused kernels; here they are computed afterwards, one head
+and one chunk of queries at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ CHUNK = 2**24
 """Scores that may exist at once, per call: 64 MiB in float32."""
 
 
-def attention_map(attention: nn.Module, q: Tensor, k: Tensor, average: bool = False, bias: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
+def attention_map(
+    attention: nn.Module, q: Tensor, k: Tensor, average: bool = False, bias: Tensor | None = None, chunk: int = CHUNK
+) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias) of one attention layer.
 
     Args:
@@ -36,7 +38,7 @@ def attention_map(attention: nn.Module, q: Tensor, k: Tensor, average: bool = Fa
 
 def split_heads(attention: nn.Module, x: Tensor, norm: Any) -> Tensor:
     """(B, N, C) -> (B, heads, N, C / heads), normalised where the layer normalises its queries or keys."""
-    heads: int = attention.heads                    # type: ignore[assignment]
+    heads: int = attention.heads  # type: ignore[assignment]
     x = x.view(*x.shape[:2], heads, -1).transpose(1, 2)
     return x if norm is None else norm(x)
 
@@ -74,7 +76,13 @@ AS_IS = Precision()
 
 
 def probabilities(
-    q: Tensor, k: Tensor, keys: slice, average: bool = False, bias: Tensor | None = None, upcast: Precision = AS_IS, chunk: int = CHUNK
+    q: Tensor,
+    k: Tensor,
+    keys: slice,
+    average: bool = False,
+    bias: Tensor | None = None,
+    upcast: Precision = AS_IS,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias)[..., keys], a part at a time.
 

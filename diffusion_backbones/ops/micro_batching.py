@@ -1,7 +1,7 @@
 """Noisy latents a few at a time, and the mean of what was computed for them.
 
-An ensemble of E noise draws of B images is E · B noisy latents. All of them at once are fastest on a device that is not full;
-in chunks, what a call keeps does not grow with the ensemble: of every activation there is one running sum.
+An ensemble of E noise draws of B images is E · B noisy latents. All of them at once are fastest on a device that is not
+full; in chunks, what a call keeps does not grow with the ensemble: of every activation there is one running sum.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def pieces(ensemble: int, images: int, chunk: int | None) -> list[Piece]:
         chunk: None for all at once.
     """
     if chunk is None:
-        return [(slice(None), [slice(None)])]               # without a number: a compiled call takes any batch
-    return [(some, list(_slices(ensemble, max(1, chunk // (some.stop - some.start))))) for some in _slices(images, chunk)]
+        return [(slice(None), [slice(None)])]  # without a number: a compiled call takes any batch
+    return [
+        (some, list(_slices(ensemble, max(1, chunk // (some.stop - some.start))))) for some in _slices(images, chunk)
+    ]
 
 
 def _slices(n: int, step: int) -> Iterator[slice]:
@@ -48,7 +50,7 @@ class Mean:
         """Name -> (draws · images, ...), draw by draw."""
         for id, act in acts.items():
             self._dtypes[id] = act.dtype
-            if self._ensemble > 1:                          # in float32 at least, as torch takes the mean of half precision
+            if self._ensemble > 1:  # in float32 at least, as torch takes the mean of half precision
                 act = act.view(-1, images, *act.shape[1:]).sum(0, dtype=torch.promote_types(act.dtype, torch.float32))
             self._sums[id] = self._sums[id] + act if id in self._sums else act
 

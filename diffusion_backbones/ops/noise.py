@@ -26,8 +26,8 @@ class ForwardProcess(Protocol):
 class VariancePreserving:
     """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), the marginal that DDPM, DDIM, PNDM and DPM++ state.
 
-    Euler schedulers write the same marginal as (z + s noise) / sqrt(s² + 1) with s = sigma / alpha, so one formula serves
-    every checkpoint that was trained on one of these schedules.
+    Euler schedulers write the same marginal as (z + s noise) / sqrt(s² + 1) with s = sigma / alpha, so one formula
+    serves every checkpoint that was trained on one of these schedules.
 
     Args:
         alpha_bar: The cumulative products, one per training timestep. Plain numbers: there is no buffer to lose.
@@ -40,8 +40,15 @@ class VariancePreserving:
         """Read the schedule from a scheduler's config, as diffusers computes it."""
         from diffusers import DDPMScheduler
 
-        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-        with torch.device("cpu"):           # also inside `with torch.device("meta")`
+        keys = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "rescale_betas_zero_snr",
+        )
+        with torch.device("cpu"):  # also inside `with torch.device("meta")`
             scheduler = DDPMScheduler(**{key: config[key] for key in keys if key in config})
         return cls(tuple(scheduler.alphas_cumprod.tolist()))
 
@@ -63,7 +70,10 @@ class VariancePreserving:
 
     def _check(self, timestep: float) -> None:
         if not 0 <= timestep < len(self.alpha_bar):
-            raise ValueError(f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with noise='none' any is possible")
+            raise ValueError(
+                f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with "
+                "noise='none' any is possible"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,10 @@ class RectifiedFlow:
 
     def _check(self, timestep: float) -> None:
         if not 0 <= timestep <= 1000:
-            raise ValueError(f"timestep must be from 0 to 1000 on a rectified flow, where it is 1000 times the share of noise; got {timestep}")
+            raise ValueError(
+                "timestep must be from 0 to 1000 on a rectified flow, where it is 1000 times the share of noise; got "
+                f"{timestep}"
+            )
 
 
 def canvas(seed: int, ensemble: int, channels: int) -> Tensor:
@@ -111,7 +124,9 @@ def crop(noise: Tensor, height: int, width: int) -> Tensor:
     return noise[..., :height, :width]
 
 
-def draw(z: Tensor, noise: Any, ensemble: int, canvas: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
+def draw(
+    z: Tensor, noise: Any, ensemble: int, canvas: Tensor | None, generator: torch.Generator | None
+) -> Tensor | None:
     """The noise of a call, (ensemble, B or 1, C, h, w), or None for none.
 
     Args:
@@ -128,7 +143,10 @@ def draw(z: Tensor, noise: Any, ensemble: int, canvas: Tensor | None, generator:
         raise ValueError("generator= is for noise='random'")
     if isinstance(noise, Tensor):
         if tuple(noise.shape) not in (tuple(z.shape[1:]), tuple(z.shape)) or ensemble > 1:
-            raise ValueError(f"noise must be {tuple(z.shape[1:])} or {tuple(z.shape)} without an ensemble, got {shape(noise)} with ensemble={ensemble}")
+            raise ValueError(
+                f"noise must be {tuple(z.shape[1:])} or {tuple(z.shape)} without an ensemble, got {shape(noise)} with "
+                f"ensemble={ensemble}"
+            )
         return noise.to(z).expand(1, *z.shape)
     if noise == "none":
         if ensemble > 1:
@@ -138,7 +156,9 @@ def draw(z: Tensor, noise: Any, ensemble: int, canvas: Tensor | None, generator:
         assert canvas is not None
         return canvas.to(z)[:, None]
     if noise == "random":
-        return torch.randn((ensemble, *z.shape), generator=generator, device=generator.device if generator else z.device).to(z)
+        return torch.randn(
+            (ensemble, *z.shape), generator=generator, device=generator.device if generator else z.device
+        ).to(z)
     raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
 
 
@@ -146,7 +166,9 @@ def mix(z: Tensor, noise: Tensor | None, timestep: Any, process: ForwardProcess)
     """(B, C, h, w) clean latents -> (ensemble · B, C, h, w) noisy ones, draw by draw."""
     if noise is None:
         return z
-    alpha, sigma = process.levels(timesteps(timestep, z.shape[0], z.device) if isinstance(timestep, (Tensor, list, tuple)) else timestep)
+    alpha, sigma = process.levels(
+        timesteps(timestep, z.shape[0], z.device) if isinstance(timestep, (Tensor, list, tuple)) else timestep
+    )
     return (alpha * z + sigma * noise).flatten(0, 1)
 
 
@@ -161,4 +183,6 @@ def timesteps(timestep: Any, b: int, device: torch.device) -> Tensor:
         if t.ndim > 1 or t.numel() not in (1, b):
             raise ValueError(f"timestep must be one number or {b}, one per image; got {shape(t)}")
         return t.reshape(-1).expand(b)
-    return torch.full((b,), timestep, device=device, dtype=torch.int64 if float(timestep).is_integer() else torch.float32)
+    return torch.full(
+        (b,), timestep, device=device, dtype=torch.int64 if float(timestep).is_integer() else torch.float32
+    )

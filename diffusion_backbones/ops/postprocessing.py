@@ -1,7 +1,7 @@
 """What a recipe does to an activation behind the network: drop massive channels, normalise, modulate.
 
-The residual stream of a large diffusion transformer is dominated by a few huge channels; Gan et al. (DiTF, arXiv 2505.18584)
-set them to zero and apply the adaptive LayerNorm of the block that would read the stream next.
+The residual stream of a large diffusion transformer is dominated by a few huge channels; Gan et al. (DiTF, arXiv
+2505.18584) set them to zero and apply the adaptive LayerNorm of the block that would read the stream next.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ def check_postprocessing(recipe: Recipe, sites: Sequence[Site]) -> None:
     """Raise ``ValueError`` if the recipe asks for what an activation does not have."""
     for site in sites:
         if recipe.discard and max(recipe.discard) >= site.channels:
-            raise ValueError(f"recipe {recipe.name!r}: discard={recipe.discard}, and {site.id} has channels 0 to {site.channels - 1}")
+            raise ValueError(
+                f"recipe {recipe.name!r}: discard={recipe.discard}, and {site.id} has channels 0 to {site.channels - 1}"
+            )
         if recipe.normalise == "adaptive" and not site.modulation:
             raise ValueError(
-                f"recipe {recipe.name!r}: normalise='adaptive' needs a block with an adaptive LayerNorm behind the activation, and there is none behind "
+                f"recipe {recipe.name!r}: normalise='adaptive' needs a block with an adaptive LayerNorm behind the "
+                "activation, and there is none behind "
                 f"{site.id}; take the output of another transformer block, or normalise='layer'"
             )
 
@@ -35,7 +38,9 @@ def needed(recipe: Recipe, sites: Sequence[Site]) -> list[Site]:
 
 
 def apply(recipe: Recipe, sites: Sequence[Site], acts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Activations of :func:`needed`, averaged over the ensemble -> those of ``sites`` as the recipe wants them, same shapes and dtype."""
+    """Activations of :func:`needed`, averaged over the ensemble -> those of ``sites`` as the recipe wants them, same
+    shapes and dtype.
+    """
     return {site.id: _apply(recipe, site, acts) for site in sites}
 
 

@@ -1,7 +1,8 @@
 """Weights kept in eight bits and computed with in the dtype of the backbone.
 
-torchao rounds every row of a weight, one output channel, to 255 steps of its own size, and gives it back in full for the one layer that runs. Linear
-and convolutional layers of the denoiser are kept so, which is nearly all of it; biases, norms and the image encoder stay as they are.
+torchao rounds every row of a weight, one output channel, to 255 steps of its own size, and gives it back in full for
+the one layer that runs. Linear and convolutional layers of the denoiser are kept so, which is nearly all of it; biases,
+norms and the image encoder stay as they are.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ def check_weight_dtype(weight_dtype: Any, trainable: Any) -> str | None:
     if not (name is None or isinstance(name, str)) or name not in WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype must be 'int8' or None, which is dtype, got {weight_dtype!r}")
     if name and trainable:
-        raise TypeError(f"weight_dtype={name!r} rounds the weights, and trainable={trainable!r} needs gradients through whole ones; leave one of them out")
+        raise TypeError(
+            f"weight_dtype={name!r} rounds the weights, and trainable={trainable!r} needs gradients through whole "
+            "ones; leave one of them out"
+        )
     if name and find_spec("torchao") is None:
-        raise ImportError(f"weight_dtype={name!r} needs torchao; install it with pip install 'diffusion-backbones[int8]'")
+        raise ImportError(
+            f"weight_dtype={name!r} needs torchao; install it with pip install 'diffusion-backbones[int8]'"
+        )
     return name
 
 
 def names(network: nn.Module, called: Collection[str]) -> frozenset[str]:
-    """Which tensors of a network's ``state_dict`` can be kept in eight bits: weights of linear and convolutional layers that run as such.
+    """Which tensors of a network's ``state_dict`` can be kept in eight bits: weights of linear and convolutional layers
+    that run as such.
 
     Args:
         network: The denoiser.

@@ -1,9 +1,9 @@
 """Record activations while a network runs, inside one call and nowhere else.
 
-Hooks are installed once and stay: a hook that is added per call breaks ``torch.compile`` and ``torch.export``, and is never
-seen by a network that was compiled before. They are bound methods, so that copies and pickles of a network record into
-their own recorder, and they write to a thread-local store that exists only while a call runs, so that threads do not mix
-and a block that is run again by gradient checkpointing leaves nothing behind.
+Hooks are installed once and stay: a hook that is added per call breaks ``torch.compile`` and ``torch.export``, and is
+never seen by a network that was compiled before. They are bound methods, so that copies and pickles of a network record
+into their own recorder, and they write to a thread-local store that exists only while a call runs, so that threads do
+not mix and a block that is run again by gradient checkpointing leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Store(threading.local):
     wanted: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[type[_Store], tuple[()]]:
-        return _Store, ()                   # copies and pickles start empty
+        return _Store, ()  # copies and pickles start empty
 
 
 class Recorder:
@@ -57,11 +57,15 @@ class Recorder:
     def _record(self, key: str, port: str, module: nn.Module, args: Any, output: Any) -> None:
         store = self._store
         if store.acts is not None and key in store.wanted:
-            store.acts[key] = args[0] if port.startswith("in") else output if isinstance(output, Tensor) else output[_index(port)]
+            store.acts[key] = (
+                args[0] if port.startswith("in") else output if isinstance(output, Tensor) else output[_index(port)]
+            )
 
     @contextmanager
     def recording(self, sites: Iterable[Site], acts: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Within the ``with`` block, record what this thread's calls of the network produce at ``sites``, in a new dictionary or in ``acts``."""
+        """Within the ``with`` block, record what this thread's calls of the network produce at ``sites``, in a new
+        dictionary or in ``acts``.
+        """
         acts = {} if acts is None else acts
         self._store.acts, self._store.wanted = acts, frozenset(key for site in sites for key, _, _ in _taps(site))
         try:
@@ -99,13 +103,15 @@ def read(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:
     """What was recorded for a site: one tensor, or for an attention map what its taps gave.
 
     Raises:
-        RuntimeError: Nothing was recorded: the network was compiled before its hooks were installed, or its projections were fused.
+        RuntimeError: Nothing was recorded: the network was compiled before its hooks were installed, or its projections
+            were fused.
     """
     try:
         return tuple(acts[key] for key, _, _ in _taps(site))
     except KeyError:
         raise RuntimeError(
-            f"{site.id} was not recorded although the network ran: it was compiled before this activation was first asked for, or its query, key and "
+            f"{site.id} was not recorded although the network ran: it was compiled before this activation was first "
+            "asked for, or its query, key and "
             "value projections were fused. Ask for it once before compiling, or name it in the recipe; do not fuse."
         ) from None
 
@@ -141,7 +147,7 @@ class _Tie(torch.autograd.Function):
 def tie(act: Tensor, output: Tensor) -> Tensor:
     """The same activation, in a graph that also holds what the network returned.
 
-    FSDP gathers a block's parameters for the backward pass when a gradient reaches the block's output. Nothing but zeros
-    ever does for the block that holds the last activation, so without this its parameters would not be there.
+    FSDP gathers a block's parameters for the backward pass when a gradient reaches the block's output. Nothing but
+    zeros ever does for the block that holds the last activation, so without this its parameters would not be there.
     """
     return _Tie.apply(act, output) if output.requires_grad and act.requires_grad else act

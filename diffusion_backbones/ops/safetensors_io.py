@@ -1,12 +1,12 @@
 """Lazy, partial and strict loading of ``.safetensors``, and writing them whole or not at all.
 
-A file is opened, its header is read, and only the tensors that a network still has are taken from it, one at a time, straight
-to their device and dtype.
+A file is opened, its header is read, and only the tensors that a network still has are taken from it, one at a time,
+straight to their device and dtype.
 
-Small files are copied into memory. A view of a memory-mapped file lies where the file's header put it, and the same weights at
-another alignment give other last digits (2e-6 was seen), so copies make features equal bit for bit wherever weights were
-stored. From :data:`MAP_FROM` bytes on, weights that stay on the CPU in their own dtype stay views, as in diffusers: loading
-takes no time, processes share the pages, and only the file's last digits are its own.
+Small files are copied into memory. A view of a memory-mapped file lies where the file's header put it, and the same
+weights at another alignment give other last digits (2e-6 was seen), so copies make features equal bit for bit wherever
+weights were stored. From :data:`MAP_FROM` bytes on, weights that stay on the CPU in their own dtype stay views, as in
+diffusers: loading takes no time, processes share the pages, and only the file's last digits are its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ MAP_FROM = 2**28
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PICKLE_REFUSED = (
-    "is a pickle, and loading a pickle runs whatever code it holds. Only .safetensors is read. Convert it once in a place you trust: "
-    "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'out.safetensors')`, or take the repository's safetensors files."
+    "is a pickle, and loading a pickle runs whatever code it holds. Only .safetensors is read. Convert it once in a "
+    "place you trust: "
+    "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'out.safetensors')`, or take the repository's "
+    "safetensors files."
 )
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -51,7 +53,8 @@ class TensorFiles:
 
     Raises:
         FileNotFoundError: A file is not there.
-        ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; two files hold the same name.
+        ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; two files hold the same
+            name.
     """
 
     def __init__(self, paths: Iterable[Path], rename: Callable[[str], str | None] = lambda name: name):
@@ -83,16 +86,26 @@ class TensorFiles:
         out.shapes = {new: self.shapes[old] for new, old in names.items()}
         return out
 
-    def read(self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) one at a time, on ``device``; floating-point ones in ``dtype``, or as stored where that is None."""
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) one at a time, on ``device``; floating-point ones in ``dtype``, or as stored where that
+        is None.
+        """
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self._where[name][0], []).append(name)
         for path, group in wanted.items():
             copy = path.stat().st_size < MAP_FROM
             with _open(path) as file:
-                mapped = not copy and device.type == "cpu" and dtype in (None, file.get_tensor(self._where[group[0]][1]).dtype)
-            for some in _chunks(group, len(group) if mapped else 32):       # closing a file gives back the pages that were read
+                mapped = (
+                    not copy
+                    and device.type == "cpu"
+                    and dtype in (None, file.get_tensor(self._where[group[0]][1]).dtype)
+                )
+            for some in _chunks(
+                group, len(group) if mapped else 32
+            ):  # closing a file gives back the pages that were read
                 with _open(path) as file:
                     for name in some:
                         view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
@@ -122,7 +135,9 @@ def _what_is_wrong(path: Path) -> str:
         return "is empty; delete it and download or write it again"
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            return "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was cloned, or download it"
+            return (
+                "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was cloned, or download it"
+            )
     return f"({size} bytes) is cut short or not in the safetensors format; delete it and download or write it again"
 
 
@@ -135,7 +150,9 @@ class _NoInit(TorchFunctionMode):
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Build networks on ``meta`` for :func:`load` to fill, without the initialisation that nothing could hold: a third of the time."""
+    """Build networks on ``meta`` for :func:`load` to fill, without the initialisation that nothing could hold: a third
+    of the time.
+    """
     with torch.device("meta"), _NoInit():
         yield
 
@@ -154,7 +171,8 @@ def load(
     what: str,
     store: Store = as_read,
 ) -> None:
-    """Fill ``module`` (usually :func:`unfilled` and truncated) from files, strictly. No more than one tensor is held twice.
+    """Fill ``module`` (usually :func:`unfilled` and truncated) from files, strictly. No more than one tensor is held
+    twice.
 
     Args:
         module: Receives exactly the tensors that its ``state_dict`` names.
@@ -188,8 +206,12 @@ def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str,
     """
     missing = [name for name in needed if name not in found]
     foreign = [name for name in found if name not in full]
-    wrong = [f"{name} {found[name]}, expected {full[name]}" for name in found if name in full and found[name] != full[name]]
-    _refuse(f"{what}: missing from {where}", missing, "Is it a checkpoint of another architecture, or is a shard missing?")
+    wrong = [
+        f"{name} {found[name]}, expected {full[name]}" for name in found if name in full and found[name] != full[name]
+    ]
+    _refuse(
+        f"{what}: missing from {where}", missing, "Is it a checkpoint of another architecture, or is a shard missing?"
+    )
     _refuse(f"{what}: not part of this network, in {where}", foreign, "Does its config.json belong to these weights?")
     _refuse(f"{what}: of another shape in {where}", wrong, "Does its config.json belong to these weights?")
 
@@ -227,7 +249,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     with whole(path) as part:
         part.touch()
-        mode = part.stat().st_mode          # what this user's files get; save_file's are private
+        mode = part.stat().st_mode  # what this user's files get; save_file's are private
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=dict(metadata))
         except SafetensorError as error:

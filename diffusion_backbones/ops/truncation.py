@@ -1,10 +1,11 @@
 """Shorten a network to what a recipe reaches.
 
-A family describes, per module class, the order in which children run and what may stand in for a child that no longer runs
-(:data:`Steps`). :func:`truncate` walks down to the last requested module, drops everything behind it, and leaves a network
-whose stock ``forward`` still runs. What it returns after the last activation is meaningless and is thrown away.
+A family describes, per module class, the order in which children run and what may stand in for a child that no longer
+runs (:data:`Steps`). :func:`truncate` walks down to the last requested module, drops everything behind it, and leaves a
+network whose stock ``forward`` still runs. What it returns after the last activation is meaningless and is thrown away.
 
-Stand-ins hold no parameters, so the weights of what was dropped are never read and nothing unreachable is left to train.
+Stand-ins hold no parameters, so the weights of what was dropped are never read and nothing unreachable is left to
+train.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class StandIn(nn.Module):
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
-        self.out_features, self.dim = channels, dim         # named as in nn.Linear, so that a network can be cut twice
+        self.out_features, self.dim = channels, dim  # named as in nn.Linear, so that a network can be cut twice
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shape = list(x.shape)
@@ -62,7 +63,9 @@ class FirstToken(StandIn):
 class Pair(nn.Module):
     """Stands in for an attention layer of two streams: returns both."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return hidden_states, encoder_hidden_states
 
 
@@ -79,13 +82,15 @@ class AttentionTap(nn.Module):
         for name in (*self.IMAGE, *self.TEXT):
             if name in names:
                 self.add_module(name, getattr(attention, name))
-        for name in self.PLAIN:                                         # what a map is computed with
+        for name in self.PLAIN:  # what a map is computed with
             setattr(self, name, getattr(attention, name, None))
         maps = {"to_q", "to_k"} <= set(names)
         for projection, norm in self.NORMS.items():
             setattr(self, norm, getattr(attention, norm, None) if maps and projection in names else None)
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         for name in self.IMAGE:
             if hasattr(self, name):
@@ -116,7 +121,11 @@ class ModulationTap(nn.Module):
 ATTENTION = ("Attention", "FluxAttention", "Flux2Attention")
 """Layers that an :class:`AttentionTap` can stand in for."""
 MODULATED = (
-    "FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock", "AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "JointTransformerBlock",
+    "AuraFlowJointTransformerBlock",
+    "AuraFlowSingleTransformerBlock",
 )
 """Blocks of text and image that a :class:`ModulationTap` can stand in for."""
 TWO_STREAMS = (*MODULATED, "Flux2TransformerBlock", "QwenImageTransformerBlock")
@@ -155,7 +164,11 @@ def truncate(module: nn.Module, paths: Collection[str], steps: Steps) -> nn.Modu
     kind = type(module).__name__
     if "" in paths:
         return _without_text(module) if kind in TWO_STREAMS else module
-    if kind in ATTENTION and getattr(module, "group_norm", None) is None and {p.split(".")[0] for p in paths} <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}:
+    if (
+        kind in ATTENTION
+        and getattr(module, "group_norm", None) is None
+        and {p.split(".")[0] for p in paths} <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}
+    ):
         return AttentionTap(module, set(paths))
     if kind in MODULATED and {p.partition(".")[2] for p in paths} == {"linear"}:
         return ModulationTap(module, next(iter(paths)).split(".")[0])
@@ -163,7 +176,7 @@ def truncate(module: nn.Module, paths: Collection[str], steps: Steps) -> nn.Modu
         return module
     order = steps[kind](module)
     last = max((i for i, step in enumerate(order) for p in paths if _inside(p, step.name)), default=None)
-    if last is None:                        # something that has no place in the order, so keep everything
+    if last is None:  # something that has no place in the order, so keep everything
         return module
     name = order[last].name
     inside = [p[len(name) :].lstrip(".") for p in paths if _inside(p, name)]
@@ -192,7 +205,7 @@ def _drop(module: nn.Module, step: Step) -> None:
         assert isinstance(owner, nn.ModuleList)
         del owner[int(child)]
     elif isinstance(owner, nn.ModuleList):
-        owner[int(child)] = step.drop       # type: ignore[assignment]
+        owner[int(child)] = step.drop  # type: ignore[assignment]
     else:
         setattr(owner, child, step.drop)
 

@@ -34,8 +34,8 @@ def card(declaration: Declaration, saved: Configs | None = None, how: str = "") 
 
     Args:
         declaration: A backbone, registered or not.
-        saved: For the card of a folder that ``save_pretrained`` wrote: the architecture of what is in it. The usage then loads
-            that folder instead of the published weights.
+        saved: For the card of a folder that ``save_pretrained`` wrote: the architecture of what is in it. The usage
+            then loads that folder instead of the published weights.
         how: Other words for the usage, a template as :data:`USAGE` is.
 
     Raises:
@@ -43,7 +43,10 @@ def card(declaration: Declaration, saved: Configs | None = None, how: str = "") 
     """
     configs = saved or package_configs(declaration.checkpoint)
     if not configs:
-        raise ValueError(f"the package has no architecture for {declaration.checkpoint.name}; give the configs of what was saved: card(declaration, configs)")
+        raise ValueError(
+            f"the package has no architecture for {declaration.checkpoint.name}; give the configs of what was saved: "
+            "card(declaration, configs)"
+        )
     maps, size, cost = levels(declaration, configs), declaration.input_size, costs(declaration, configs)
     sections = [
         f"# {declaration.name}\n\n{summary(declaration, maps)}",
@@ -63,19 +66,29 @@ def card(declaration: Declaration, saved: Configs | None = None, how: str = "") 
 
 def document(front: dict[str, Any], sections: Iterable[str]) -> str:
     """Front matter and the sections that are not empty."""
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
+        + "\n\n".join(filter(None, sections))
+        + "\n"
+    )
 
 
 def front_matter(checkpoint: Checkpoint, *tags: str) -> dict[str, Any]:
     """What the hub reads. There is no model-index: no number was measured with these weights by this package."""
     license = checkpoint.license
-    front: dict[str, Any] = {"library_name": "diffusion_backbones", "pipeline_tag": "image-feature-extraction", "license": license.id}
+    front: dict[str, Any] = {
+        "library_name": "diffusion_backbones",
+        "pipeline_tag": "image-feature-extraction",
+        "license": license.id,
+    }
     if license.id == "other":
         front["license_name"] = re.sub(r"[^a-z0-9.-]+", "-", license.name.lower()).strip("-")
         if license.link:
             front["license_link"] = license.link
     if checkpoint.hub_id:
-        front["base_model"] = [checkpoint.denoiser.repo, checkpoint.hub_id] if checkpoint.denoiser else checkpoint.hub_id
+        front["base_model"] = (
+            [checkpoint.denoiser.repo, checkpoint.hub_id] if checkpoint.denoiser else checkpoint.hub_id
+        )
     front["tags"] = ["image-feature-extraction", "diffusion", "feature-pyramid", checkpoint.family, *tags]
     return front
 
@@ -89,7 +102,9 @@ def levels(declaration: Declaration, configs: Configs | None = None) -> list[tup
     configs = configs or package_configs(checkpoint)
     catalogue = FAMILIES[checkpoint.family].activations(configs, checkpoint.name)
     catalogue = catalogue.with_probe(functools.partial(_probe, checkpoint.family, configs))
-    return FAMILIES[checkpoint.family].levels(left_out(configs, declaration.recipe.without), declaration.recipe, catalogue)
+    return FAMILIES[checkpoint.family].levels(
+        left_out(configs, declaration.recipe.without), declaration.recipe, catalogue
+    )
 
 
 def _probe(family: str, configs: Configs, path: str) -> Site:
@@ -105,15 +120,26 @@ def channels_at_strides(maps: Iterable[Sequence[Site]]) -> str:
 
 def shapes(maps: Iterable[Sequence[Site]], size: int) -> list[tuple[int, int, int, int]]:
     """Shape (1, C, h, w) of every map of one square image of ``size`` pixels."""
-    return [(1, sum(site.channels for site in level), side, side) for level in maps for side in (-(-size // level[0].stride),)]
+    return [
+        (1, sum(site.channels for site in level), side, side)
+        for level in maps
+        for side in (-(-size // level[0].stride),)
+    ]
 
 
 def summary(declaration: Declaration, maps: Sequence[Sequence[Site]]) -> str:
     """Two or three sentences."""
     checkpoint, recipe = declaration.checkpoint, declaration.recipe
-    chosen = f"the recipe `{recipe.name}` of [{cite(recipe.paper)}]({recipe.paper.link})" if recipe.paper else f"the unpublished recipe `{recipe.name}`"
+    chosen = (
+        f"the recipe `{recipe.name}` of [{cite(recipe.paper)}]({recipe.paper.link})"
+        if recipe.paper
+        else f"the unpublished recipe `{recipe.name}`"
+    )
     count = f"{len(maps)} feature map{'s' * (len(maps) > 1)}"
-    return f"{checkpoint.title}, frozen and read by {chosen}: an image in, {count} out ({channels_at_strides(maps)}, channels at stride)."
+    return (
+        f"{checkpoint.title}, frozen and read by {chosen}: an image in, {count} out ({channels_at_strides(maps)}, "
+        "channels at stride)."
+    )
 
 
 def cite(paper: Paper) -> str:
@@ -153,8 +179,15 @@ def _levels(maps: Sequence[Sequence[Site]], size: int) -> str:
         for part, site in enumerate(level):
             first = [str(index), str(site.stride), shape] if part == 0 else ["", "", ""]
             rows.append([*first, f"`{site.id}`", str(site.channels), f"`{site.path}`"])
-    joined = "\n\nActivations of one level are concatenated along channels in this order." if any(len(level) > 1 for level in maps) else ""
-    return table(["level", "stride", f"shape at {size} × {size}", "activation", "channels", "module in diffusers"], rows) + joined
+    joined = (
+        "\n\nActivations of one level are concatenated along channels in this order."
+        if any(len(level) > 1 for level in maps)
+        else ""
+    )
+    return (
+        table(["level", "stride", f"shape at {size} × {size}", "activation", "channels", "module in diffusers"], rows)
+        + joined
+    )
 
 
 def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
@@ -166,7 +199,9 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
     texts = family.text_encoder_names(left_out(configs, recipe.without))
     kept = f"{millions(cost.parameters)} of {millions(cost.parameters_total)}"
     draws = f"{recipe.ensemble} × " if recipe.ensemble > 1 else ""
-    compute = f"denoiser {draws}{gflops(cost.denoiser_gflops)} GFLOPs, image encoder {gflops(cost.encoder_gflops)} GFLOPs"
+    compute = (
+        f"denoiser {draws}{gflops(cost.denoiser_gflops)} GFLOPs, image encoder {gflops(cost.encoder_gflops)} GFLOPs"
+    )
     rows = [
         ("Weights", weights(checkpoint)),
         ("Input", accepts(checkpoint, configs)),
@@ -177,7 +212,10 @@ def _details(declaration: Declaration, configs: Configs, cost: Costs) -> str:
         *([("Left out", ", ".join(recipe.without))] if recipe.without else []),
         *([("Afterwards", postop(recipe))] if postop(recipe) else []),
         ("Latents", latents(checkpoint, configs, recipe.scaled)),
-        ("Parameters", f"denoiser {kept}, cut behind the last activation; image encoder {millions(cost.encoder_parameters)}"),
+        (
+            "Parameters",
+            f"denoiser {kept}, cut behind the last activation; image encoder {millions(cost.encoder_parameters)}",
+        ),
         ("Compute", f"{compute}, for one image of {cost.size} × {cost.size}; a multiply-add counts as two"),
         ("Size in memory", memory(cost)),
     ]
@@ -194,11 +232,17 @@ def weights(checkpoint: Checkpoint) -> str:
     """Where the weights are."""
     if not checkpoint.hub_id:
         return ". ".join(filter(None, ["in the package", checkpoint.status]))
-    base = f"[{checkpoint.hub_id}]({HUB}/{checkpoint.hub_id})" + (f" at `{checkpoint.revision[:12]}`" if checkpoint.revision != "main" else "")
+    base = f"[{checkpoint.hub_id}]({HUB}/{checkpoint.hub_id})" + (
+        f" at `{checkpoint.revision[:12]}`" if checkpoint.revision != "main" else ""
+    )
     file = checkpoint.denoiser
     text = f"denoiser from [{file.repo}]({HUB}/{file.repo}) (`{file.filename}`), the rest from {base}" if file else base
     mirrors = ", ".join(f"[{mirror}]({HUB}/{mirror})" for mirror in checkpoint.mirrors)
-    return ". ".join(filter(None, [text, f"Mirrors, tried in this order: {mirrors}" if mirrors else "", checkpoint.status.rstrip(".")]))
+    return ". ".join(
+        filter(
+            None, [text, f"Mirrors, tried in this order: {mirrors}" if mirrors else "", checkpoint.status.rstrip(".")]
+        )
+    )
 
 
 def _noise(declaration: Declaration, scheduler: Config) -> str:
@@ -210,7 +254,10 @@ def _noise(declaration: Declaration, scheduler: Config) -> str:
     drawn = f"one fixed canvas, seed {recipe.seed}" if recipe.noise == "fixed" else "drawn anew in every call"
     if recipe.ensemble > 1:
         fixed = f"fixed canvases, seeds {recipe.seed} to {recipe.seed + recipe.ensemble - 1}"
-        drawn = f"activations averaged over {recipe.ensemble} {fixed if recipe.noise == 'fixed' else 'draws, new in every call'}"
+        drawn = (
+            f"activations averaged over {recipe.ensemble} "
+            f"{fixed if recipe.noise == 'fixed' else 'draws, new in every call'}"
+        )
     return f"{formula}; {drawn}"
 
 
@@ -224,7 +271,11 @@ def latents(checkpoint: Checkpoint, configs: Configs, scaled: bool = True) -> st
     """What an image becomes before noise is added."""
     family = FAMILIES[checkpoint.family]
     shift, factor = family.image_encoder(configs).scaling(family.encoder_config(configs))
-    moved = f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}" if (shift, factor) != (0, 1) else "as they are"
+    moved = (
+        f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}"
+        if (shift, factor) != (0, 1)
+        else "as they are"
+    )
     where = f"{family.latent_channels(configs)} channels at stride {family.latent_stride(configs)}"
     return f"{where}, {family.image_encoder(configs).reading}, {moved if scaled else 'not scaled'}"
 
@@ -236,7 +287,10 @@ def memory(cost: Costs) -> str:
 
 OVERFLOWS = "the image encoder overflows in float16 and stays in float32"
 CLASS = "none; the network is given no class, unless a call says `class_labels=`"
-POST = {"layer": "LayerNorm over channels", "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it"}
+POST = {
+    "layer": "LayerNorm over channels",
+    "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it",
+}
 
 
 def postop(recipe: Recipe) -> str:
@@ -304,7 +358,8 @@ for level in backbone(images):
 
 
 USAGE_OF_RECIPE = USAGE_OF_FOLDER.replace(
-    'db.create_model("local-dir:FOLDER")     # or "hf-hub:OWNER/REPOSITORY"', 'db.create_model(ARGUMENTS, recipe="recipe.yaml")'
+    'db.create_model("local-dir:FOLDER")     # or "hf-hub:OWNER/REPOSITORY"',
+    'db.create_model(ARGUMENTS, recipe="recipe.yaml")',
 )
 
 
@@ -339,16 +394,26 @@ def _tiny_encoder(declaration: Declaration, configs: Configs, cost: Costs) -> st
     if not tiny or not cost.tiny_encoder_gflops or _in_place(declaration, configs):
         return ""
     head = (
-        f'`create_model("{declaration.name}", pretrained=True, encoder="tiny")` takes {_named(tiny)} in place of the image encoder: '
-        f"{gflops(cost.tiny_encoder_gflops)} GFLOPs and not {gflops(cost.encoder_gflops)}. **Its features are other ones.**"
+        f'`create_model("{declaration.name}", pretrained=True, encoder="tiny")` takes {_named(tiny)} in place of the '
+        "image encoder: "
+        f"{gflops(cost.tiny_encoder_gflops)} GFLOPs and not {gflops(cost.encoder_gflops)}. **Its features are other "
+        "ones.**"
     )
     rows = deviations().get(declaration.name, [])
     if not rows:
         command = f"`diffusion-backbones compare {declaration.name} IMAGES --encoder tiny`"
         return f"{head} How far they are from the exact ones was not measured here; {command} does."
-    columns = {"level": "level", "channels": "channels", "stride": "stride", "error": "relative error", "cosine": "cosine similarity"}
+    columns = {
+        "level": "level",
+        "channels": "channels",
+        "stride": "stride",
+        "error": "relative error",
+        "cosine": "cosine similarity",
+    }
     measured = f"How far they are from the exact ones, on {rows[0]['images']} images (`{rows[0]['command']}`):"
-    return "\n\n".join([f"{head} {measured}", table(list(columns.values()), [[row[column] for column in columns] for row in rows])])
+    return "\n\n".join(
+        [f"{head} {measured}", table(list(columns.values()), [[row[column] for column in columns] for row in rows])]
+    )
 
 
 def _named(tiny: TinyEncoder) -> str:
@@ -363,9 +428,13 @@ def _in_place(declaration: Declaration, configs: Configs) -> bool:
 
 @functools.cache
 def deviations() -> dict[str, list[dict[str, str]]]:
-    """How far features with a tiny encoder are from the exact ones, by backbone, as ``diffusion-backbones compare --csv`` wrote it."""
+    """How far features with a tiny encoder are from the exact ones, by backbone, as ``diffusion-backbones compare
+    --csv`` wrote it.
+    """
     with DEVIATIONS.open(newline="") as file:
-        return {name: list(group) for name, group in itertools.groupby(csv.DictReader(file), lambda row: row["backbone"])}
+        return {
+            name: list(group) for name, group in itertools.groupby(csv.DictReader(file), lambda row: row["backbone"])
+        }
 
 
 @functools.cache
@@ -382,7 +451,10 @@ def _results(declaration: Declaration) -> str:
         return ""
     caveats = list(dict.fromkeys(row["caveat"] for row in rows if row["caveat"]))
     columns = ("task", "dataset", "protocol", "metric", "value", "source")
-    lines = [[*(row[column] for column in columns), str(caveats.index(row["caveat"]) + 1) if row["caveat"] else ""] for row in rows]
+    lines = [
+        [*(row[column] for column in columns), str(caveats.index(row["caveat"]) + 1) if row["caveat"] else ""]
+        for row in rows
+    ]
     notes = "\n".join(f"{number}. {caveat}" for number, caveat in enumerate(caveats, 1))
     head = "As the sources print them. **None was reproduced with this package.**"
     return "\n\n".join(filter(None, [head, table([*columns, "caveat"], lines), notes]))
@@ -392,7 +464,10 @@ def _speed(declaration: Declaration) -> str:
     rows = [row for row in speed() if row["backbone"] == declaration.name]
     if not rows:
         return ""
-    head = "As `diffusion-backbones bench` measured it with random weights, on which speed does not depend; `docs/speed.md` says what the columns mean."
+    head = (
+        "As `diffusion-backbones bench` measured it with random weights, on which speed does not depend; "
+        "`docs/speed.md` says what the columns mean."
+    )
     return f"{head}\n\n{speed_table(rows)}"
 
 
@@ -402,13 +477,30 @@ def speed_table(rows: Sequence[Mapping[str, str]]) -> str:
     for row in rows:
         milliseconds = 1000 * float(row["seconds"]) / int(row["batch"])
         time = f"{milliseconds:,.{0 if milliseconds >= 100 else 1}f}"
-        numbers = [time, f"{float(row['speed']):.2f}", *(_number(row[key], scale, digits) for key, scale, digits in SPEED_COLUMNS.values())]
+        numbers = [
+            time,
+            f"{float(row['speed']):.2f}",
+            *(_number(row[key], scale, digits) for key, scale, digits in SPEED_COLUMNS.values()),
+        ]
         where = f"{row['size']} px, batch {row['batch']}, {row['dtype']}"
-        lines.append([f"`{row['backbone']}`", row["way"], row["options"] or "", where, *numbers, f"{row['hardware']}, torch {row['torch']}, {row['date']}"])
+        lines.append(
+            [
+                f"`{row['backbone']}`",
+                row["way"],
+                row["options"] or "",
+                where,
+                *numbers,
+                f"{row['hardware']}, torch {row['torch']}, {row['date']}",
+            ]
+        )
     return table(["backbone", "way", "options", "input", "ms/image", "speed", *SPEED_COLUMNS, "where"], lines)
 
 
-SPEED_COLUMNS = {"of matmul": ("share_of_matmul", 1, 2), "loaded in s": ("load_seconds", 1, 1), "GB": ("peak_bytes", 1e-9, 2)}
+SPEED_COLUMNS = {
+    "of matmul": ("share_of_matmul", 1, 2),
+    "loaded in s": ("load_seconds", 1, 1),
+    "GB": ("peak_bytes", 1e-9, 2),
+}
 """Heading -> column of ``speed.csv``, what it is multiplied by, digits."""
 
 
@@ -432,11 +524,15 @@ def license(checkpoint: Checkpoint) -> str:
     unconfirmed = "" if license.verified else ", which no source at hand confirms"
     sentences = [f"The weights are under {named}{unconfirmed}; the code of this package is under Apache-2.0."]
     if checkpoint.gated:
-        sentences.append(f"Access is gated: accept the terms at {HUB}/{checkpoint.hub_id} and log in with `hf auth login` first.")
+        sentences.append(
+            f"Access is gated: accept the terms at {HUB}/{checkpoint.hub_id} and log in with `hf auth login` first."
+        )
     elif checkpoint.hub_id:
         sentences.append("Access is not gated.")
     described = "; its own card describes them" if checkpoint.hub_id else ""
-    sentences.append(f"The features carry the limits and biases of the checkpoint and of the images it was trained on{described}.")
+    sentences.append(
+        f"The features carry the limits and biases of the checkpoint and of the images it was trained on{described}."
+    )
     return " ".join(sentences)
 
 

@@ -1,12 +1,12 @@
 """What a backbone costs: parameters, floating-point operations, bytes.
 
-The numbers of the registered backbones, and of the whole networks of the checkpoints, travel with the package in ``costs.json``,
-which ``scripts/generate.py`` writes, so that listing them needs no torch. Anything else is measured on the ``meta`` device, which
-takes seconds and no memory.
+The numbers of the registered backbones, and of the whole networks of the checkpoints, travel with the package in
+``costs.json``, which ``scripts/generate.py`` writes, so that listing them needs no torch. Anything else is measured on
+the ``meta`` device, which takes seconds and no memory.
 
-One convention throughout: a multiply-add is two operations, and only convolutions and matrix products count, attention's
-included, as in ``torch.utils.flop_counter``. By it the whole U-Net of Stable Diffusion 1.5 has 803 GFLOPs at 512 x 512 and
-the VAE encoder in front of it 1117.
+One convention throughout: a multiply-add is two operations, and only convolutions and matrix products count,
+attention's included, as in ``torch.utils.flop_counter``. By it the whole U-Net of Stable Diffusion 1.5 has 803 GFLOPs
+at 512 x 512 and the VAE encoder in front of it 1117.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Costs:
         encoder_parameters: Of the image encoder; its decoder is never loaded.
         denoiser_gflops: 1e9 operations of the truncated denoiser, one noise draw.
         encoder_gflops: 1e9 operations of the image encoder.
-        tiny_encoder_parameters, tiny_encoder_gflops: The same of the tiny encoder that may stand in its place, 0 where none can: no such encoder is
-            declared, or the recipe reads maps of the exact one.
+        tiny_encoder_parameters, tiny_encoder_gflops: The same of the tiny encoder that may stand in its place, 0 where
+            none can: no such encoder is declared, or the recipe reads maps of the exact one.
     """
 
     size: int
@@ -58,7 +58,9 @@ class Costs:
 
 
 def entire(checkpoint: Checkpoint) -> Declaration:
-    """A checkpoint's whole network as something that has costs: read at the last of its activations, which nobody recommends."""
+    """A checkpoint's whole network as something that has costs: read at the last of its activations, which nobody
+    recommends.
+    """
     *_, last = FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), checkpoint.name).all()
     return Declaration(checkpoint.name, checkpoint, Recipe("entire", levels=(Level((last.id,)),)))
 
@@ -71,7 +73,11 @@ def costs(declaration: Declaration, configs: Configs | None = None) -> Costs:
         configs: Its architecture, if it is not the one that the package has for its checkpoint.
     """
     known = published().get(declaration.name)
-    if known and (configs is None or configs == package_configs(declaration.checkpoint)) and known["key"] == key(declaration):
+    if (
+        known
+        and (configs is None or configs == package_configs(declaration.checkpoint))
+        and known["key"] == key(declaration)
+    ):
         return Costs(**{name: value for name, value in known.items() if name != "key"})
     return measure(declaration, configs)
 
@@ -100,8 +106,13 @@ def measure(declaration: Declaration, configs: Configs | None = None) -> Costs:
     from diffusion_backbones.surgery import introspection
 
     checkpoint = declaration.checkpoint
-    family, configs = FAMILIES[checkpoint.family], left_out(configs or package_configs(checkpoint), declaration.recipe.without)
-    catalogue = family.activations(configs, checkpoint.name).with_probe(functools.partial(introspection.site, checkpoint.family, configs))
+    family, configs = (
+        FAMILIES[checkpoint.family],
+        left_out(configs or package_configs(checkpoint), declaration.recipe.without),
+    )
+    catalogue = family.activations(configs, checkpoint.name).with_probe(
+        functools.partial(introspection.site, checkpoint.family, configs)
+    )
     sites = [site for level in family.levels(configs, declaration.recipe, catalogue) for site in level]
     paths = [path for site in postprocessing.needed(declaration.recipe, sites) for path in site.modules]
     size = _padded(declaration.input_size, family.size_divisibility(configs))

@@ -48,12 +48,19 @@ def backbone(declaration: Declaration) -> dict[str, Any]:
 def feature_info(declaration: Declaration) -> list[dict[str, Any]]:
     """timm's ``feature_info`` of a backbone that nobody built, fine to coarse."""
     return [
-        {"num_chs": sum(site.channels for site in level), "reduction": level[0].stride, "module": "+".join(site.path for site in level), "index": i}
+        {
+            "num_chs": sum(site.channels for site in level),
+            "reduction": level[0].stride,
+            "module": "+".join(site.path for site in level),
+            "index": i,
+        }
         for i, level in enumerate(backbone_card.levels(declaration))
     ]
 
 
-def activations(checkpoint: Checkpoint, pattern: str, extensions: bool, size: int | None) -> tuple[list[dict[str, Any]], int]:
+def activations(
+    checkpoint: Checkpoint, pattern: str, extensions: bool, size: int | None
+) -> tuple[list[dict[str, Any]], int]:
     """Rows of ``activations``, and how many there are without a pattern.
 
     Args:
@@ -73,7 +80,9 @@ def activations(checkpoint: Checkpoint, pattern: str, extensions: bool, size: in
 
 
 def shape(site: Site, side: int, tokens: int) -> tuple[int, ...]:
-    """Shape, without batch, of an activation for ``side`` x ``side`` pixels, a multiple of its stride, and ``tokens`` text tokens."""
+    """Shape, without batch, of an activation for ``side`` x ``side`` pixels, a multiple of its stride, and ``tokens``
+    text tokens.
+    """
     n = side // site.stride
     if site.layout == "map":
         return site.channels, n, n
@@ -130,9 +139,16 @@ def about_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "input", f"{checkpoint.input_size} x {checkpoint.input_size} in training, any size here"
     yield "noise", checkpoint_card.forward_process(configs["scheduler"])
     yield "conditioned", checkpoint_card.conditioning(checkpoint, configs).replace("`", "")
-    yield "activations", f"{len(family.catalogue(configs, checkpoint.name).all())}: diffusion-backbones activations {checkpoint.name} --all"
+    yield (
+        "activations",
+        f"{len(family.catalogue(configs, checkpoint.name).all())}: diffusion-backbones activations {checkpoint.name} "
+        "--all",
+    )
     yield "parameters", checkpoint_card.parameters(cost)
-    yield "to read", f"{backbone_card.memory(cost)} for the whole network; a recipe reads what is in front of its last activation"
+    yield (
+        "to read",
+        f"{backbone_card.memory(cost)} for the whole network; a recipe reads what is in front of its last activation",
+    )
     yield from _weights(checkpoint)
     yield from _sentences("notes", [checkpoint.status] if checkpoint.status else [])
     yield from _sentences("unverified", _doubts(checkpoint))
@@ -171,22 +187,38 @@ def _recipe(declaration: Declaration) -> Iterator[tuple[str, str]]:
 def _costs(declaration: Declaration) -> Iterator[tuple[str, str]]:
     cost, ensemble = costs(declaration), declaration.recipe.ensemble
     draws = f"{ensemble} x " if ensemble > 1 else ""
-    kept, whole, encoder = (backbone_card.millions(n) for n in (cost.parameters, cost.parameters_total, cost.encoder_parameters))
-    operations = f"denoiser {draws}{backbone_card.gflops(cost.denoiser_gflops)} GFLOPs, image encoder {backbone_card.gflops(cost.encoder_gflops)} GFLOPs"
+    kept, whole, encoder = (
+        backbone_card.millions(n) for n in (cost.parameters, cost.parameters_total, cost.encoder_parameters)
+    )
+    operations = (
+        f"denoiser {draws}{backbone_card.gflops(cost.denoiser_gflops)} GFLOPs, image encoder "
+        f"{backbone_card.gflops(cost.encoder_gflops)} GFLOPs"
+    )
     yield "parameters", f"denoiser {kept} kept of {whole}, image encoder {encoder}"
     yield "operations", f"{operations}, for one image of {cost.size} x {cost.size}"
     if cost.tiny_encoder_gflops:
-        yield "", f"with encoder='tiny': image encoder {backbone_card.gflops(cost.tiny_encoder_gflops)} GFLOPs, {backbone_card.millions(cost.tiny_encoder_parameters)}"
+        yield (
+            "",
+            f"with encoder='tiny': image encoder {backbone_card.gflops(cost.tiny_encoder_gflops)} GFLOPs, "
+            f"{backbone_card.millions(cost.tiny_encoder_parameters)}",
+        )
     yield "to read", backbone_card.memory(cost)
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "weights", f"{checkpoint.hub_id} @ {checkpoint.revision}" if checkpoint.hub_id else "in the package"
     if checkpoint.denoiser:
-        yield "", f"denoiser: {checkpoint.denoiser.repo} @ {checkpoint.denoiser.revision}, {checkpoint.denoiser.filename}"
+        yield (
+            "",
+            f"denoiser: {checkpoint.denoiser.repo} @ {checkpoint.denoiser.revision}, {checkpoint.denoiser.filename}",
+        )
     for mirror in checkpoint.mirrors:
         yield "", f"mirror: {mirror}"
-    yield "access", access(checkpoint) + (f": accept the licence at https://huggingface.co/{checkpoint.hub_id}" if checkpoint.gated else "")
+    yield (
+        "access",
+        access(checkpoint)
+        + (f": accept the licence at https://huggingface.co/{checkpoint.hub_id}" if checkpoint.gated else ""),
+    )
     yield "licence", " ".join(filter(None, [str(checkpoint.license), checkpoint.license.link]))
 
 

@@ -1,4 +1,5 @@
-"""Which activations of a diffusion network make good features: the procedure of GDF (https://arxiv.org/abs/2410.03558, section 5), measured.
+"""Which activations of a diffusion network make good features: the procedure of GDF (https://arxiv.org/abs/2410.03558,
+section 5), measured.
 
 ::
 

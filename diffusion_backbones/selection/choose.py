@@ -35,17 +35,27 @@ class Step:
 
 
 def affordable(
-    sites: Sequence[Site], channels: int | None = None, cost: Callable[[Sequence[Site]], float] | None = None, budget: float | None = None
+    sites: Sequence[Site],
+    channels: int | None = None,
+    cost: Callable[[Sequence[Site]], float] | None = None,
+    budget: float | None = None,
 ) -> list[Site]:
     """Those that fit the budget by themselves. Arguments as for :func:`choose`.
 
     Raises:
         ValueError: None does.
     """
-    found = [site for site in sites if (channels is None or site.channels <= channels) and (cost is None or budget is None or cost([site]) <= budget)]
+    found = [
+        site
+        for site in sites
+        if (channels is None or site.channels <= channels)
+        and (cost is None or budget is None or cost([site]) <= budget)
+    ]
     if not found:
         least = f"the narrowest has {min(site.channels for site in sites)} channels"
-        least += f", the cheapest costs {min(cost([site]) for site in sites):.3g}" if cost and budget is not None else ""
+        least += (
+            f", the cheapest costs {min(cost([site]) for site in sites):.3g}" if cost and budget is not None else ""
+        )
         raise ValueError(f"no activation fits the budget; of {len(sites)} {least}")
     return found
 
@@ -69,14 +79,17 @@ def choose(
         alone: Score of each by itself, for each split.
         score: Of several together.
         channels: Channels of all together, at most.
-        cost, budget: What a choice costs, such as GFLOPs of the network up to its last activation, and the most that it may.
+        cost, budget: What a choice costs, such as GFLOPs of the network up to its last activation, and the most that it
+            may.
         members: How many are taken at most.
 
     Raises:
         ValueError: Nothing fits the budget.
     """
     ranked = sorted(affordable(sites, channels, cost, budget), key=lambda site: -float(alone[site.id].mean()))
-    tried = [site for stride in {s.stride for s in ranked} for site in [s for s in ranked if s.stride == stride][:PER_STRIDE]]
+    tried = [
+        site for stride in {s.stride for s in ranked} for site in [s for s in ranked if s.stride == stride][:PER_STRIDE]
+    ]
 
     def fits(choice: Sequence[Site]) -> bool:
         within = channels is None or sum(site.channels for site in choice) <= channels
@@ -86,7 +99,11 @@ def choose(
     steps: list[Step] = []
     before = np.zeros(len(next(iter(alone.values()))))
     while len(taken) < members:
-        options = {site: alone[site.id] if not taken else score([s.id for s in (*taken, site)]) for site in tried if site not in taken and fits([*taken, site])}
+        options = {
+            site: alone[site.id] if not taken else score([s.id for s in (*taken, site)])
+            for site in tried
+            if site not in taken and fits([*taken, site])
+        }
         if not options:
             break
         best = max(options, key=lambda site: float(options[site].mean()))

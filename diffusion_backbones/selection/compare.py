@@ -24,7 +24,8 @@ class Evidence:
     """What a task keeps of activations, in a folder: a file for each, and how far the looking has come.
 
     Args:
-        folder: Is made if it is not there. What another network, other data or other settings have left there is an error.
+        folder: Is made if it is not there. What another network, other data or other settings have left there is an
+            error.
         key: All that the files depend on.
 
     Raises:
@@ -38,7 +39,10 @@ class Evidence:
             known = json.loads((folder / DONE).read_text())
             if known["key"] != self.key:
                 differs = [name for name in self.key if known["key"].get(name) != self.key[name]]
-                raise ValueError(f"{folder} holds what another {', '.join(differs) or 'run'} gave; choose another folder, or remove this one")
+                raise ValueError(
+                    f"{folder} holds what another {', '.join(differs) or 'run'} gave; choose another folder, or "
+                    "remove this one"
+                )
             self.looked: dict[str, int] = known["looked"]
         else:
             self.looked = {}
@@ -50,9 +54,15 @@ class Evidence:
 
     @torch.no_grad()
     def gather(
-        self, backbone: DiffusionBackbone, task: Task, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter, seed: int = 0
+        self,
+        backbone: DiffusionBackbone,
+        task: Task,
+        ids: Sequence[str],
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        seed: int = 0,
     ) -> None:
-        """Let the network look at everything that it has not looked at yet: an interrupted run goes on where it stopped, other ids are added.
+        """Let the network look at everything that it has not looked at yet: an interrupted run goes on where it
+        stopped, other ids are added.
 
         Args:
             backbone: Computes all ``ids``; its recipe's timestep and noise hold.
@@ -71,7 +81,11 @@ class Evidence:
                 kept = task.reduce(index, act)
                 if site.id not in files:
                     path = self.folder / f"{site.id}.npy"
-                    files[site.id] = open_memmap(path, "r+") if done else open_memmap(path, "w+", np.float16, (len(task.looks), *kept.shape))
+                    files[site.id] = (
+                        open_memmap(path, "r+")
+                        if done
+                        else open_memmap(path, "w+", np.float16, (len(task.looks), *kept.shape))
+                    )
                 files[site.id][index] = kept
 
             backbone.visit_activations(task.looks[index].to(device), missing, keep)
@@ -86,6 +100,8 @@ class Evidence:
         new.replace(self.folder / DONE)
 
 
-def scores(task: Task, evidence: Evidence, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> dict[str, NDArray[np.float64]]:
+def scores(
+    task: Task, evidence: Evidence, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> dict[str, NDArray[np.float64]]:
     """The score of every activation alone, one for each split."""
     return {id: task.score([evidence[id]]) for id in progress(ids)}

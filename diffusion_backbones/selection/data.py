@@ -31,7 +31,8 @@ class Data:
 
 
 def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
-    """The evaluation set in the package, resized to ``size``: its 80 probe scenes for ``masks``, its 60 pairs for ``keypoints``, warps for ``warps``.
+    """The evaluation set in the package, resized to ``size``: its 80 probe scenes for ``masks``, its 60 pairs for
+    ``keypoints``, warps for ``warps``.
 
     Raises:
         ValueError: Another task.
@@ -41,7 +42,11 @@ def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
     known = load_scenes()
     images = [to_tensor(scene.image, size) for scene in known.probe]
     if task == "masks":
-        return Data(images, Segmentation(images, [_nearest(scene.classes, size) for scene in known.probe], seed), "the package's scenes, masks")
+        return Data(
+            images,
+            Segmentation(images, [_nearest(scene.classes, size) for scene in known.probe], seed),
+            "the package's scenes, masks",
+        )
     if task == "keypoints":
         pairs = [
             _match(p.source.size, to_tensor(p.source, size), p.target.size, to_tensor(p.target, size), p.source_points, p.target_points, p.target_box)
@@ -59,28 +64,34 @@ def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | Non
     Args:
         images: A folder; every image is resized to its shorter side and its central square cut out.
         size: Side of that square in pixels.
-        masks: A folder with a ``.png`` for every image, of the same relative name and size; pixels are classes from 0, 255 is ignored.
-        pairs: A JSON list of objects with ``source`` and ``target``, paths relative to ``images``; ``source_points`` and ``target_points``,
-            equally long lists of [x, y] in pixels of the files; and, if wanted, ``target_box`` [x0, y0, x1, y1], by default the whole target.
-            Only the images that it names are opened, each once.
+        masks: A folder with a ``.png`` for every image, of the same relative name and size; pixels are classes from 0,
+            255 is ignored.
+        pairs: A JSON list of objects with ``source`` and ``target``, paths relative to ``images``; ``source_points``
+            and ``target_points``, equally long lists of [x, y] in pixels of the files; and, if wanted, ``target_box``
+            [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each once.
         seed: Of splits and warps.
 
     Raises:
         FileNotFoundError: No images, or a mask or an image of a pair is missing.
-        ValueError: Both masks and pairs, a mask of another size than its image or with more than one channel, points that are none, or what the
-            task cannot use.
+        ValueError: Both masks and pairs, a mask of another size than its image or with more than one channel, points
+            that are none, or what the task cannot use.
     """
     if masks and pairs:
         raise ValueError("compare on masks or on keypoints, one at a time")
     if pairs:
         rows, seen = _read(pairs), _Squares(images, size)
         matches = [seen.match(row, f"{pairs}, pair {i}") for i, row in enumerate(rows)]
-        return Data([square for _, square in seen.opened.values()], Keypoints(matches, seed), f"{images}, keypoints {pairs}")
+        return Data(
+            [square for _, square in seen.opened.values()], Keypoints(matches, seed), f"{images}, keypoints {pairs}"
+        )
     found = files.find([images])
     pictures = [files.load(file.path) for file in found]
     tensors = [to_tensor(picture, size) for picture in pictures]
     if masks:
-        labels = [_mask(masks / Path(file.name).with_suffix(".png"), picture, size) for file, picture in zip(found, pictures, strict=True)]
+        labels = [
+            _mask(masks / Path(file.name).with_suffix(".png"), picture, size)
+            for file, picture in zip(found, pictures, strict=True)
+        ]
         return Data(tensors, Segmentation(tensors, labels, seed), f"{images}, masks {masks}")
     return Data(tensors, Keypoints(warped(tensors, seed), seed), f"{images}, warps")
 
@@ -115,9 +126,14 @@ def _mask(path: Path, picture: Image.Image, size: int) -> Any:
         raise FileNotFoundError(f"{path} is missing: every image needs a mask of the same name that ends in .png")
     with Image.open(path) as mask:
         if mask.size != picture.size:
-            raise ValueError(f"{path} has {mask.size[0]} x {mask.size[1]} pixels and its image {picture.size[0]} x {picture.size[1]}")
+            raise ValueError(
+                f"{path} has {mask.size[0]} x {mask.size[1]} pixels and its image {picture.size[0]} x {picture.size[1]}"
+            )
         if mask.mode not in ("L", "P", "1"):
-            raise ValueError(f"{path} has mode {mask.mode}; a mask has one channel of 8 bits, classes from 0 and 255 for what is ignored")
+            raise ValueError(
+                f"{path} has mode {mask.mode}; a mask has one channel of 8 bits, classes from 0 and 255 for what is "
+                "ignored"
+            )
         return _nearest(np.array(mask, np.uint8), size)
 
 
@@ -127,7 +143,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     needed = ("source", "target", "source_points", "target_points")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and all(key in row for key in needed) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(key in row for key in needed) for row in rows
+    ):
         raise ValueError(f"{path} must hold a list of objects with {', '.join(needed)}")
     return rows
 
@@ -155,7 +173,10 @@ class _Squares:
         source, target = self[row["source"]], self[row["target"]]
         at, to = (_points(row[key], f"{where}: {key}") for key in ("source_points", "target_points"))
         if len(at) != len(to):
-            raise ValueError(f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the object")
+            raise ValueError(
+                f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the "
+                "object"
+            )
         box = _points(row.get("target_box") or (0, 0, *target[0]), f"{where}: target_box", 4)[0]
         return _match(*source, *target, at, to, box)
 
@@ -168,7 +189,13 @@ def _points(values: Any, where: str, columns: int = 2) -> Any:
 
 
 def _match(
-    source_shape: tuple[int, int], source: Tensor, target_shape: tuple[int, int], target: Tensor, source_points: Any, target_points: Any, box: Any
+    source_shape: tuple[int, int],
+    source: Tensor,
+    target_shape: tuple[int, int],
+    target: Tensor,
+    source_points: Any,
+    target_points: Any,
+    box: Any,
 ) -> Match:
     """Points go where their pixels go; those that are cut off are left out, in both images."""
     moved, size = [], target.shape[-1]

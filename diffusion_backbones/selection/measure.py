@@ -20,7 +20,9 @@ from diffusion_backbones.spec.validation import closest
 FEWEST = 4
 """Images that properties can be told from: fewer do not tell a place's share from an image's."""
 EVERY = 120.0
-"""Seconds after which the sums are written down, so that a killed run loses no more. Those of a large network are gigabytes."""
+"""Seconds after which the sums are written down, so that a killed run loses no more. Those of a large network are
+gigabytes.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Measured:
 
 
 def candidates(sites: Iterable[Site]) -> list[Site]:
-    """Of a network's activations those that can stand in a level by themselves: maps and tokens of the denoiser, no attention maps."""
+    """Of a network's activations those that can stand in a level by themselves: maps and tokens of the denoiser, no
+    attention maps.
+    """
     return [site for site in sites if not site.encoder and site.layout in ("map", "tokens")]
 
 
@@ -53,7 +57,9 @@ def matching(sites: Iterable[Site], patterns: Sequence[str]) -> list[Site]:
     sites = list(sites)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(site.id, pattern) for site in sites):
-            raise ValueError(f"no activation that can be a level matches {pattern!r}.{closest(pattern, [site.id for site in sites])}")
+            raise ValueError(
+                f"no activation that can be a level matches {pattern!r}.{closest(pattern, [site.id for site in sites])}"
+            )
     return [site for site in sites if any(fnmatch.fnmatchcase(site.id, pattern) for pattern in patterns)]
 
 
@@ -73,7 +79,8 @@ def measure(
 
     Args:
         backbone: A network that computes all ``ids``, at the timestep that they are to be judged at.
-        images: (3, S, S) each, all of one size, a multiple of the backbone's ``size_divisibility``, in [-1, 1]; at least four.
+        images: (3, S, S) each, all of one size, a multiple of the backbone's ``size_divisibility``, in [-1, 1]; at
+            least four.
         ids: Activation ids; see :func:`candidates`.
         draws: Noise draws for every image, at least 2.
         seed: Of the noise.
@@ -123,9 +130,20 @@ class _Sums:
         return next(iter(self.moments.values())).images
 
     def save(self, path: Path, key: str) -> None:
-        moments = {id: {"sums": moment.sums, "images": moment.images, "draws": moment.draws} for id, moment in self.moments.items()}
+        moments = {
+            id: {"sums": moment.sums, "images": moment.images, "draws": moment.draws}
+            for id, moment in self.moments.items()
+        }
         new = path.with_suffix(".new")
-        torch.save({"key": key, "moments": moments, "redundancy": self.redundancy.total, "generator": self.generator.get_state()}, new)
+        torch.save(
+            {
+                "key": key,
+                "moments": moments,
+                "redundancy": self.redundancy.total,
+                "generator": self.generator.get_state(),
+            },
+            new,
+        )
         new.replace(path)
 
     def restore(self, path: Path, key: str, device: torch.device) -> None:
@@ -142,9 +160,13 @@ class _Sums:
 
 
 def check(images: Sequence[Tensor], divisibility: int, minimum: int) -> None:
-    """Raise ``ValueError`` unless there are ``minimum`` images, all square, of one size and a multiple of ``divisibility``."""
+    """Raise ``ValueError`` unless there are ``minimum`` images, all square, of one size and a multiple of
+    ``divisibility``.
+    """
     if len(images) < minimum:
-        raise ValueError(f"{minimum} images are the least that this can be measured on, a few dozen are better; got {len(images)}")
+        raise ValueError(
+            f"{minimum} images are the least that this can be measured on, a few dozen are better; got {len(images)}"
+        )
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"images must be of one size, got {', '.join(map(str, sorted(shapes)))}")

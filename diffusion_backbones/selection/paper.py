@@ -17,11 +17,15 @@ three times; the paper trains ten small networks on all pixels. So compare the o
 A folder of masks holds a .png of class numbers for every image, of the same name and size.
 """
 DATA = {"horse_21": "a photo of a horse", "bedroom_28": "a photo of a bedroom"}
-"""The data sets of Tables 4 to 6, simple and complex, from ddpm-segmentation (https://arxiv.org/abs/2112.03126), and their prompts."""
+"""The data sets of Tables 4 to 6, simple and complex, from ddpm-segmentation (https://arxiv.org/abs/2112.03126), and
+their prompts.
+"""
 
 
 def tables() -> list[dict[str, Any]]:
-    """``paper.yaml``: each with its name, what its command does, and either ``ids`` and ``checkpoints`` or ``commands``."""
+    """``paper.yaml``: each with its name, what its command does, and either ``ids`` and ``checkpoints`` or
+    ``commands``.
+    """
     found: list[dict[str, Any]] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return found
 
@@ -38,7 +42,10 @@ def commands(table: dict[str, Any]) -> Iterator[str]:
     for checkpoint in table["checkpoints"]:
         for data, prompt in DATA.items():
             files = f"--images {data}/images --masks {data}/masks --prompt {shlex.quote(prompt)}"
-            yield f"diffusion-backbones select {checkpoint} {files} --everything {ids} -o selection/table{number}_{checkpoint}_{data}"
+            yield (
+                f"diffusion-backbones select {checkpoint} {files} --everything {ids} -o "
+                f"selection/table{number}_{checkpoint}_{data}"
+            )
 
 
 def text() -> str:
@@ -47,5 +54,7 @@ def text() -> str:
     for table in tables():
         rows = f" ({table['rows']} rows)" if "rows" in table else ""
         does = [table["does"]] if "does" in table else []
-        parts.append("\n".join([f"{table['table']}{rows}", *does, "", *(f"    {command}" for command in commands(table)), ""]))
+        parts.append(
+            "\n".join([f"{table['table']}{rows}", *does, "", *(f"    {command}" for command in commands(table)), ""])
+        )
     return "\n".join(parts)

@@ -1,4 +1,6 @@
-"""Pictures of activations, as the paper's own figures show them: three principal components as colours, the same ones for a few images."""
+"""Pictures of activations, as the paper's own figures show them: three principal components as colours, the same ones
+for a few images.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,11 @@ def strip(act: Tensor) -> Image.Image:
 
 
 @torch.no_grad()
-def paint(backbone: DiffusionBackbone, images: Sequence[Tensor], ids: Sequence[str], folder: Path, key: dict[str, Any]) -> None:
-    """A strip for every activation, ``folder/ID.png``, from one run of the network. What a run with the same ``key`` has painted stays.
+def paint(
+    backbone: DiffusionBackbone, images: Sequence[Tensor], ids: Sequence[str], folder: Path, key: dict[str, Any]
+) -> None:
+    """A strip for every activation, ``folder/ID.png``, from one run of the network. What a run with the same ``key``
+    has painted stays.
 
     Args:
         images: (3, S, S) each, in [-1, 1].
@@ -58,7 +63,9 @@ def paint(backbone: DiffusionBackbone, images: Sequence[Tensor], ids: Sequence[s
 
 
 @torch.no_grad()
-def pyramid(backbone: DiffusionBackbone, images: Sequence[Tensor], levels: Sequence[Sequence[str]]) -> list[Image.Image]:
+def pyramid(
+    backbone: DiffusionBackbone, images: Sequence[Tensor], levels: Sequence[Sequence[str]]
+) -> list[Image.Image]:
     """A strip for every level, its activations concatenated along channels as a backbone with this recipe gives them.
 
     Args:
@@ -66,7 +73,9 @@ def pyramid(backbone: DiffusionBackbone, images: Sequence[Tensor], levels: Seque
         levels: Activation ids of each, of one stride.
     """
     device = next(backbone.denoiser.parameters()).device
-    maps = backbone.forward_activations(torch.stack(list(images)).to(device), [id for level in levels for id in level], as_maps=True)
+    maps = backbone.forward_activations(
+        torch.stack(list(images)).to(device), [id for level in levels for id in level], as_maps=True
+    )
     return [strip(torch.cat([maps[id] for id in level], dim=1)) for level in levels]
 
 

@@ -1,10 +1,11 @@
 """What an activation is like, measured: noise, position, locality, granularity, massive channels, redundancy.
 
-Meng et al. (GDF, https://arxiv.org/abs/2410.03558, section 4) describe three properties of the activations of diffusion U-Nets by
-looking at pictures: asymmetric diffusion noise, granularity that changes inside one resolution, and locality without positional
-embeddings. Here each is a number. ``docs/selection.md`` gives the formulas.
+Meng et al. (GDF, https://arxiv.org/abs/2410.03558, section 4) describe three properties of the activations of diffusion
+U-Nets by looking at pictures: asymmetric diffusion noise, granularity that changes inside one resolution, and locality
+without positional embeddings. Here each is a number. ``docs/selection.md`` gives the formulas.
 
-Images come one at a time, each with several noise draws, and only sums are kept: the memory does not grow with their number.
+Images come one at a time, each with several noise draws, and only sums are kept: the memory does not grow with their
+number.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ class Properties:
     Attributes:
         noise: Share of the variance that the noise draw explains, 0 to 1, averaged over channels.
         noise_low: The same of frequencies below :data:`LOW` cycles per image.
-        noise_bands: The same octave by octave: 0 to 1 cycles per image, 1 to 2, 2 to 4 ... None where the grid has none.
+        noise_bands: The same octave by octave: 0 to 1 cycles per image, 1 to 2, 2 to 4 ... None where the grid has
+            none.
         position: Share of the variance that the place in the image explains, whatever the image and the draw, 0 to 1.
-        xy: How well x and y can be read off linearly in images that the readout has not seen: R², at most 1; below 0 is worse than a guess.
-        locality: Share of the variance of the similarity between two places of an image that their distance explains, 0 to 1.
+        xy: How well x and y can be read off linearly in images that the readout has not seen: R², at most 1; below 0 is
+            worse than a guess.
+        locality: Share of the variance of the similarity between two places of an image that their distance explains, 0
+            to 1.
         granularity: Half a wavelength at the mean frequency of what the image explains, in pixels of the image.
         massive: Root mean square of the strongest channel by that of the median channel.
         similarity: (distance in pixels, mean cosine similarity) of two places of an image, near to far.
@@ -94,7 +98,8 @@ class Moments:
             x: (draws, C, h, w), at least two draws of noise on one image, always equally many.
 
         Returns:
-            (GRID², PROBED or C) what is compared with other activations: the mean over draws on a grid, each channel standardised in the image.
+            (GRID², PROBED or C) what is compared with other activations: the mean over draws on a grid, each channel
+            standardised in the image.
 
         Raises:
             ValueError: Fewer than two draws.
@@ -105,7 +110,9 @@ class Moments:
         self.draws = len(x)
         self._add_spectra(x)
         mean = x.mean(0)
-        standard = (mean - mean.mean((1, 2), keepdim=True)) / mean.std((1, 2), correction=0, keepdim=True).clamp(min=1e-12)
+        standard = (mean - mean.mean((1, 2), keepdim=True)) / mean.std((1, 2), correction=0, keepdim=True).clamp(
+            min=1e-12
+        )
         side = min(GRID, *x.shape[-2:])
         own = self._project(F.adaptive_avg_pool2d(standard, side).flatten(1).T)
         self._add_readout(own, side)
@@ -162,7 +169,9 @@ class Moments:
             ValueError: Fewer than four images, which are too few to tell an image's share from a place's.
         """
         if self.images < 4:
-            raise ValueError(f"the share of the place is told from that of the image over at least 4 images; got {self.images}")
+            raise ValueError(
+                f"the share of the place is told from that of the image over at least 4 images; got {self.images}"
+            )
         position, image, noise = self._shares()
         total = (position + image + noise).sum(1)
         alive = total > 1e-12 * total.max().clamp(min=1e-30)
@@ -193,13 +202,15 @@ class Moments:
         )
 
     def _shares(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(C, K) each: the variance by place, by image and by draw at K frequencies; unbiased but for the clamp at zero."""
+        """(C, K) each: the variance by place, by image and by draw at K frequencies; unbiased but for the clamp at
+        zero.
+        """
         n, bins = self.images, radii(*self.sums["map"].shape[1:]).to(self.sums["map"].device)
         noise, signal = self.sums["noise"] / n, self.sums["signal"]
         squared = torch.zeros_like(noise).index_add_(1, bins, (self.sums["map"] / n).square().flatten(1))
-        residual = ((signal - n * squared) / (n - 1)).clamp(min=0)             # of the image and of the mean over draws
+        residual = ((signal - n * squared) / (n - 1)).clamp(min=0)  # of the image and of the mean over draws
         position, image = (squared - residual / n).clamp(min=0), (residual - noise / self.draws).clamp(min=0)
-        position[:, 0] = 0                                                     # the mean of a channel is no place's
+        position[:, 0] = 0  # the mean of a channel is no place's
         return position, image, noise
 
     def _readout(self) -> float:
@@ -236,7 +247,8 @@ def _distances(side: int) -> Tensor:
 class Redundancy:
     """Linear CKA between activations, from the places of one image at a time.
 
-    Kornblith et al., https://arxiv.org/abs/1905.00414, with the unbiased estimate of HSIC (Song et al. 2012, equation 5; its U-centred form).
+    Kornblith et al., https://arxiv.org/abs/1905.00414, with the unbiased estimate of HSIC (Song et al. 2012, equation
+    5; its U-centred form).
     """
 
     def __init__(self, total: Tensor | None = None) -> None:
@@ -245,7 +257,7 @@ class Redundancy:
     def add(self, places: list[Tensor]) -> None:
         """Count one image: for every activation (P, C_i), the same P places."""
         grams = torch.stack([_centred(x @ x.T).flatten() for x in places])
-        grams = grams / grams.norm(dim=1, keepdim=True).clamp(min=1e-12)       # images count alike
+        grams = grams / grams.norm(dim=1, keepdim=True).clamp(min=1e-12)  # images count alike
         self.total = grams @ grams.T + (0 if self.total is None else self.total)
 
     def matrix(self) -> Tensor:

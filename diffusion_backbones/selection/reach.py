@@ -25,7 +25,8 @@ def reach(backbone: DiffusionBackbone, ids: Sequence[str], size: int) -> dict[st
     """Count on the ``meta`` device, in one run of the network, what has run when each activation comes.
 
     Args:
-        backbone: Built with ``device="meta"``; it is left with hooks that count parameters, so it is of no other use afterwards.
+        backbone: Built with ``device="meta"``; it is left with hooks that count parameters, so it is of no other use
+            afterwards.
         ids: Activation ids that it computes.
         size: Side of the square image in pixels.
 
@@ -40,7 +41,9 @@ def reach(backbone: DiffusionBackbone, ids: Sequence[str], size: int) -> dict[st
     for name, module in backbone.denoiser.named_modules():
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if own:
-            module.register_forward_pre_hook(lambda m, args, name=name, own=own: seen.__setitem__(name, own), prepend=True)
+            module.register_forward_pre_hook(
+                lambda m, args, name=name, own=own: seen.__setitem__(name, own), prepend=True
+            )
     found: dict[str, Reach] = {}
     with torch.device("meta"):
         z = torch.empty(1, backbone.latent_channels, size // backbone.latent_stride, size // backbone.latent_stride)

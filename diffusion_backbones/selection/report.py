@@ -63,7 +63,7 @@ def boxes(sites: Sequence[Site]) -> list[Box]:
         elif id.stage == "vit":
             place = (f"block {id.block}", 0, 0)
         else:
-            assert id.level is not None                                       # a stage of a U-Net, since nobody selects among module paths
+            assert id.level is not None  # a stage of a U-Net, since nobody selects among module paths
             row = id.level if id.stage == "down" else depth - 1 - id.level
             place = (f"{id.stage} level {id.level}", row + 2, 1 if id.stage == "down" else 2)
         found.setdefault(place, {}).setdefault(id.repeat, []).append(index)
@@ -107,7 +107,12 @@ def kind(row: Mapping[str, Any]) -> str:
     return "chosen" if row["chosen"] else "dropped" if row["dropped"] else "kept"
 
 
-def render(selection: Selection, strips: Mapping[str, Image.Image], photographs: Sequence[Image.Image], pyramid: Sequence[Image.Image]) -> str:
+def render(
+    selection: Selection,
+    strips: Mapping[str, Image.Image],
+    photographs: Sequence[Image.Image],
+    pyramid: Sequence[Image.Image],
+) -> str:
     """The report.
 
     Args:
@@ -142,11 +147,14 @@ def render(selection: Selection, strips: Mapping[str, Image.Image], photographs:
         width=WIDTH,
         height=HEIGHT,
         stages=_stages(selection.sites),
-        levels=[_level(level.activations, rows, picture) for level, picture in zip(selection.recipe.levels, pyramid, strict=True)],
+        levels=[
+            _level(level.activations, rows, picture)
+            for level, picture in zip(selection.recipe.levels, pyramid, strict=True)
+        ],
         photographs=[data_uri(photo, "JPEG") for photo in photographs],
         explained=EXPLAINED,
         logarithmic=LOGARITHMIC,
-        data=json.dumps(rows, separators=(",", ":")).replace("<", "\\u003c"),             # nothing in it can end its element
+        data=json.dumps(rows, separators=(",", ":")).replace("<", "\\u003c"),  # nothing in it can end its element
         redundancy=base64.b64encode(redundancy).decode(),
     )
 
@@ -187,4 +195,9 @@ def _curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _level(ids: Sequence[str], rows: Sequence[Mapping[str, Any]], picture: Image.Image) -> dict[str, Any]:
     members = [row for row in rows if row["id"] in ids]
-    return {"ids": ids, "channels": sum(row["channels"] for row in members), "stride": members[0]["stride"], "picture": data_uri(picture)}
+    return {
+        "ids": ids,
+        "channels": sum(row["channels"] for row in members),
+        "stride": members[0]["stride"],
+        "picture": data_uri(picture),
+    }

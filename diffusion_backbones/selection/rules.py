@@ -26,7 +26,8 @@ class Rule:
         ids: Shell-style patterns of what it is about.
         because: Why, for people.
         unless: Patterns of what it spares.
-        above, below: Property -> threshold; an activation is dropped if one of its properties lies beyond. Without any, all of ``ids`` are.
+        above, below: Property -> threshold; an activation is dropped if one of its properties lies beyond. Without any,
+            all of ``ids`` are.
 
     Raises:
         ValueError: No such property.
@@ -42,7 +43,10 @@ class Rule:
     def __post_init__(self) -> None:
         for name in (*self.above, *self.below):
             if name not in MEASURED:
-                raise ValueError(f"rule {self.name!r}: there is no property {name!r}.{closest(name, MEASURED)} There are: {', '.join(MEASURED)}.")
+                raise ValueError(
+                    f"rule {self.name!r}: there is no property {name!r}.{closest(name, MEASURED)} There are: "
+                    f"{', '.join(MEASURED)}."
+                )
 
     def concerns(self, id: str) -> bool:
         """Whether it is about an activation."""
@@ -74,7 +78,9 @@ def load(path: str | Path = FILE) -> list[Rule]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file of rules; {FILE} is the one that is used by default, and a model for others")
+        raise FileNotFoundError(
+            f"{path} is no file of rules; {FILE} is the one that is used by default, and a model for others"
+        )
     try:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -100,11 +106,17 @@ def apply(rules: Sequence[Rule], properties: Mapping[str, Properties]) -> dict[s
 
 def by_name(rules: Sequence[Rule], ids: Sequence[str]) -> dict[str, str]:
     """Like :func:`apply`, of what can be told before anything is measured: the rules without thresholds."""
-    return {id: next((rule.name for rule in rules if not (rule.above or rule.below) and rule.concerns(id)), "") for id in ids}
+    return {
+        id: next((rule.name for rule in rules if not (rule.above or rule.below) and rule.concerns(id)), "")
+        for id in ids
+    }
 
 
 def check(reasons: Mapping[str, str]) -> None:
     """Raise ``ValueError`` if nothing is kept."""
     if all(reasons.values()):
         names = {reason.partition(":")[0] for reason in reasons.values()}
-        raise ValueError(f"the rules drop all {len(reasons)} activations ({', '.join(sorted(names))}); raise a threshold, or give ids that they keep")
+        raise ValueError(
+            f"the rules drop all {len(reasons)} activations ({', '.join(sorted(names))}); raise a threshold, or give "
+            "ids that they keep"
+        )

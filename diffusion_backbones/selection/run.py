@@ -74,7 +74,8 @@ def select(
     """Choose a recipe for a checkpoint. A run that was stopped goes on where it was.
 
     Args:
-        checkpoint: Of :func:`~diffusion_backbones.list_checkpoints`, or ``local-dir:`` or ``hf-hub:`` of a diffusers folder.
+        checkpoint: Of :func:`~diffusion_backbones.list_checkpoints`, or ``local-dir:`` or ``hf-hub:`` of a diffusers
+            folder.
         data: Images and task; see :mod:`~diffusion_backbones.selection.data`.
         out: Folder for the results.
         pretrained, checkpoint_path, device: As for :func:`~diffusion_backbones.create_model`.
@@ -95,15 +96,18 @@ def select(
     Raises:
         KeyError: No such checkpoint.
         FileNotFoundError: A folder that holds no diffusion network.
-        ValueError: Too few images, another size than the network takes, rules that drop everything, or a budget that nothing fits.
+        ValueError: Too few images, another size than the network takes, rules that drop everything, or a budget that
+            nothing fits.
     """
     filter_rules = list(filtering.load() if rules is None else rules)
     size = int(data.images[0].shape[-1])
-    folder = checkpoint_path if checkpoint_path and checkpoint_path.is_dir() else None          # a folder has configs of its own
+    folder = (
+        checkpoint_path if checkpoint_path and checkpoint_path.is_dir() else None
+    )  # a folder has configs of its own
     known, configs = architecture(checkpoint, folder)
     catalogue = FAMILIES[known.family].activations(configs, known.name)
     sites = candidates(catalogue[id] for id in catalogue)
-    whole = [sites[-1].id]                                                  # a network that is cut behind its last activation is whole
+    whole = [sites[-1].id]  # a network that is cut behind its last activation is whole
     blank = create_model(checkpoint, checkpoint_path=folder, recipe=whole, device="meta")
     sites = matching(sites, ids)
     ids = [site.id for site in sites]
@@ -117,7 +121,10 @@ def select(
         return max(costs[site.id].gflops for site in choice)
 
     affordable([site for site in sites if not left[site.id]], channels, cost, gflops)
-    say(f"{len(ids)} activations of {checkpoint}, {_estimate(blank, size, len(looked_at), draws, data.task, [s for s in sites if not left[s.id]])}")
+    say(
+        f"{len(ids)} activations of {checkpoint}, "
+        f"{_estimate(blank, size, len(looked_at), draws, data.task, [s for s in sites if not left[s.id]])}"
+    )
 
     backbone = create_model(
         checkpoint, pretrained=pretrained and not checkpoint_path, checkpoint_path=checkpoint_path, recipe=whole, timestep=timestep, prompt=prompt,
@@ -128,14 +135,23 @@ def select(
         "data": data.source, "images": _digest(data),
     }  # fmt: skip
     evidence = Evidence(out / "evidence", key)
-    measured = _measured(out / "measured.json", backbone, data, ids, {**key, "draws": draws, "measured_on": len(looked_at), "ids": ids}, progress)
+    measured = _measured(
+        out / "measured.json",
+        backbone,
+        data,
+        ids,
+        {**key, "draws": draws, "measured_on": len(looked_at), "ids": ids},
+        progress,
+    )
     dropped = filtering.apply(filter_rules, measured.properties)
     if not everything:
         filtering.check(dropped)
     survivors = [site for site in sites if not dropped[site.id]]
     compared = ids if everything else [site.id for site in survivors]
     affordable(survivors or sites, channels, cost, gflops)
-    unseen = "; --everything compares the others too and tells what the filter loses" if len(compared) < len(ids) else ""
+    unseen = (
+        "; --everything compares the others too and tells what the filter loses" if len(compared) < len(ids) else ""
+    )
     say(f"{len(survivors)} of {len(ids)} pass the filter; comparing {len(compared)} on {data.source}{unseen}")
 
     evidence.gather(backbone, data.task, compared, lambda items: progress(items, "looking"))
@@ -143,17 +159,36 @@ def select(
     if everything:
         best = sorted(ids, key=lambda id: -float(alone[id].mean()))[:10]
         kept = sum(not dropped[id] for id in best)
-        advice = "; rules that are [] choose among all, in the same folder and without looking again" if kept < len(best) else ""
+        advice = (
+            "; rules that are [] choose among all, in the same folder and without looking again"
+            if kept < len(best)
+            else ""
+        )
         say(f"of the best {len(best)} of all {len(ids)} the filter keeps {kept}; the best of all is {best[0]}{advice}")
 
     steps = choose(
         survivors or sites, alone, lambda together: data.task.score([evidence[id] for id in together]),
         channels=channels, cost=cost, budget=gflops, members=members,
     )  # fmt: skip
-    arguments = f'"{checkpoint}"' + (f', checkpoint_path="{checkpoint_path}"' if checkpoint_path else ", pretrained=True" if pretrained else "")
-    declaration = Declaration(f"{known.name}_selected", known, _recipe(steps, sites, timestep, prompt or "", data, size))
+    arguments = f'"{checkpoint}"' + (
+        f', checkpoint_path="{checkpoint_path}"' if checkpoint_path else ", pretrained=True" if pretrained else ""
+    )
+    declaration = Declaration(
+        f"{known.name}_selected", known, _recipe(steps, sites, timestep, prompt or "", data, size)
+    )
     selection = Selection(
-        arguments, declaration, configs, data.source, tuple(filter_rules), tuple(sites), costs, measured, dropped, alone, data.task.metric, tuple(steps)
+        arguments,
+        declaration,
+        configs,
+        data.source,
+        tuple(filter_rules),
+        tuple(sites),
+        costs,
+        measured,
+        dropped,
+        alone,
+        data.task.metric,
+        tuple(steps),
     )
     write(selection, out)
     say("painting the report")
@@ -161,11 +196,15 @@ def select(
     pictures.paint(backbone, shown, ids, out / "pictures", key)
     strips = {id: Image.open(out / "pictures" / f"{id}.png") for id in ids}
     pyramid = pictures.pyramid(backbone, shown, [level.activations for level in selection.recipe.levels])
-    (out / "report.html").write_text(report.render(selection, strips, [pictures.photograph(image) for image in shown], pyramid), encoding="utf-8")
+    (out / "report.html").write_text(
+        report.render(selection, strips, [pictures.photograph(image) for image in shown], pyramid), encoding="utf-8"
+    )
     return selection
 
 
-def _estimate(blank: DiffusionBackbone, size: int, images: int, draws: int, task: Task, compared: Sequence[Site]) -> str:
+def _estimate(
+    blank: DiffusionBackbone, size: int, images: int, draws: int, task: Task, compared: Sequence[Site]
+) -> str:
     """What it will cost, in words, before it begins."""
     one = count(replace(blank.declaration, recipe=replace(blank.declaration.recipe, input_size=size)), blank.configs)
     looked = sum(len(look) for look in task.looks)
@@ -173,7 +212,8 @@ def _estimate(blank: DiffusionBackbone, size: int, images: int, draws: int, task
     encoder = number(one.encoder_gflops * (images + looked) / 1000)
     disk = number(sum(task.kept(site.channels) for site in compared) / 1e9)
     return (
-        f"{images} images x {draws} noise draws and {len(task.looks)} looks: {denoiser} TFLOPs in the denoiser, {encoder} in the image encoder, "
+        f"{images} images x {draws} noise draws and {len(task.looks)} looks: {denoiser} TFLOPs in the denoiser, "
+        f"{encoder} in the image encoder, "
         f"and at most {disk} GB on the disk"
     )
 
@@ -192,15 +232,28 @@ def write(selection: Selection, out: Path) -> None:
             cost, score = selection.reach[site.id], selection.scores.get(site.id)
             properties = [f"{getattr(selection.measured.properties[site.id], name):.4g}" for name in filtering.MEASURED]
             scored = ["", ""] if score is None else [f"{score.mean():.2f}", f"{score.std(ddof=1):.2f}"]
-            row = [site.id, site.path, site.channels, site.stride, f"{cost.gflops:.2f}", cost.parameters, 4 * cost.parameters, *properties]
+            row = [
+                site.id,
+                site.path,
+                site.channels,
+                site.stride,
+                f"{cost.gflops:.2f}",
+                cost.parameters,
+                4 * cost.parameters,
+                *properties,
+            ]
             writer.writerow([*row, selection.dropped[site.id], *scored, chosen.get(site.id, "")])
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "curve", "at", "value"])
         for site in selection.sites:
             found = selection.measured.properties[site.id]
-            writer.writerows([site.id, "noise, from cycles per image", f"{at:g}", f"{value:.4g}"] for at, value in found.noise_curve)
-            writer.writerows([site.id, "similarity, at pixels", f"{at:g}", f"{value:.4g}"] for at, value in found.similarity)
+            writer.writerows(
+                [site.id, "noise, from cycles per image", f"{at:g}", f"{value:.4g}"] for at, value in found.noise_curve
+            )
+            writer.writerows(
+                [site.id, "similarity, at pixels", f"{at:g}", f"{value:.4g}"] for at, value in found.similarity
+            )
     with (out / "redundancy.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         ids = [site.id for site in selection.sites]
@@ -216,30 +269,55 @@ def _digest(data: Data) -> str:
     return found.hexdigest()[:12]
 
 
-def _measured(path: Path, backbone: DiffusionBackbone, data: Data, ids: Sequence[str], key: dict[str, Any], progress: Progress) -> Measured:
+def _measured(
+    path: Path, backbone: DiffusionBackbone, data: Data, ids: Sequence[str], key: dict[str, Any], progress: Progress
+) -> Measured:
     """The properties, from the file if it was made with the same settings."""
     if path.is_file():
         known = json.loads(path.read_text())
         if known["key"] == key:
-            properties = {id: Properties(**{**values, "similarity": tuple(map(tuple, values["similarity"]))}) for id, values in known["properties"].items()}
+            properties = {
+                id: Properties(**{**values, "similarity": tuple(map(tuple, values["similarity"]))})
+                for id, values in known["properties"].items()
+            }
             return Measured(properties, torch.tensor(known["redundancy"]), key["measured_on"], key["draws"])
     images = data.images[: key["measured_on"]]
     state = path.with_name("measuring.pt")
     found = measure(
-        backbone, images, ids, draws=key["draws"], seed=key["seed"], progress=lambda items: progress(items, "measuring"), state=state, key=json.dumps(key)
+        backbone,
+        images,
+        ids,
+        draws=key["draws"],
+        seed=key["seed"],
+        progress=lambda items: progress(items, "measuring"),
+        state=state,
+        key=json.dumps(key),
     )
     values = {id: asdict(properties) for id, properties in found.properties.items()}
     new = path.with_suffix(".new")
-    new.write_text(json.dumps({"key": key, "properties": values, "redundancy": [[round(v, 4) for v in row] for row in found.redundancy.tolist()]}))
+    new.write_text(
+        json.dumps(
+            {
+                "key": key,
+                "properties": values,
+                "redundancy": [[round(v, 4) for v in row] for row in found.redundancy.tolist()],
+            }
+        )
+    )
     new.replace(path)
     state.unlink(missing_ok=True)
     return found
 
 
-def _recipe(steps: Sequence[Step], sites: Sequence[Site], timestep: float, prompt: str, data: Data, size: int) -> Recipe:
+def _recipe(
+    steps: Sequence[Step], sites: Sequence[Site], timestep: float, prompt: str, data: Data, size: int
+) -> Recipe:
     chosen = {step.id for step in steps}
-    taken = [site for site in sites if site.id in chosen]                        # forward order
-    levels = tuple(Level(tuple(site.id for site in taken if site.stride == stride)) for stride in sorted({site.stride for site in taken}))
+    taken = [site for site in sites if site.id in chosen]  # forward order
+    levels = tuple(
+        Level(tuple(site.id for site in taken if site.stride == stride))
+        for stride in sorted({site.stride for site in taken})
+    )
     trail = ", then ".join(f"{step.id} ({data.task.metric} {step.score:.2f})" for step in steps)
     return Recipe(
         name="selected",

@@ -1,8 +1,8 @@
 """What activations are compared on: a label-scarce segmentation probe, and matched points.
 
-A task looks at every activation of an image (or of a pair) once, keeps the little that its score needs (features at a few hundred places, or the
-similarities of a few points), and then scores any set of activations from that: single ones when they are compared, and their
-combinations when a recipe is chosen. The network does not run again.
+A task looks at every activation of an image (or of a pair) once, keeps the little that its score needs (features at a
+few hundred places, or the similarities of a few points), and then scores any set of activations from that: single ones
+when they are compared, and their combinations when a recipe is chosen. The network does not run again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Task(ABC):
 
 
 class Segmentation(Task):
-    """A linear probe on few labelled images: ridge regression on the classes from standardised features, all activations concatenated.
+    """A linear probe on few labelled images: ridge regression on the classes from standardised features, all
+    activations concatenated.
 
     Each split trains on another half of the images and is scored on the other half.
 
@@ -76,19 +77,26 @@ class Segmentation(Task):
 
     def __init__(self, images: Sequence[Tensor], masks: Sequence[NDArray[np.uint8]], seed: int = 0):
         if len(images) < 4:
-            raise ValueError(f"a probe is trained on one half of the images and scored on the other: give at least 4, got {len(images)}")
+            raise ValueError(
+                "a probe is trained on one half of the images and scored on the other: give at least 4, got "
+                f"{len(images)}"
+            )
         if len(masks) != len(images):
             raise ValueError(f"every image needs a mask, got {len(images)} images and {len(masks)} masks")
         for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
             if tuple(mask.shape) != tuple(image.shape[1:]):
-                raise ValueError(f"mask {i} is {mask.shape} and its image {tuple(image.shape[1:])}; they must be of one size")
+                raise ValueError(
+                    f"mask {i} is {mask.shape} and its image {tuple(image.shape[1:])}; they must be of one size"
+                )
         self.looks, rng = [image[None] for image in images], np.random.default_rng(seed)
         size = images[0].shape[-1]
-        self.places = rng.integers(0, size, (len(images), POINTS, 2))               # row, column
+        self.places = rng.integers(0, size, (len(images), POINTS, 2))  # row, column
         labels = np.stack([mask[at[:, 0], at[:, 1]] for mask, at in zip(masks, self.places, strict=True)])
         self.classes = np.unique(labels[labels != 255])
         if len(self.classes) < 2:
-            raise ValueError(f"a probe tells classes apart, and the masks hold {len(self.classes)}: {self.classes.tolist()}")
+            raise ValueError(
+                f"a probe tells classes apart, and the masks hold {len(self.classes)}: {self.classes.tolist()}"
+            )
         self.labels = labels
         self.splits = [rng.permutation(len(images)) < len(images) // 2 for _ in range(SPLITS)]
 
@@ -121,7 +129,9 @@ def mean_iou(truth: NDArray[np.uint8], guess: NDArray[np.uint8], classes: NDArra
     """Mean over the classes that occur in either, in per cent; where ``truth`` is 255 nothing counts."""
     counted = truth != 255
     truth, guess = truth[counted], guess[counted]
-    both = [((truth == c) & (guess == c)).sum() / union for c in classes if (union := ((truth == c) | (guess == c)).sum())]
+    both = [
+        ((truth == c) & (guess == c)).sum() / union for c in classes if (union := ((truth == c) | (guess == c)).sum())
+    ]
     return float(100 * np.mean(both))
 
 
@@ -151,15 +161,15 @@ class _Pairs(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.matches)
 
-    def __getitem__(self, index: int) -> Tensor:                           # type: ignore[override]  # nobody slices looks
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody slices looks
         return torch.stack([self.matches[index].source, self.matches[index].target])
 
 
 class Keypoints(Task):
     """Matched points: each goes to the most similar place of the other image, by cosine; nothing is trained.
 
-    The score is PCK@0.1 in per cent. Of several activations the similarities are averaged, which is the cosine of their concatenation
-    when each has unit length. A split leaves out a third of the pairs.
+    The score is PCK@0.1 in per cent. Of several activations the similarities are averaged, which is the cosine of their
+    concatenation when each has unit length. A split leaves out a third of the pairs.
 
     Args:
         matches: At least three.
@@ -188,7 +198,9 @@ class Keypoints(Task):
     def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
         points, size = torch.from_numpy(self.matches[index].source_points).to(act), self.looks[index].shape[-1]
         source, target = F.interpolate(act.float(), (self.side, self.side), mode="bilinear")
-        queries = F.grid_sample(source[None], (points / (size / 2) - 1)[None, None], align_corners=False, padding_mode="border")[0, :, 0]
+        queries = F.grid_sample(
+            source[None], (points / (size / 2) - 1)[None, None], align_corners=False, padding_mode="border"
+        )[0, :, 0]
         similar = F.normalize(queries, dim=0).T @ F.normalize(target.flatten(1), dim=0)
         return F.pad(similar, (0, 0, 0, self.points - len(points))).cpu().numpy().astype(np.float16)
 
@@ -196,7 +208,7 @@ class Keypoints(Task):
         return 2 * len(self.looks) * self.points * self.side**2
 
     def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
-        best = sum(member.astype(np.float32) for member in members).argmax(-1)      # type: ignore[union-attr]
+        best = sum(member.astype(np.float32) for member in members).argmax(-1)  # type: ignore[union-attr]
         step = self.looks[0].shape[-1] / self.side
         found = (np.stack([best % self.side, best // self.side], -1) + 0.5) * step
         hits = [
@@ -219,10 +231,17 @@ def warped(images: Sequence[Tensor], seed: int = 0, points: int = 12) -> list[Ma
     rng, matches = np.random.default_rng(seed), []
     for image in images:
         size, angle, zoom = image.shape[-1], rng.uniform(-0.4, 0.4), rng.uniform(0.75, 1.25)
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * zoom          # from the copy to the image
+        turn = (
+            np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * zoom
+        )  # from the copy to the image
         shift, gain = rng.uniform(-0.15, 0.15, 2), rng.uniform(0.7, 1.3, 3)
         theta = torch.tensor(np.c_[turn, shift], dtype=torch.float32)[None]
-        copy = F.grid_sample(image[None], F.affine_grid(theta, [1, *image.shape], align_corners=False), align_corners=False, padding_mode="reflection")[0]
+        copy = F.grid_sample(
+            image[None],
+            F.affine_grid(theta, [1, *image.shape], align_corners=False),
+            align_corners=False,
+            padding_mode="reflection",
+        )[0]
         inside = rng.uniform(-0.9, 0.9, (50 * points, 2))
         source = inside @ turn.T + shift
         seen = np.abs(source).max(1) < 0.95

@@ -1,13 +1,14 @@
 """Activation ids: the grammar, and where in a network each id lives.
 
-The vocabulary is GDF's (https://arxiv.org/abs/2410.03558), because the published recipes are written in it. An id is parsed
-into a typed :class:`ActivationId`; a family lists the :class:`Site` of every id that its network has, from the architecture
-config alone; a :class:`Catalogue` looks ids up and explains the ones that are not there.
+The vocabulary is GDF's (https://arxiv.org/abs/2410.03558), because the published recipes are written in it. An id is
+parsed into a typed :class:`ActivationId`; a family lists the :class:`Site` of every id that its network has, from the
+architecture config alone; a :class:`Catalogue` looks ids up and explains the ones that are not there.
 
 Four kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an attention layer as DiffCut reads it
-(https://arxiv.org/abs/2406.02842); ``encoder-level...``, fine maps of the image encoder, and ``up-level...-res-in``, what enters a residual block
-with its skip, both as ODISE reads them (https://arxiv.org/abs/2303.04803); and any stock module path such as ``up_blocks.1.resnets.2``. In
-transformers a site is one too (:class:`Site`) where GDF uses its id for other blocks alone, such as the ``norm-out`` of DiT.
+(https://arxiv.org/abs/2406.02842); ``encoder-level...``, fine maps of the image encoder, and ``up-level...-res-in``,
+what enters a residual block with its skip, both as ODISE reads them (https://arxiv.org/abs/2303.04803); and any stock
+module path such as ``up_blocks.1.resnets.2``. In transformers a site is one too (:class:`Site`) where GDF uses its id
+for other blocks alone, such as the ``norm-out`` of DiT.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class ActivationId:
 
     Args:
         text: The id as written.
-        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, or ``module`` for a stock module path.
+        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, or ``module`` for a stock
+            module path.
         level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
         repeat: Residual block within the level.
         block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
@@ -79,13 +81,17 @@ def parse(text: str) -> ActivationId:
         if match := pattern.fullmatch(text):
             groups = match.groupdict()
             if groups["kind"] in ("cross-k", "cross-v"):
-                raise ValueError(f"{text!r} is on the text side (batch, tokens, channels), not in the image; use the cross-q or cross-map of that block")
+                raise ValueError(
+                    f"{text!r} is on the text side (batch, tokens, channels), not in the image; use the cross-q or "
+                    "cross-map of that block"
+                )
             numbers = {k: int(groups[k]) for k in ("level", "repeat", "block") if groups.get(k) is not None}
             return ActivationId(text, groups["stage"], groups["kind"], **numbers)
     if _MODULE_PATH.fullmatch(text):
         return ActivationId(text, "module")
     raise ValueError(
-        f"{text!r} is not an activation id. Examples: 'up-level1-repeat1-vit-block0-cross-q', 'mid-vit-out', 'up-level2-upsampler-out', "
+        f"{text!r} is not an activation id. Examples: 'up-level1-repeat1-vit-block0-cross-q', 'mid-vit-out', "
+        "'up-level2-upsampler-out', "
         "'unet-out', 'vit-block9-q', or a stock module path with a dot such as 'up_blocks.1.resnets.2'."
     )
 
@@ -97,16 +103,17 @@ class Site:
     Args:
         id: The activation id.
         path: Module path in the stock diffusers network.
-        port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``out[:, T:]`` for the image tokens behind
-            T text tokens, ``out[:, T:, i]`` for the i-th part of their channels, ``out[:, :N]`` for image tokens that stand before the text;
-            ``in``, ``in[:, T:]`` and so on for its first input; ``map`` for attention probabilities that are recomputed from its ``taps``.
+        port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``out[:, T:]`` for the image tokens
+            behind T text tokens, ``out[:, T:, i]`` for the i-th part of their channels, ``out[:, :N]`` for image tokens
+            that stand before the text; ``in``, ``in[:, T:]`` and so on for its first input; ``map`` for attention
+            probabilities that are recomputed from its ``taps``.
         channels: Channels of the activation; for ``map`` the number of heads.
         stride: Pixels of the input image per position.
         layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys),
             or ``vector`` (B, C) for what belongs to no place.
         taps: For ``map``, the children of the module whose outputs it is computed from.
-        modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale that the
-            next block's adaptive LayerNorm gives it; empty where there is none.
+        modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale
+            that the next block's adaptive LayerNorm gives it; empty where there is none.
         encoder: Whether it is in the image encoder, and not in the denoiser.
         extension: Whether GDF has no such activation in this kind of block, though its grammar has the id.
     """
@@ -123,7 +130,9 @@ class Site:
     extension: bool = False
 
     def over_text(self, tokens: int) -> Site:
-        """As part of a level: attention to a text becomes, averaged over heads, one channel per token; anything else stays as it is."""
+        """As part of a level: attention to a text becomes, averaged over heads, one channel per token; anything else
+        stays as it is.
+        """
         return replace(self, channels=tokens, layout="tokens") if self.id.endswith("cross-map") else self
 
     @property
@@ -151,7 +160,9 @@ class Catalogue(Mapping[str, Site]):
 
     def __init__(self, sites: Iterable[Site], network: str, probe: Callable[[str], Site] | None = None):
         self._sites = {site.id: site for site in sites}
-        self._paths = {site.path: site for site in self._sites.values() if site.port.startswith("out") and site.part is None}
+        self._paths = {
+            site.path: site for site in self._sites.values() if site.port.startswith("out") and site.part is None
+        }
         self.network, self._probe = network, probe
 
     def __getitem__(self, id: str) -> Site:
@@ -170,9 +181,15 @@ class Catalogue(Mapping[str, Site]):
             if self._probe is not None:
                 return self._probe(id)
         if parsed.stage == "encoder" and not any(site.encoder for site in self._sites.values()):
-            raise KeyError(f"{self.network} has no activation {id!r}: its image encoder has none that can be read, as a tiny encoder has not")
+            raise KeyError(
+                f"{self.network} has no activation {id!r}: its image encoder has none that can be read, as a tiny "
+                "encoder has not"
+            )
         near = difflib.get_close_matches(id, [*self._sites, *self._paths], n=3, cutoff=0.4)
-        raise KeyError(f"{self.network} has no activation {id!r}. The closest it has: {', '.join(near)}. `diffusion-backbones activations` lists them all.")
+        raise KeyError(
+            f"{self.network} has no activation {id!r}. The closest it has: {', '.join(near)}. `diffusion-backbones "
+            "activations` lists them all."
+        )
 
     def __contains__(self, id: object) -> bool:
         return id in self._sites or id in self._paths

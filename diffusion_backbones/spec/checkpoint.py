@@ -36,7 +36,9 @@ class Paper:
     def bibtex(self) -> str:
         lines = [f"title = {{{self.title}}}", f"author = {{{self.authors}}}", f"year = {{{self.year}}}"]
         lines.append(f"booktitle = {{{self.venue}}}" if self.venue else "")
-        lines.append(f"eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}}" if self.arxiv else f"url = {{{self.url}}}")
+        lines.append(
+            f"eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}}" if self.arxiv else f"url = {{{self.url}}}"
+        )
         return f"@misc{{{self.key},\n  " + ",\n  ".join(filter(None, lines)) + "\n}"
 
 
@@ -75,7 +77,8 @@ class HubFile:
 
 @dataclass(frozen=True)
 class TinyEncoder:
-    """diffusers' ``AutoencoderTiny``, distilled from the image encoder of a checkpoint: its latents are close to those, scaled as the denoiser takes them.
+    """diffusers' ``AutoencoderTiny``, distilled from the image encoder of a checkpoint: its latents are close to those,
+    scaled as the denoiser takes them.
 
     Args:
         configs: Folder below ``diffusion_backbones/configs`` with its architecture.
@@ -92,7 +95,9 @@ class TinyEncoder:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TinyEncoder:
         """Inverse of ``dataclasses.asdict``."""
-        return cls(**{**data, "license": License(**data["license"]), "file": HubFile(**data["file"]) if data["file"] else None})
+        return cls(
+            **{**data, "license": License(**data["license"]), "file": HubFile(**data["file"]) if data["file"] else None}
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ class Checkpoint:
     Args:
         name: Short name, first half of every backbone's name (``sd15``).
         title: Name for people.
-        hub_id: ``owner/repository`` on the Hugging Face hub in the diffusers layout, or empty for weights that travel in
-            the package (``configs`` then also holds the weights).
+        hub_id: ``owner/repository`` on the Hugging Face hub in the diffusers layout, or empty for weights that travel
+            in the package (``configs`` then also holds the weights).
         license: Licence of the weights.
         paper: Who introduced it.
         input_size: Side of the square images it was trained on, in pixels.
@@ -111,7 +116,8 @@ class Checkpoint:
         configs: Folder below ``diffusion_backbones/configs`` with its architecture; defaults to ``name``.
         revision: A commit hash only where a source states one, else ``main``.
         mirrors: Repositories with the same files, tried in order when ``hub_id`` does not answer.
-        status: A sentence about where the weights come from, such as a repository that was removed or replaced; it is told when they cannot be read.
+        status: A sentence about where the weights come from, such as a repository that was removed or replaced; it is
+            told when they cannot be read.
         gated: Whether the hub asks for the licence to be accepted first.
         denoiser: A file that replaces the denoiser's weights; the rest then comes from ``hub_id``.
         tiny_encoder: What ``create_model(encoder="tiny")`` takes in place of its own image encoder, if there is one.
@@ -145,6 +151,8 @@ class Checkpoint:
         """Inverse of ``dataclasses.asdict``; an unknown key is a ``TypeError``."""
         check_fields(cls, data, "a checkpoint")
         kinds = {"license": License, "paper": Paper, "denoiser": HubFile}
-        values: dict[str, Any] = {k: kinds[k](**v) if k in kinds and v else tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {
+            k: kinds[k](**v) if k in kinds and v else tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
         tiny = data.get("tiny_encoder")
         return cls(**{**values, "tiny_encoder": TinyEncoder.from_dict(tiny) if tiny else None})

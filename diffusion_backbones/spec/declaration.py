@@ -35,7 +35,8 @@ class Declaration:
 def pretrained_cfg(declaration: Declaration, format: InputFormat = SYMMETRIC) -> dict[str, Any]:
     """The keys that ``timm.data.resolve_model_data_config`` and timm's hub code read.
 
-    Images are normalised with mean = std = 0.5, that is to [-1, 1], unless the format is another; the size is the recipe's.
+    Images are normalised with mean = std = 0.5, that is to [-1, 1], unless the format is another; the size is the
+    recipe's.
     """
     checkpoint, size = declaration.checkpoint, declaration.input_size
     return {

@@ -28,7 +28,7 @@ class InputFormat(NamedTuple):
     def from_dict(cls, data: Mapping[str, Any]) -> InputFormat:
         """What ``_asdict`` gives, also after a way through JSON."""
         mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
-        return cls(mean, std, bool(data["bgr"]))                # type: ignore[arg-type]
+        return cls(mean, std, bool(data["bgr"]))  # type: ignore[arg-type]
 
     def range(self) -> tuple[float, float]:
         """The lowest and the highest value that a pixel can have."""
@@ -54,7 +54,9 @@ FORMATS = {
     "imagenet": InputFormat(*_IMAGENET),
     "detectron2-bgr": InputFormat((123.675 / 255, 116.28 / 255, 103.53 / 255), (1 / 255,) * 3, bgr=True),
 }
-"""What ``create_model(input_format=)`` takes: [-1, 1]; [0, 1]; 0 to 255; ImageNet's mean and deviation; detectron2's default."""
+"""What ``create_model(input_format=)`` takes: [-1, 1]; [0, 1]; 0 to 255; ImageNet's mean and deviation; detectron2's
+default.
+"""
 
 TOLERANCE = 0.1
 """How far beyond its range resizing may take a value, as a share of the range; bicubic interpolation overshoots."""
@@ -81,7 +83,11 @@ def check_range(x: Tensor, expected: InputFormat) -> None:
     best = min(likely, key=lambda name: _width(FORMATS[name]), default=None)
     advice = f"they look like create_model(..., input_format={best!r})" if best else "no input_format goes so far"
     low, high = expected.range()
-    warnings.warn(f"this backbone takes images in [{low:.4g}, {high:.4g}], and values lie beyond: {advice}. Its features are wrong.", stacklevel=4)
+    warnings.warn(
+        f"this backbone takes images in [{low:.4g}, {high:.4g}], and values lie beyond: {advice}. Its features are "
+        "wrong.",
+        stacklevel=4,
+    )
 
 
 def _width(format: InputFormat) -> float:

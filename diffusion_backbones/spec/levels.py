@@ -33,18 +33,28 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
     """Check that the sites of each level share a stride, and that levels run fine to coarse.
 
     Raises:
-        ValueError: They do not; a site is an attention map, which has no channels to concatenate; or none is in the denoiser.
+        ValueError: They do not; a site is an attention map, which has no channels to concatenate; or none is in the
+            denoiser.
     """
     infos = tuple(LevelInfo(tuple(sites)) for sites in levels)
     for info in infos:
         for site in info.sites:
             if site.layout == "attention":
-                raise ValueError(f"{site.id} is an attention map (heads, queries, keys) and cannot be a level of a pyramid; read it with forward_activations")
+                raise ValueError(
+                    f"{site.id} is an attention map (heads, queries, keys) and cannot be a level of a pyramid; read "
+                    "it with forward_activations"
+                )
             if site.stride != info.stride:
                 first = info.sites[0]
-                raise ValueError(f"one level has one stride, but {first.id} has {first.stride} and {site.id} has {site.stride}; put them into two levels")
+                raise ValueError(
+                    f"one level has one stride, but {first.id} has {first.stride} and {site.id} has {site.stride}; "
+                    "put them into two levels"
+                )
     if all(site.encoder for info in infos for site in info.sites):
-        raise ValueError(f"{infos[0].sites[0].id} is read in the image encoder, and no level in the diffusion network; add one that is")
+        raise ValueError(
+            f"{infos[0].sites[0].id} is read in the image encoder, and no level in the diffusion network; add one "
+            "that is"
+        )
     strides = [info.stride for info in infos]
     if strides != sorted(strides):
         raise ValueError(f"levels must run fine to coarse, got strides {strides}; reorder them")
@@ -52,7 +62,8 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
 
 
 def fine(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelInfo]) -> tuple[LevelInfo, ...]:
-    """Levels of the image encoder for those of ``strides`` that are finer than all ``levels``: its last residual block there.
+    """Levels of the image encoder for those of ``strides`` that are finer than all ``levels``: its last residual block
+    there.
 
     Args:
         sites: All of the network.

@@ -1,7 +1,7 @@
 """The data model: what a checkpoint is, what a recipe reads from it, and who published it.
 
-Everything here is plain frozen data without torch. A model is *declared* with these classes (see ``models/``); code that
-needs to know something about a model reads it from here instead of comparing names.
+Everything here is plain frozen data without torch. A model is *declared* with these classes (see ``models/``); code
+that needs to know something about a model reads it from here instead of comparing names.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Recipe:
 
     Args:
         name: Second half of a backbone's name (``gdf``).
-        levels: The chosen activations, fine to coarse. Each level may be given as a :class:`Level`, one id, or a sequence
-            of ids. A flat list of ids is grouped by stride with :meth:`from_ids`, once the network is known.
+        levels: The chosen activations, fine to coarse. Each level may be given as a :class:`Level`, one id, or a
+            sequence of ids. A flat list of ids is grouped by stride with :meth:`from_ids`, once the network is known.
         timestep: What the network receives and the noise level is read at, ``-1`` to ``T - 1`` (T = 1000 for Stable
             Diffusion); -1 is "before the first step" and goes with ``noise="none"``. The default, 50, is GDF's nominal
             timestep.
@@ -53,12 +53,14 @@ class Recipe:
         ensemble: Number of noise draws whose activations are averaged, at least 1.
         seed: Seed of the fixed canvas.
         prompt: Text for every image unless a call overrides it.
-        prompt_padding: ``"max_length"`` pads to the tokenizer's limit, as diffusers' pipelines do; ``"longest"`` does not.
+        prompt_padding: ``"max_length"`` pads to the tokenizer's limit, as diffusers' pipelines do; ``"longest"`` does
+            not.
         scaled: Whether latents are multiplied by the encoder's scaling factor, as the denoiser was trained.
         without: Components that are left out, such as one of several text encoders.
         discard: Channels of every activation that are set to zero, after the noise draws are averaged.
         normalise: What is done to every activation then: ``"layer"`` is a LayerNorm over channels without parameters
-            (epsilon 1e-6), ``"adaptive"`` also the shift and scale with which the block behind the activation modulates it.
+            (epsilon 1e-6), ``"adaptive"`` also the shift and scale with which the block behind the activation modulates
+            it.
         input_size: Side in pixels that the source used; ``None`` means the checkpoint's own.
         paper: Who chose it, or None for a recipe nobody published.
         nominal_timestep: The timestep as the source counts it, where that is another number.
@@ -92,28 +94,48 @@ class Recipe:
     def __post_init__(self) -> None:
         given: Any = self.levels
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-            raise ValueError(f"recipe {self.name!r}: levels must be a non-empty sequence of activation ids or of levels, got {given!r}")
+            raise ValueError(
+                f"recipe {self.name!r}: levels must be a non-empty sequence of activation ids or of levels, got "
+                f"{given!r}"
+            )
         object.__setattr__(self, "levels", tuple(_level(level) for level in given))
         for key in ("without", "discard", "notes", "unverified"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if self.noise not in get_args(NoiseRule):
             rules = get_args(NoiseRule)
-            raise ValueError(f"recipe {self.name!r}: noise must be one of {', '.join(rules)}, got {self.noise!r}.{closest(str(self.noise), rules)}")
+            raise ValueError(
+                f"recipe {self.name!r}: noise must be one of {', '.join(rules)}, got "
+                f"{self.noise!r}.{closest(str(self.noise), rules)}"
+            )
         if self.normalise not in get_args(Normalisation):
             known = get_args(Normalisation)
-            raise ValueError(f"recipe {self.name!r}: normalise must be one of {', '.join(known)}, got {self.normalise!r}.{closest(str(self.normalise), known)}")
+            raise ValueError(
+                f"recipe {self.name!r}: normalise must be one of {', '.join(known)}, got "
+                f"{self.normalise!r}.{closest(str(self.normalise), known)}"
+            )
         if not all(isinstance(channel, int) and channel >= 0 for channel in self.discard):
             raise ValueError(f"recipe {self.name!r}: discard must be channels from 0 up, got {self.discard}")
         if self.prompt_padding not in get_args(PromptPadding):
-            raise ValueError(f"recipe {self.name!r}: prompt_padding must be 'max_length' or 'longest', got {self.prompt_padding!r}")
+            raise ValueError(
+                f"recipe {self.name!r}: prompt_padding must be 'max_length' or 'longest', got {self.prompt_padding!r}"
+            )
         if self.ensemble < 1 or (self.ensemble > 1 and self.noise == "none"):
-            raise ValueError(f"recipe {self.name!r}: ensemble must be at least 1, and 1 without noise; got {self.ensemble} with noise={self.noise!r}")
+            raise ValueError(
+                f"recipe {self.name!r}: ensemble must be at least 1, and 1 without noise; got {self.ensemble} with "
+                f"noise={self.noise!r}"
+            )
         if not -1 <= self.timestep < 1000:
             raise ValueError(f"recipe {self.name!r}: timestep must be from -1 to 999, got {self.timestep}")
         if self.timestep < 0 and self.noise != "none":
-            raise ValueError(f"recipe {self.name!r}: timestep {self.timestep} lies before the first step, where no noise level is defined; use noise='none'")
+            raise ValueError(
+                f"recipe {self.name!r}: timestep {self.timestep} lies before the first step, where no noise level is "
+                "defined; use noise='none'"
+            )
         if not isinstance(self.prompt, str):
-            raise ValueError(f"recipe {self.name!r}: prompt must be one string, got {type(self.prompt).__name__}; give a list per call instead")
+            raise ValueError(
+                f"recipe {self.name!r}: prompt must be one string, got {type(self.prompt).__name__}; give a list per "
+                "call instead"
+            )
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -124,7 +146,7 @@ class Recipe:
     def digest(self) -> str:
         """Twelve hexadecimal digits that change whenever a setting that changes the features does."""
         cosmetic = {"name", "paper", "nominal_timestep", "source", "notes", "unverified", "input_size"}
-        usual = Recipe("", self.levels).to_dict()                   # left out, so that a setting that is new one day changes no digest
+        usual = Recipe("", self.levels).to_dict()  # left out, so that a setting that is new one day changes no digest
         settings = {k: v for k, v in self.to_dict().items() if k not in cosmetic and (k == "levels" or v != usual[k])}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -166,9 +188,11 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"recipe={str(path)!r} is no file; give a YAML or JSON file, a Recipe, or a list of activation ids")
+            raise FileNotFoundError(
+                f"recipe={str(path)!r} is no file; give a YAML or JSON file, a Recipe, or a list of activation ids"
+            )
         try:
-            data = yaml.safe_load(path.read_text())          # JSON is a subset of YAML
+            data = yaml.safe_load(path.read_text())  # JSON is a subset of YAML
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a YAML or JSON file: {error}") from error
         if not isinstance(data, dict):

@@ -28,8 +28,11 @@ def register_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def register_model(checkpoint: Checkpoint | str, recipe: Recipe, *, name: str | None = None, tag: str = "") -> Declaration:
-    """Declare a backbone. From here on it is in ``list_models``, ``create_model``, timm, the hub entries, the cards and the tests.
+def register_model(
+    checkpoint: Checkpoint | str, recipe: Recipe, *, name: str | None = None, tag: str = ""
+) -> Declaration:
+    """Declare a backbone. From here on it is in ``list_models``, ``create_model``, timm, the hub entries, the cards and
+    the tests.
 
     Args:
         checkpoint: A checkpoint or the name of a registered one.
@@ -72,7 +75,10 @@ def _natural(name: str) -> list[Any]:
 
 
 def list_models(
-    filter: str | Sequence[str] = "", pretrained: bool = False, exclude_filters: str | Sequence[str] = "", include_tags: bool | None = None
+    filter: str | Sequence[str] = "",
+    pretrained: bool = False,
+    exclude_filters: str | Sequence[str] = "",
+    include_tags: bool | None = None,
 ) -> list[str]:
     """Names of the registered backbones, in natural order.
 
@@ -117,13 +123,22 @@ def get_declaration(name: str) -> Declaration:
     if name in _checkpoints:
         known = [d.name for d in _declarations.values() if d.checkpoint.name == name]
         published = f" Published recipes: {', '.join(known)}." if known else " It has no published recipe."
-        raise KeyError(f"{name!r} is a checkpoint, and a backbone needs a recipe too: create_model({name!r}, recipe=[...]).{published}")
+        raise KeyError(
+            f"{name!r} is a checkpoint, and a backbone needs a recipe too: create_model({name!r}, "
+            f"recipe=[...]).{published}"
+        )
     architecture, _, tag = name.partition(".")
     if tag and architecture in _declarations:
         tags = [d.tag for d in _declarations.values() if d.architecture == architecture and d.tag]
-        raise KeyError(f"{architecture!r} has no weights tagged {tag!r}. It has: {', '.join(tags) or 'no tags, only the default weights'}.")
+        raise KeyError(
+            f"{architecture!r} has no weights tagged {tag!r}. It has: "
+            f"{', '.join(tags) or 'no tags, only the default weights'}."
+        )
     hint = f" For a repository on the hub use 'hf-hub:{name}'." if "/" in name else ""
-    raise KeyError(f"no backbone is called {name!r}.{closest(name, [*_declarations, *_checkpoints])}{hint} `list_models()` lists them all.")
+    raise KeyError(
+        f"no backbone is called {name!r}.{closest(name, [*_declarations, *_checkpoints])}{hint} `list_models()` lists "
+        "them all."
+    )
 
 
 def get_checkpoint(name: str) -> Checkpoint:
@@ -134,11 +149,11 @@ def get_checkpoint(name: str) -> Checkpoint:
     """
     if name in _checkpoints:
         return _checkpoints[name]
-    raise KeyError(f"no checkpoint is called {name!r}.{closest(name, _checkpoints)} `list_checkpoints()` lists them all.")
+    raise KeyError(
+        f"no checkpoint is called {name!r}.{closest(name, _checkpoints)} `list_checkpoints()` lists them all."
+    )
 
 
 def get_pretrained_cfg(name: str) -> dict[str, Any]:
     """timm's description of a backbone's input and weights, see :func:`pretrained_cfg`."""
     return pretrained_cfg(get_declaration(name))
-
-

@@ -32,5 +32,7 @@ def _power(scheduler: Config, t: int) -> float:
 
 def _cosine(scheduler: Config, t: int) -> float:
     """1 - beta of one step, where alpha_bar is a squared cosine and beta at most 0.999 (https://arxiv.org/abs/2102.09672)."""
-    before, after = (math.cos((step / scheduler["num_train_timesteps"] + 0.008) / 1.008 * math.pi / 2) ** 2 for step in (t, t + 1))
+    before, after = (
+        math.cos((step / scheduler["num_train_timesteps"] + 0.008) / 1.008 * math.pi / 2) ** 2 for step in (t, t + 1)
+    )
     return max(after / before, 0.001)

@@ -1,1 +1,3 @@
-"""What is done to, or asked of, a stock network of any family: folding, introspection, trainable parts, compilation, memory."""
+"""What is done to, or asked of, a stock network of any family: folding, introspection, trainable parts, compilation,
+memory.
+"""

@@ -1,9 +1,11 @@
 """A backbone through ``torch.compile``: its image encoder and its denoiser, in place, one graph each.
 
-In place means that ``Module.compile`` is used and nothing is wrapped: names of modules and of weights stay as they are. What a call does around the two
-networks (padding, noise, the pyramid) costs little and stays as it is, so every keyword of a call still works.
+In place means that ``Module.compile`` is used and nothing is wrapped: names of modules and of weights stay as they are.
+What a call does around the two networks (padding, noise, the pyramid) costs little and stays as it is, so every keyword
+of a call still works.
 
-Networks are compiled whole and not block by block: PyTorch takes the graph of one block for all of its class, without a look at which of them have hooks.
+Networks are compiled whole and not block by block: PyTorch takes the graph of one block for all of its class, without a
+look at which of them have hooks.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from diffusion_backbones.backbone.timm_mixin import TimmInterface
 
 FREEZE = "freeze"
-"""Weights become constants of the graph, in the layout that the processor reads fastest. That is a graph for one batch and one size."""
+"""Weights become constants of the graph, in the layout that the processor reads fastest. That is a graph for one batch
+and one size.
+"""
 MODES = (FREEZE, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What ``create_model(compile=)`` takes beside True and False: :data:`FREEZE`, and the modes of ``torch.compile``."""
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -37,7 +41,10 @@ def check_compile(mode: bool | str, device: torch.device, trainable: bool | str 
     if not (isinstance(mode, bool) or mode in MODES):
         raise ValueError(f"compile must be True, False or one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if mode == FREEZE and trainable:
-        raise ValueError(f"compile={FREEZE!r} makes constants of the weights, and trainable={trainable!r} changes them; use compile=True")
+        raise ValueError(
+            f"compile={FREEZE!r} makes constants of the weights, and trainable={trainable!r} changes them; use "
+            "compile=True"
+        )
     if mode and device.type == "cpu":
         check_compiler()
 
@@ -51,7 +58,8 @@ def check_compiler(instead: str = "leave compile out, which changes no feature")
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise FileNotFoundError(
-            "compiling for the CPU needs a C++ compiler, and PyTorch found none. Install g++ or clang, or name one in the environment variable CXX; "
+            "compiling for the CPU needs a C++ compiler, and PyTorch found none. Install g++ or clang, or name one in "
+            "the environment variable CXX; "
             f"or {instead}."
         ) from None
 
@@ -69,7 +77,8 @@ def compile_in_place(backbone: TimmInterface, mode: bool | str, backend: str = "
     """
     if not backbone.family.one_graph:
         raise ValueError(
-            f"{backbone.declaration.name} cannot be compiled: its network reads the lengths of texts on the host in every call, so it is no single graph; "
+            f"{backbone.declaration.name} cannot be compiled: its network reads the lengths of texts on the host in "
+            "every call, so it is no single graph; "
             "leave compile out"
         )
     backbone.compiled = mode
@@ -85,18 +94,25 @@ def compile_in_place(backbone: TimmInterface, mode: bool | str, backend: str = "
 
 
 def settings(mode: bool | str, device: torch.device) -> dict[str, Any]:
-    """What a mode means to inductor. On a CPU convolutions keep their layout: another one would copy their weights in every call."""
+    """What a mode means to inductor. On a CPU convolutions keep their layout: another one would copy their weights in
+    every call.
+    """
     options: dict[str, Any] = dict(torch._inductor.list_mode_options("default" if mode is True else str(mode)))
     return options | ({"layout_optimization": False} if device.type == "cpu" else {})
 
 
 def _own_limit() -> dict[str, Any]:
-    """Have PyTorch count the graphs of each network by themselves; older ones count those of all compiled modules of a process together."""
+    """Have PyTorch count the graphs of each network by themselves; older ones count those of all compiled modules of a
+    process together.
+    """
     return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 def _refuse(module: nn.Module, *_: Any) -> None:
-    raise ValueError(f"the weights of this {type(module).__name__} are constants of compiled code, and others would change nothing; create it without compile=")
+    raise ValueError(
+        f"the weights of this {type(module).__name__} are constants of compiled code, and others would change "
+        "nothing; create it without compile="
+    )
 
 
 def networks(backbone: TimmInterface) -> Iterator[nn.Module]:
@@ -107,7 +123,8 @@ def networks(backbone: TimmInterface) -> Iterator[nn.Module]:
 
 
 def settle(backbone: TimmInterface, x: Tensor) -> Tensor:
-    """What goes into a network, (B, C, h, w), as a compiled graph wants it: of its own and in one layout, with batch, height and width marked as varying.
+    """What goes into a network, (B, C, h, w), as a compiled graph wants it: of its own and in one layout, with batch,
+    height and width marked as varying.
 
     A batch of one is a graph of its own: PyTorch takes a size of one for a constant.
     """
@@ -120,8 +137,14 @@ def settle(backbone: TimmInterface, x: Tensor) -> Tensor:
 
 
 def eagerly(backbone: TimmInterface) -> AbstractContextManager[Any]:
-    """Within the ``with`` block, compiled networks run as they are written, and so see hooks that were installed after compiling."""
-    return torch.compiler.set_stance("force_eager") if backbone.compiled and not torch.compiler.is_compiling() else nullcontext()
+    """Within the ``with`` block, compiled networks run as they are written, and so see hooks that were installed after
+    compiling.
+    """
+    return (
+        torch.compiler.set_stance("force_eager")
+        if backbone.compiled and not torch.compiler.is_compiling()
+        else nullcontext()
+    )
 
 
 def running(backbone: TimmInterface) -> AbstractContextManager[Any]:

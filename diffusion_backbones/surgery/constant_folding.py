@@ -1,9 +1,10 @@
 """Keep what does not depend on the image as values, and drop the weights that computed it.
 
-A backbone reads one prompt at one timestep, so the embedding of the timestep, the keys and values of the text, the modulations of a
-transformer and more are the same for every image. Which modules those are is found by running the network on latents of NaN: whatever
-depends on an image by any arithmetic is NaN then. What holds no NaN, and is bit for bit the same at two sizes, is constant, and the
-outermost such modules with matrices are replaced by :class:`Constant`. Nothing here knows a family.
+A backbone reads one prompt at one timestep, so the embedding of the timestep, the keys and values of the text, the
+modulations of a transformer and more are the same for every image. Which modules those are is found by running the
+network on latents of NaN: whatever depends on an image by any arithmetic is NaN then. What holds no NaN, and is bit for
+bit the same at two sizes, is constant, and the outermost such modules with matrices are replaced by :class:`Constant`.
+Nothing here knows a family.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.configs import Configs
 
 SIZES = ((2, 1), (1, 3))
-"""Heights and widths that networks are run at, in units of their ``size_divisibility``: no side, ratio or area is in both."""
+"""Heights and widths that networks are run at, in units of their ``size_divisibility``: no side, ratio or area is in
+both.
+"""
 COSTLY = (F.linear, F.conv2d, F.scaled_dot_product_attention)
 
 
@@ -32,12 +35,20 @@ class Constant(nn.Module):
 
     Args:
         outputs: What the module gave for one image; None where it gave None.
-        axes: Of each output the axis along which images are put together; None if it is the same for any number of them.
-        counted: Where the number of images is read: an argument's position or name, its axis, and its length for one image.
+        axes: Of each output the axis along which images are put together; None if it is the same for any number of
+            them.
+        counted: Where the number of images is read: an argument's position or name, its axis, and its length for one
+            image.
         as_tuple: Whether the outputs are a tuple and not the only one.
     """
 
-    def __init__(self, outputs: Iterable[Tensor | None], axes: Iterable[int | None], counted: tuple[int | str, int, int] | None, as_tuple: bool):
+    def __init__(
+        self,
+        outputs: Iterable[Tensor | None],
+        axes: Iterable[int | None],
+        counted: tuple[int | str, int, int] | None,
+        as_tuple: bool,
+    ):
         super().__init__()
         self.axes, self.counted, self.as_tuple = tuple(axes), counted, as_tuple
         for i, output in enumerate(outputs):
@@ -63,7 +74,12 @@ class Constant(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What :func:`restore` needs, for JSON."""
         shapes = [None if output is None else list(output.shape) for output in self.outputs]
-        return {"outputs": shapes, "axes": list(self.axes), "counted": self.counted and list(self.counted), "tuple": self.as_tuple}
+        return {
+            "outputs": shapes,
+            "axes": list(self.axes),
+            "counted": self.counted and list(self.counted),
+            "tuple": self.as_tuple,
+        }
 
 
 def _repeat(output: Tensor | None, axis: int | None, images: int) -> Tensor | None:
@@ -93,7 +109,9 @@ def restore(network: nn.Module, described: Mapping[str, Any]) -> None:
             constant = Constant(outputs, what["axes"], what["counted"] and tuple(what["counted"]), what["tuple"])
             network.set_submodule(path, constant)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the folded network cannot be restored: {path!r} is not described as a module of it ({error})") from error
+            raise ValueError(
+                f"the folded network cannot be restored: {path!r} is not described as a module of it ({error})"
+            ) from error
 
 
 def check_fold(fold: Any, folded: Mapping[str, Any], trainable: Any, device: torch.device, name: str) -> None:
@@ -106,13 +124,27 @@ def check_fold(fold: Any, folded: Mapping[str, Any], trainable: Any, device: tor
     if not isinstance(fold, bool):
         raise TypeError(f"fold must be True or False, got {fold!r}")
     if trainable and (fold or folded):
-        raise TypeError(f"{name}: trainable={trainable!r} needs the weights that fold=True drops; train it without fold=True, and fold what was trained")
+        raise TypeError(
+            f"{name}: trainable={trainable!r} needs the weights that fold=True drops; train it without fold=True, and "
+            "fold what was trained"
+        )
     if fold and not folded and device.type == "meta":
-        raise ValueError(f"{name}: fold=True keeps values, and on the meta device there are none; build it on another, or read a folded one that was saved")
+        raise ValueError(
+            f"{name}: fold=True keeps values, and on the meta device there are none; build it on another, or read a "
+            "folded one that was saved"
+        )
 
 
-def fold(denoiser: nn.Module, family: Family, configs: Configs, conditioning: Mapping[str, Tensor], timestep: float, sites: Iterable[Site]) -> None:
-    """Replace what does not depend on the image, in place. The network is run three times, on few pixels, and mostly without computing anything.
+def fold(
+    denoiser: nn.Module,
+    family: Family,
+    configs: Configs,
+    conditioning: Mapping[str, Tensor],
+    timestep: float,
+    sites: Iterable[Site],
+) -> None:
+    """Replace what does not depend on the image, in place. The network is run three times, on few pixels, and mostly
+    without computing anything.
 
     Args:
         denoiser: A network with weights, possibly truncated.
@@ -132,10 +164,16 @@ def fold(denoiser: nn.Module, family: Family, configs: Configs, conditioning: Ma
         stride = family.latent_stride(configs)
         z = first.new_full((images, family.latent_channels(configs), height // stride, width // stride), torch.nan)
         seen: dict[str, list[_Output | None]] = {path: [] for path in candidates}
-        hooks = [module.register_forward_hook(functools.partial(_keep, seen[path]), with_kwargs=True) for path, module in candidates.items()]
+        hooks = [
+            module.register_forward_hook(functools.partial(_keep, seen[path]), with_kwargs=True)
+            for path, module in candidates.items()
+        ]
         try:
             with torch.no_grad(), z.device, _NothingFromNaN():
-                given = {name: tensor.to(z.device).repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in conditioning.items()}
+                given = {
+                    name: tensor.to(z.device).repeat(images, *[1] * (tensor.ndim - 1))
+                    for name, tensor in conditioning.items()
+                }
                 family.call(denoiser, z, timesteps(timestep, images, z.device), given, (height, width))
         finally:
             for hook in hooks:
@@ -143,7 +181,7 @@ def fold(denoiser: nn.Module, family: Family, configs: Configs, conditioning: Ma
         return seen
 
     one, two, elsewhere = run(1, SIZES[0]), run(2, SIZES[0]), run(2, SIZES[1])
-    for path, module in candidates.items():                 # what is outside comes before what is inside, and takes that along
+    for path, module in candidates.items():  # what is outside comes before what is inside, and takes that along
         constant = _constant(one[path], two[path], elsewhere[path])
         if constant is not None and module in set(denoiser.modules()):
             denoiser.set_submodule(path, constant)
@@ -151,7 +189,11 @@ def fold(denoiser: nn.Module, family: Family, configs: Configs, conditioning: Ma
 
 def _foldable(path: str, module: nn.Module, read: Collection[str]) -> bool:
     """Whether a module holds a matrix; norms alone cost less than their outputs would."""
-    return bool(path) and any(p.ndim > 1 for p in module.parameters()) and not any(inside.startswith(f"{path}.") for inside in read)
+    return (
+        bool(path)
+        and any(p.ndim > 1 for p in module.parameters())
+        and not any(inside.startswith(f"{path}.") for inside in read)
+    )
 
 
 class _NothingFromNaN(TorchFunctionMode):
@@ -159,7 +201,11 @@ class _NothingFromNaN(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        spoilt = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.isnan().any()] if func in COSTLY else []
+        spoilt = (
+            [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.isnan().any()]
+            if func in COSTLY
+            else []
+        )
         if spoilt:
             like = func(*map(_shape_of, args), **{key: _shape_of(value) for key, value in kwargs.items()})
             return torch.full_like(like, torch.nan, device=spoilt[0].device)
@@ -180,21 +226,33 @@ class _Output(NamedTuple):
 
 def _keep(seen: list[_Output | None], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     outputs = output if isinstance(output, tuple) else (output,)
-    dtype = next(module.parameters()).dtype                         # of another one there would be no telling what to load it as
+    dtype = next(module.parameters()).dtype  # of another one there would be no telling what to load it as
     fit = all(x is None or (isinstance(x, Tensor) and x.dtype == dtype and not x.isnan().any()) for x in outputs)
     given = {key: x.shape for key, x in (*enumerate(args), *kwargs.items()) if isinstance(x, Tensor)}
-    seen.append(_Output(tuple(x if x is None else x.clone() for x in outputs), isinstance(output, tuple), given) if fit else None)
+    seen.append(
+        _Output(tuple(x if x is None else x.clone() for x in outputs), isinstance(output, tuple), given)
+        if fit
+        else None
+    )
 
 
 def _constant(one: list[_Output | None], two: list[_Output | None], elsewhere: list[_Output | None]) -> Constant | None:
-    """What may stand in for a module, given its calls with one image, with two, and with two of another size; None if nothing may."""
-    if not one or not (len(one) == len(two) == len(elsewhere) and one[0] and two[0]) or not (_all_equal(one) and _all_equal([*two, *elsewhere])):
+    """What may stand in for a module, given its calls with one image, with two, and with two of another size; None if
+    nothing may.
+    """
+    if (
+        not one
+        or not (len(one) == len(two) == len(elsewhere) and one[0] and two[0])
+        or not (_all_equal(one) and _all_equal([*two, *elsewhere]))
+    ):
         return None
     pairs = list(zip(one[0].outputs, two[0].outputs, strict=True))
     axes = [None if a is None or b is None else _growing(a.shape, b.shape) for a, b in pairs]
     counts = [_counted(a, b, c) for a, b, c in zip(one, two, elsewhere, strict=True)]
     needed = any(axis is not None for axis in axes)
-    if (needed and (counts[0] is None or len(set(counts)) > 1)) or not all(_same(a, b, axis) for (a, b), axis in zip(pairs, axes, strict=True)):
+    if (needed and (counts[0] is None or len(set(counts)) > 1)) or not all(
+        _same(a, b, axis) for (a, b), axis in zip(pairs, axes, strict=True)
+    ):
         return None
     return Constant(one[0].outputs, axes, counts[0] if needed else None, one[0].as_tuple)
 
@@ -204,7 +262,10 @@ def _all_equal(several: list[_Output | None]) -> bool:
     return first is not None and all(
         other is not None
         and (len(other.outputs), other.as_tuple) == (len(first.outputs), first.as_tuple)
-        and all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(first.outputs, other.outputs, strict=True))
+        and all(
+            x is y if x is None or y is None else torch.equal(x, y)
+            for x, y in zip(first.outputs, other.outputs, strict=True)
+        )
         for other in several
     )
 
@@ -219,12 +280,18 @@ def _counted(one: _Output | None, two: _Output | None, elsewhere: _Output | None
     """The first argument that tells how many images there are, whatever their size."""
     if one is None or two is None or elsewhere is None:
         return None
-    found = ((key, _growing(shape, two.given[key]), shape) for key, shape in one.given.items() if two.given[key] == elsewhere.given[key])
+    found = (
+        (key, _growing(shape, two.given[key]), shape)
+        for key, shape in one.given.items()
+        if two.given[key] == elsewhere.given[key]
+    )
     return next(((key, axis, shape[axis]) for key, axis, shape in found if axis is not None), None)
 
 
 def _same(one: Tensor | None, two: Tensor | None, axis: int | None) -> bool:
-    """Whether two images have twice the output of one, but for the last digits, which differ with the number of rows that kernels are given."""
+    """Whether two images have twice the output of one, but for the last digits, which differ with the number of rows
+    that kernels are given.
+    """
     if one is None or two is None:
         return one is two
     twice = one.repeat([2 if i == axis else 1 for i in range(one.ndim)])

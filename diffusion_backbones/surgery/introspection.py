@@ -1,4 +1,6 @@
-"""What a stock module path gives, and what running a network costs, found on the ``meta`` device: no memory, no weights."""
+"""What a stock module path gives, and what running a network costs, found on the ``meta`` device: no memory, no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,16 @@ def build(family: str, configs: Configs) -> nn.Module:
         return FAMILIES[family].build_denoiser(configs[FAMILIES[family].denoiser])
 
 
-def run(family: str, configs: Configs, denoiser: nn.Module, size: tuple[int, int], conditioning: Mapping[str, Tensor] | None = None) -> Tensor:
-    """One pass of a ``meta`` denoiser on one image of ``size`` pixels (height, width, multiples of ``size_divisibility``)."""
+def run(
+    family: str,
+    configs: Configs,
+    denoiser: nn.Module,
+    size: tuple[int, int],
+    conditioning: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """One pass of a ``meta`` denoiser on one image of ``size`` pixels (height, width, multiples of
+    ``size_divisibility``).
+    """
     kind = FAMILIES[family]
     stride = kind.latent_stride(configs)
     z = torch.empty(1, kind.latent_channels(configs), size[0] // stride, size[1] // stride, device="meta")
@@ -52,7 +62,9 @@ def unreached(family: str, configs: Configs, sites: Sequence[Site]) -> set[str]:
 
 
 def called(family: str, configs: Configs, paths: list[str]) -> set[str]:
-    """The modules of a network cut behind ``paths`` that run as such. Of others a parent reads the weights, if anything does."""
+    """The modules of a network cut behind ``paths`` that run as such. Of others a parent reads the weights, if anything
+    does.
+    """
     denoiser, d = FAMILIES[family].truncate(build(family, configs), paths), FAMILIES[family].size_divisibility(configs)
     names: list[str] = []
     for name, module in denoiser.named_modules():
@@ -83,12 +95,16 @@ def site(family: str, configs: Configs, path: str) -> Site:
     outputs: list[Any] = []
     module.register_forward_hook(functools.partial(_keep, outputs))
     d = FAMILIES[family].size_divisibility(configs)
-    size = (2 * d, 3 * d)                               # not square, so that height and width cannot be confused
+    size = (2 * d, 3 * d)  # not square, so that height and width cannot be confused
     with torch.no_grad():
         run(family, configs, denoiser, size)
-    found = _site(path, outputs[0], size, d, functools.partial(FAMILIES[family].image_rows, configs)) if outputs else None
+    found = (
+        _site(path, outputs[0], size, d, functools.partial(FAMILIES[family].image_rows, configs)) if outputs else None
+    )
     if found is None:
-        raise ValueError(f"{path!r} gives no feature map (B, C, h, w) and no image tokens (B, h·w, C), so it cannot be an activation")
+        raise ValueError(
+            f"{path!r} gives no feature map (B, C, h, w) and no image tokens (B, h·w, C), so it cannot be an activation"
+        )
     return found
 
 
@@ -96,7 +112,9 @@ def _keep(outputs: list[Any], module: nn.Module, args: Any, output: Any) -> None
     outputs.append(output)
 
 
-def _site(path: str, output: Any, size: tuple[int, int], coarsest: int, image_rows: Callable[[int, int, int], str | None]) -> Site | None:
+def _site(
+    path: str, output: Any, size: tuple[int, int], coarsest: int, image_rows: Callable[[int, int, int], str | None]
+) -> Site | None:
     several = isinstance(output, (tuple, list))
     for i, x in enumerate(output if several else [output]):
         port = f"out[{i}]" if several else "out"
@@ -117,4 +135,3 @@ def gflops(function: Any, *args: Any) -> float:
     with FlopCounterMode(display=False) as counter:
         function(*args)
     return int(counter.get_total_flops()) / 1e9
-

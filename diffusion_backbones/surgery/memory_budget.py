@@ -1,4 +1,6 @@
-"""Whether weights fit where they are asked to go, before any of them is read; and what would take less, when a call does not fit."""
+"""Whether weights fit where they are asked to go, before any of them is read; and what would take less, when a call
+does not fit.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +20,54 @@ SMALLER = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch
 """What else one may ask for."""
 
 
-def check_budget(parts: list[tuple[nn.Module, torch.dtype]], device: torch.device, name: str, rounded: Collection[str] = ()) -> None:
+def check_budget(
+    parts: list[tuple[nn.Module, torch.dtype]], device: torch.device, name: str, rounded: Collection[str] = ()
+) -> None:
     """Raise ``MemoryError`` if networks on ``meta`` would not fit on a device, in the dtypes that they are to have.
 
-    On a GPU it is the free memory that counts; on the CPU, where weights may stay in their files, all that the machine has.
-    What the activations of a call need comes on top and is not known here.
+    On a GPU it is the free memory that counts; on the CPU, where weights may stay in their files, all that the machine
+    has. What the activations of a call need comes on top and is not known here.
     """
     room = available(device)
     needed = weights(parts, rounded)
     if room is None or needed <= room:
         return
     asked = parts[0][1]
-    settings = {f"dtype={_name(dtype)!r}": weights([(network, dtype) for network, _ in parts], rounded) for dtype in SMALLER.get(asked, ())}
+    settings = {
+        f"dtype={_name(dtype)!r}": weights([(network, dtype) for network, _ in parts], rounded)
+        for dtype in SMALLER.get(asked, ())
+    }
     if not rounded:
         denoiser = parts[0][0]
         settings["weight_dtype='int8'"] = weights(parts, quantization.names(denoiser, dict(denoiser.named_modules())))
     fitting = [f"{setting} takes {_gb(size)}, which fits" for setting, size in settings.items() if size <= room]
-    least = f"{_gb(min([needed, *settings.values()]))} is the least that one setting gives; docs/memory.md says how to quantise and to offload"
-    raise MemoryError(f"{name} needs {_gb(needed)} for its weights in {_name(asked)}, and {device} has {_gb(room)}; {fitting[0] if fitting else least}")
+    least = (
+        f"{_gb(min([needed, *settings.values()]))} is the least that one setting gives; docs/memory.md says how "
+        "to quantise and to offload"
+    )
+    raise MemoryError(
+        f"{name} needs {_gb(needed)} for its weights in {_name(asked)}, and {device} has {_gb(room)}; "
+        f"{fitting[0] if fitting else least}"
+    )
 
 
 def weights(parts: list[tuple[nn.Module, torch.dtype]], rounded: Collection[str] = ()) -> int:
-    """Bytes of the weights of a denoiser, and of an image encoder, in their dtypes; ``rounded`` names those of the denoiser that have eight bits."""
+    """Bytes of the weights of a denoiser, and of an image encoder, in their dtypes; ``rounded`` names those of the
+    denoiser that have eight bits.
+    """
     return sum(
-        quantization.stored(tensor, dtype, i == 0 and name in rounded) for i, (network, dtype) in enumerate(parts) for name, tensor in network.state_dict().items()
+        quantization.stored(tensor, dtype, i == 0 and name in rounded)
+        for i, (network, dtype) in enumerate(parts)
+        for name, tensor in network.state_dict().items()
     )
 
 
 def available(device: torch.device) -> int | None:
     """Bytes that weights may take on a device; None where nobody says."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)           # by PyTorch, which gives it out again
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by PyTorch, which gives it out again
         return int(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type == "cpu":
         import psutil

@@ -1,8 +1,8 @@
 """What of a backbone is trained: nothing, the denoiser, adapters inside it, or the prompt.
 
-``True`` trains every parameter of the denoiser. ``"lora"`` keeps them and adds peft's low-rank adapters to the projections of
-its attention. ``"prompt"`` keeps all networks and trains the embedding of the recipe's prompt, which starts where the text
-encoder put it. In every case only what a gradient of the activations reaches is trained.
+``True`` trains every parameter of the denoiser. ``"lora"`` keeps them and adds peft's low-rank adapters to the
+projections of its attention. ``"prompt"`` keeps all networks and trains the embedding of the recipe's prompt, which
+starts where the text encoder put it. In every case only what a gradient of the activations reaches is trained.
 """
 
 from __future__ import annotations
@@ -62,12 +62,22 @@ def check_prompt(family: Family, configs: Configs, prompt_tokens: int | None, re
     shapes = family.conditioning_shapes(configs)
     if "prompt_embeds" not in shapes:
         what = ", ".join(shapes) or "nothing"
-        raise ValueError(f"{name} is conditioned on {what} and not on text, so it has no prompt to train; use trainable=True or 'lora'")
+        raise ValueError(
+            f"{name} is conditioned on {what} and not on text, so it has no prompt to train; use trainable=True or "
+            "'lora'"
+        )
     if prompt_tokens is None:
         return
     if reads_text or "prompt_embeds_2" in shapes:
-        why = "its recipe reads one channel per token of the text" if reads_text else "it takes two texts of fixed lengths"
-        raise ValueError(f"prompt_tokens={prompt_tokens} changes the length of the text, and {name} cannot: {why}; leave prompt_tokens out")
+        why = (
+            "its recipe reads one channel per token of the text"
+            if reads_text
+            else "it takes two texts of fixed lengths"
+        )
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} changes the length of the text, and {name} cannot: {why}; leave "
+            "prompt_tokens out"
+        )
 
 
 def first_tokens(embeddings: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
@@ -78,7 +88,10 @@ def first_tokens(embeddings: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
     """
     there = embeddings["prompt_embeds"].shape[1]
     if n > there:
-        raise ValueError(f"prompt_tokens={n} is more than the {there} tokens of the recipe's prompt, which the learned ones start from")
+        raise ValueError(
+            f"prompt_tokens={n} is more than the {there} tokens of the recipe's prompt, which the learned ones start "
+            "from"
+        )
     out = dict(embeddings) | {"prompt_embeds": embeddings["prompt_embeds"][:, :n]}
     if "prompt_attention_mask" in out:
         out["prompt_attention_mask"] = torch.ones_like(out["prompt_attention_mask"][:, :n])
@@ -93,7 +106,9 @@ def learned(embeddings: Mapping[str, Tensor], unreached: Collection[str], name: 
     """
     found = [key for key in TEXT if key in embeddings and f"conditioning.{key}" not in unreached]
     if not found:
-        raise ValueError(f"no activation of {name} depends on the prompt, so there is nothing to train; use trainable=True")
+        raise ValueError(
+            f"no activation of {name} depends on the prompt, so there is nothing to train; use trainable=True"
+        )
     return found
 
 
@@ -113,13 +128,18 @@ def add_lora(denoiser: nn.Module, rank: int, unreached: Collection[str], name: s
     from peft import LoraConfig, inject_adapter_in_model
 
     ends = tuple(f".{projection}" for projection in PROJECTIONS)
-    linear = [path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear) and path.endswith(ends)]
+    linear = [
+        path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear) and path.endswith(ends)
+    ]
     targets = [path for path in linear if f"denoiser.{path}.weight" not in unreached]
     if not targets:
-        raise ValueError(f"no activation of {name} depends on a projection of attention ({', '.join(PROJECTIONS)}), so no adapter fits; use trainable=True")
+        raise ValueError(
+            f"no activation of {name} depends on a projection of attention ({', '.join(PROJECTIONS)}), so no adapter "
+            "fits; use trainable=True"
+        )
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     if isinstance(denoiser, PeftAdapterMixin):
-        denoiser.add_adapter(config)                    # diffusers' own methods for adapters then know them
+        denoiser.add_adapter(config)  # diffusers' own methods for adapters then know them
     else:
         inject_adapter_in_model(config, denoiser)
 

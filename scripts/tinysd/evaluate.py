@@ -2,16 +2,17 @@
 
     python scripts/tinysd/evaluate.py [--csv docs/tinysd.csv] [--only probe|keypoints] [BACKBONE ...]
 
-*Probe*: multinomial logistic regression on standardised features, all levels resized bilinearly to a quarter of the input and
-concatenated, from 20000 pixels of 50 of the 80 probe scenes; a seed draws both. Reported is the mIoU over all classes, background
-included, on new scenes, on held-out identities and on a held-out style.
+*Probe*: multinomial logistic regression on standardised features, all levels resized bilinearly to a quarter of the
+input and concatenated, from 20000 pixels of 50 of the 80 probe scenes; a seed draws both. Reported is the mIoU over all
+classes, background included, on new scenes, on held-out identities and on a held-out style.
 
-*Keypoints*: every source point goes to the most similar place (cosine, all levels at a quarter of the input, each level brought to unit
-length first, so that a wide level does not outvote a narrow one) anywhere in the target; PCK@0.1 is the share that lands within 0.1 of the longer side of the
-object's box. Nothing is trained.
+*Keypoints*: every source point goes to the most similar place (cosine, all levels at a quarter of the input, each level
+brought to unit length first, so that a wide level does not outvote a narrow one) anywhere in the target; PCK@0.1 is the
+share that lands within 0.1 of the longer side of the object's box. Nothing is trained.
 
-Baselines: ``untrained``, the same network as ``tinysd_gdf`` with random weights, of which a seed draws another; ``rgb``, colour and
-position for the probe, patches of 17 x 17 pixels less their mean for keypoints. Seeds are 0, 1 and 2.
+Baselines: ``untrained``, the same network as ``tinysd_gdf`` with random weights, of which a seed draws another;
+``rgb``, colour and position for the probe, patches of 17 x 17 pixels less their mean for keypoints. Seeds are 0, 1 and
+2.
 """
 
 from __future__ import annotations
@@ -37,14 +38,21 @@ from diffusion_backbones.evaluation.scenes import Scene, SceneSet, load_scenes
 
 SEEDS = (0, 1, 2)
 PIXELS, SCENES = 20000, 50
-SINGLE = ("up-level1-repeat1-vit-block0-cross-q", "up-level1-repeat2-res-out", "up-level2-repeat1-vit-block0-cross-q", "up-level3-repeat0-vit-block0-self-k",
-          "mid-vit-block0-self-k")
+SINGLE = (
+    "up-level1-repeat1-vit-block0-cross-q",
+    "up-level1-repeat2-res-out",
+    "up-level2-repeat1-vit-block0-cross-q",
+    "up-level3-repeat0-vit-block0-self-k",
+    "mid-vit-block0-self-k",
+)
 Extract = Callable[[Tensor], list[Tensor]]
 """(1, 3, S, S) in [-1, 1] -> maps (1, C, h, w)."""
 
 
 def method(name: str, seed: int) -> Extract:
-    """What turns an image into maps: a backbone's name, an activation's id or a recipe's file on ``tinysd``, ``untrained`` or ``rgb``."""
+    """What turns an image into maps: a backbone's name, an activation's id or a recipe's file on ``tinysd``,
+    ``untrained`` or ``rgb``.
+    """
     if name == "rgb":
         return lambda x: [x]
     if name == "untrained":
@@ -81,7 +89,9 @@ def pixels(extract: Extract, scenes: Sequence[Scene], name: str, step: str) -> t
 
 def mean_iou(truth: np.ndarray, guess: np.ndarray, classes: int) -> float:
     """Mean over the classes that occur in ``truth`` or ``guess``, in per cent."""
-    table = np.bincount(truth.ravel().astype(int) * classes + guess.ravel(), minlength=classes**2).reshape(classes, classes)
+    table = np.bincount(truth.ravel().astype(int) * classes + guess.ravel(), minlength=classes**2).reshape(
+        classes, classes
+    )
     union = table.sum(0) + table.sum(1) - table.diagonal()
     return float(100 * (table.diagonal()[union > 0] / union[union > 0]).mean())
 
@@ -140,7 +150,13 @@ def _describe(extract: Extract, name: str, x: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tinysd = db.list_models("tinysd_*")
-    parser.add_argument("backbones", nargs="*", default=["rgb", "untrained", *tinysd, *SINGLE], metavar="BACKBONE", help="default: all that are named above")
+    parser.add_argument(
+        "backbones",
+        nargs="*",
+        default=["rgb", "untrained", *tinysd, *SINGLE],
+        metavar="BACKBONE",
+        help="default: all that are named above",
+    )
     parser.add_argument("--only", choices=("probe", "keypoints"))
     parser.add_argument("--csv", type=Path, help="write the table here")
     args = parser.parse_args()
@@ -151,8 +167,21 @@ def main() -> None:
         for split, values in measured.items():
             metric = "PCK@0.1" if split.startswith("pairs") else "mIoU"
             mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-            rows.append({"features": name, "split": split, "metric": metric, "mean": f"{mean:.2f}", "std": f"{spread:.2f}", "seeds": len(values)})
-        print(f"{name:40}", "  ".join(f"{r['split']} {r['mean']} ± {r['std']}" for r in rows if r["features"] == name), flush=True)
+            rows.append(
+                {
+                    "features": name,
+                    "split": split,
+                    "metric": metric,
+                    "mean": f"{mean:.2f}",
+                    "std": f"{spread:.2f}",
+                    "seeds": len(values),
+                }
+            )
+        print(
+            f"{name:40}",
+            "  ".join(f"{r['split']} {r['mean']} ± {r['std']}" for r in rows if r["features"] == name),
+            flush=True,
+        )
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -1,6 +1,6 @@
 """A sheet of 32 scenes that tinysd draws for captions of the evaluation set, which training never had.
 
-    python scripts/tinysd/sample.py docs/tinysd_samples.jpg [--folder FOLDER] [--side 256]
+python scripts/tinysd/sample.py docs/tinysd_samples.jpg [--folder FOLDER] [--side 256]
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ def main() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(args.folder, safety_checker=None, torch_dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     captions = [scene.caption for scene in load_scenes().scenes[: COLUMNS * ROWS]]
-    shape = {"height": args.side, "width": args.side, "guidance_scale": args.guidance, "num_inference_steps": args.steps}
+    shape = {
+        "height": args.side,
+        "width": args.side,
+        "guidance_scale": args.guidance,
+        "num_inference_steps": args.steps,
+    }
     images: list[Image.Image] = []
     for start in range(0, len(captions), 8):
         images += pipeline(captions[start : start + 8], generator=torch.Generator().manual_seed(start), **shape).images

@@ -1,8 +1,8 @@
 """Scenes of one to six emoji, with a caption, the class and the instance of every pixel, and where each object went.
 
-Places, sizes, rotations, overlaps, light and backgrounds are random; backgrounds are procedural, or one of four photographs
-without restrictions that scikit-image carries, in random tints. Everything comes from one ``numpy`` generator, so a seed is a
-scene, and lengths are shares of the side, so a scene can be drawn at any size.
+Places, sizes, rotations, overlaps, light and backgrounds are random; backgrounds are procedural, or one of four
+photographs without restrictions that scikit-image carries, in random tints. Everything comes from one ``numpy``
+generator, so a seed is a scene, and lengths are shares of the side, so a scene can be drawn at any size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ class Scene:
     caption: str
 
 
-def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side: int, first: int | None = None, mirror: bool = True) -> Scene:
+def draw(
+    rng: np.random.Generator,
+    sprites: Sprites,
+    choice: Sequence[int],
+    side: int,
+    first: int | None = None,
+    mirror: bool = True,
+) -> Scene:
     """A random scene.
 
     Args:
@@ -71,18 +78,25 @@ def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side
     for _ in range(4 * wanted):
         if len(objects) == wanted:
             break
-        index = first if first is not None and not objects else int(rng.choice(by_class[str(rng.choice(list(by_class)))]))
+        index = (
+            first if first is not None and not objects else int(rng.choice(by_class[str(rng.choice(list(by_class)))]))
+        )
         reach = (0.72, 0.62, 0.52, 0.45, 0.42, 0.4)[wanted - 1]
         size = side * rng.uniform(0.45 * reach, reach)
         angle = rng.normal(0, np.pi / 10)
         stretch = np.exp(rng.normal(0, 0.06, 2)) * (rng.choice([-1, 1]) if mirror else 1, 1)
-        linear = size / 2 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(stretch)
+        linear = (
+            size / 2 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(stretch)
+        )
         centre = rng.uniform(size * 0.42, side - size * 0.42, 2)
         placed = Placed(index, np.column_stack([linear, centre]))
         colour, alpha = _warp(sprites.images[index], placed.to_scene, side)
         covered = instances.copy()
         covered[alpha > 0.5] = len(objects) + 1
-        if any((covered == i + 1).sum() < VISIBLE * _area(sprites.images[o.sprite], o.to_scene) for i, o in enumerate([*objects, placed])):
+        if any(
+            (covered == i + 1).sum() < VISIBLE * _area(sprites.images[o.sprite], o.to_scene)
+            for i, o in enumerate([*objects, placed])
+        ):
             continue
         shadow = gaussian_filter(np.roll(alpha, (round(side * 0.015),) * 2, (0, 1)), side * 0.02)
         canvas = canvas * (1 - 0.35 * rng.uniform() * shadow[..., None])
@@ -92,9 +106,11 @@ def draw(rng: np.random.Generator, sprites: Sprites, choice: Sequence[int], side
         classes[alpha > 0.5] = 1 + list(CLASSES).index(sprites.identities[sprites.identity[index]].cls)
         objects.append(placed)
     slope = rng.normal(0, 0.12, 2)
-    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     lit = np.clip(canvas * tint * (1 + slope[0] * x + slope[1] * y)[..., None], 0, 1)
-    return Scene((lit * 255).round().astype(np.uint8), classes, instances, objects, _caption(rng, sprites, objects, ground))
+    return Scene(
+        (lit * 255).round().astype(np.uint8), classes, instances, objects, _caption(rng, sprites, objects, ground)
+    )
 
 
 def _area(sprite: np.ndarray, to_scene: np.ndarray) -> float:
@@ -105,43 +121,71 @@ def _warp(sprite: np.ndarray, to_scene: np.ndarray, side: int) -> tuple[np.ndarr
     """Colour (S, S, 3) and opacity (S, S), both in [0, 1]."""
     linear = np.linalg.inv(to_scene[:, :2])
     offset = -linear @ to_scene[:, 2]
-    to_pixels = SIDE / 2                                      # sprite coordinates -> sprite pixels
+    to_pixels = SIDE / 2  # sprite coordinates -> sprite pixels
     rows = np.column_stack([linear, offset[:, None] + 1]) * to_pixels
     image = Image.fromarray(sprite)
     scale = np.sqrt(abs(np.linalg.det(to_scene[:, :2]))) * 2 / SIDE
-    if scale < 0.6:                                           # reduce first: an affine transform does not average
+    if scale < 0.6:  # reduce first: an affine transform does not average
         small = max(8, round(SIDE * scale * 1.2))
         rows *= small / SIDE
         image = image.resize((small, small), Image.Resampling.BOX)
-    warped = np.asarray(image.transform((side, side), Image.Transform.AFFINE, rows.flatten().tolist(), Image.Resampling.BILINEAR), np.float32) / 255
+    warped = (
+        np.asarray(
+            image.transform((side, side), Image.Transform.AFFINE, rows.flatten().tolist(), Image.Resampling.BILINEAR),
+            np.float32,
+        )
+        / 255
+    )
     return warped[..., :3], warped[..., 3]
 
 
-PHOTOGRAPHS = {"bricks": skimage.data.brick, "grass": skimage.data.grass, "gravel": skimage.data.gravel, "stars": skimage.data.hubble_deep_field}
+PHOTOGRAPHS = {
+    "bricks": skimage.data.brick,
+    "grass": skimage.data.grass,
+    "gravel": skimage.data.gravel,
+    "stars": skimage.data.hubble_deep_field,
+}
 _PHOTOGRAPHS: dict[str, np.ndarray] = {}
 COLOURS = {
-    "red": (0.8, 0.25, 0.22), "orange": (0.9, 0.55, 0.25), "yellow": (0.92, 0.85, 0.45), "green": (0.4, 0.65, 0.35),
-    "blue": (0.35, 0.55, 0.8), "purple": (0.55, 0.4, 0.7), "pink": (0.92, 0.68, 0.75), "brown": (0.5, 0.36, 0.27),
-    "grey": (0.55, 0.55, 0.55), "white": (0.94, 0.94, 0.94), "black": (0.13, 0.13, 0.15),
+    "red": (0.8, 0.25, 0.22),
+    "orange": (0.9, 0.55, 0.25),
+    "yellow": (0.92, 0.85, 0.45),
+    "green": (0.4, 0.65, 0.35),
+    "blue": (0.35, 0.55, 0.8),
+    "purple": (0.55, 0.4, 0.7),
+    "pink": (0.92, 0.68, 0.75),
+    "brown": (0.5, 0.36, 0.27),
+    "grey": (0.55, 0.55, 0.55),
+    "white": (0.94, 0.94, 0.94),
+    "black": (0.13, 0.13, 0.15),
 }
 
 
 def _background(rng: np.random.Generator, side: int) -> tuple[str, np.ndarray]:
     """Its words and its picture (S, S, 3) in [0, 1]."""
     name = str(rng.choice(list(COLOURS)))
-    a, b = (np.clip(np.array(COLOURS[c]) + rng.normal(0, 0.06, 3), 0, 1) for c in (name, str(rng.choice(list(COLOURS)))))
+    a, b = (
+        np.clip(np.array(COLOURS[c]) + rng.normal(0, 0.06, 3), 0, 1) for c in (name, str(rng.choice(list(COLOURS))))
+    )
     b = a + (b - a) * rng.uniform(0.2, 0.5)
-    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
-    kind = str(rng.choice(["plain", "gradient", "cloudy", "striped", "dotted", *PHOTOGRAPHS], p=[0.2, 0.15, 0.15, 0.08, 0.07, 0.08, 0.11, 0.08, 0.08]))
+    kind = str(
+        rng.choice(
+            ["plain", "gradient", "cloudy", "striped", "dotted", *PHOTOGRAPHS],
+            p=[0.2, 0.15, 0.15, 0.08, 0.07, 0.08, 0.11, 0.08, 0.08],
+        )
+    )
     if kind in PHOTOGRAPHS:
         if kind not in _PHOTOGRAPHS:
             _PHOTOGRAPHS[kind] = np.asarray(Image.fromarray(PHOTOGRAPHS[kind]()).convert("RGB"), np.float32) / 255
         photo = _PHOTOGRAPHS[kind]
         cut = int(rng.uniform(0.4, 0.9) * min(photo.shape[:2]))
         top, left = (int(rng.integers(0, n - cut)) for n in photo.shape[:2])
-        crop = Image.fromarray((photo[top : top + cut, left : left + cut] * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BOX)
+        crop = Image.fromarray((photo[top : top + cut, left : left + cut] * 255).astype(np.uint8)).resize(
+            (side, side), Image.Resampling.BOX
+        )
         picture = np.asarray(crop, np.float32) / 255 * (1 + rng.normal(0, 0.12, 3))
         if kind != "stars":
             picture = picture * (0.4 + a)

@@ -2,12 +2,14 @@
 
     python scripts/tinysd/selection.py truth chosen properties -o build/selection
 
-``truth``: all activations compared, against those that the paper's filter keeps, by mIoU and by PCK, and the seconds of both.
-``chosen``: recipes that the method chooses with no more channels than ``gdf``, ``legacy`` and ``dift`` have, on scenes that neither the choice nor the
-probe has seen; the probe is that of ``evaluate.py``. Beside the filter's choice stands one from all activations.
-``properties``: every activation's properties in the trained network and in random ones of its shape; also a picture.
+``truth``: all activations compared, against those that the paper's filter keeps, by mIoU and by PCK, and the seconds of
+both. ``chosen``: recipes that the method chooses with no more channels than ``gdf``, ``legacy`` and ``dift`` have, on
+scenes that neither the choice nor the probe has seen; the probe is that of ``evaluate.py``. Beside the filter's choice
+stands one from all activations. ``properties``: every activation's properties in the trained network and in random ones
+of its shape; also a picture.
 
-Each prints its table and writes it as a CSV. Seeds are 0, 1 and 2: of images' noise and splits, and of the random weights.
+Each prints its table and writes it as a CSV. Seeds are 0, 1 and 2: of images' noise and splits, and of the random
+weights.
 """
 
 from __future__ import annotations
@@ -54,7 +56,13 @@ def ids_of(backbone: db.DiffusionBackbone) -> list[str]:
 
 def measured(backbone: db.DiffusionBackbone, seed: int) -> Measured:
     images = data.scenes(SIZE, "masks", seed).images[:MEASURED_ON]
-    return measure(backbone, images, ids_of(backbone), seed=seed, progress=lambda x: tqdm(x, "measuring", leave=False, mininterval=5))
+    return measure(
+        backbone,
+        images,
+        ids_of(backbone),
+        seed=seed,
+        progress=lambda x: tqdm(x, "measuring", leave=False, mininterval=5),
+    )
 
 
 def compared(backbone: db.DiffusionBackbone, task: Task, ids: Sequence[str]) -> dict[str, np.ndarray]:
@@ -104,21 +112,42 @@ def chosen(baselines: Sequence[str]) -> list[Row]:
                 with tempfile.TemporaryDirectory() as folder:
                     keep = [rule for rule in rules.load() if not everything]
                     images = data.scenes(SIZE, "masks", seed)
-                    selection = run.select("tinysd", images, Path(folder), timestep=TIMESTEP, rules=keep, channels=channels, seed=seed)
+                    selection = run.select(
+                        "tinysd", images, Path(folder), timestep=TIMESTEP, rules=keep, channels=channels, seed=seed
+                    )
                     taken = " + ".join(selection.recipe.ids)
                     width = sum(site.channels for site in selection.sites if site.id in selection.recipe.ids)
                     found.append(judge(str(Path(folder) / "recipe.yaml"), "", width, taken, scenes, [seed]))
             label = f"chosen {'from all' if everything else 'behind the filter'}, as wide as {baseline}"
-            numbers = {key: [value for row in found for value in row[key]] for key in found[0] if isinstance(found[0][key], list)}
-            rows.append({"recipe": label, "channels": [row["channels"] for row in found], **numbers, "ids": " | ".join(row["ids"] for row in found)})
+            numbers = {
+                key: [value for row in found for value in row[key]]
+                for key in found[0]
+                if isinstance(found[0][key], list)
+            }
+            rows.append(
+                {
+                    "recipe": label,
+                    "channels": [row["channels"] for row in found],
+                    **numbers,
+                    "ids": " | ".join(row["ids"] for row in found),
+                }
+            )
             show(rows[-1:])
     return rows
 
 
 def judge(name: str, label: str, channels: int, ids: str, scenes: Any, seeds: Sequence[int] = SEEDS) -> Row:
     """mIoU for each seed and PCK, by split that nothing was chosen on."""
-    row = {"recipe": label, "channels": channels, **{f"mIoU, {split}": v for split, v in probe(name, scenes, seeds).items()}}
-    return row | {f"PCK@0.1, {split.removeprefix('pairs, ')}": values for split, values in keypoints(name, scenes).items()} | {"ids": ids}
+    row = {
+        "recipe": label,
+        "channels": channels,
+        **{f"mIoU, {split}": v for split, v in probe(name, scenes, seeds).items()},
+    }
+    return (
+        row
+        | {f"PCK@0.1, {split.removeprefix('pairs, ')}": values for split, values in keypoints(name, scenes).items()}
+        | {"ids": ids}
+    )
 
 
 def properties() -> list[Row]:
@@ -140,9 +169,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, SHOWN, strict=True):
         for kind, colour in (("trained", "#0550ae"), ("random", "#afb8c1")):
-            values = np.array([[row[name] for row in rows if row["network"] == kind and row["seed"] == seed] for seed in SEEDS])
+            values = np.array(
+                [[row[name] for row in rows if row["network"] == kind and row["seed"] == seed] for seed in SEEDS]
+            )
             axes.fill_between(range(len(ids)), values.min(0), values.max(0), color=colour, alpha=0.3, linewidth=0)
-            axes.plot(values.mean(0), ".", markersize=4, color=colour, label={"trained": "tinysd", "random": "random weights"}[kind])
+            axes.plot(
+                values.mean(0),
+                ".",
+                markersize=4,
+                color=colour,
+                label={"trained": "tinysd", "random": "random weights"}[kind],
+            )
         for stage in ("down", "mid", "up"):
             axes.axvline(stages.index(stage) - 0.5, color="#d8dee4", linewidth=1)
         axes.set_xticks([stages.index(s) + stages.count(s) / 2 for s in ("down", "mid", "up")], ["down", "mid", "up"])
@@ -180,7 +217,10 @@ def main() -> None:
         with (args.out / f"{part}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows({key: f"{value:.4g}" if isinstance(value, float) else text(value) for key, value in row.items()} for row in rows)
+            writer.writerows(
+                {key: f"{value:.4g}" if isinstance(value, float) else text(value) for key, value in row.items()}
+                for row in rows
+            )
         if part == "properties":
             draw(rows, args.out / "properties.png")
 

@@ -1,12 +1,15 @@
-"""Train the tiny image encoder of tinysd, which ``create_model("tinysd_gdf", encoder="tiny")`` takes in place of its VAE's.
+"""Train the tiny image encoder of tinysd, which ``create_model("tinysd_gdf", encoder="tiny")`` takes in place of its
+VAE's.
 
     python scripts/tinysd/data.py build/tinysd_tiny --small 2000 --large 600
-    python scripts/tinysd/tiny_encoder.py build/tinysd_tiny           # goes on from where it was interrupted, then writes the encoder
+    python scripts/tinysd/tiny_encoder.py build/tinysd_tiny           # goes on from where it was interrupted, then
+    writes the encoder
 
 ``train.py`` writes the folder of the checkpoint anew, so this comes after it.
 
-A convolutional network (the encoder of diffusers' ``AutoencoderTiny``) learns to give the mode of the VAE's posterior, scaled as the U-Net takes it. The VAE
-is the one in the package. It sees whole scenes and not crops: its group norms and its attention are over the whole image.
+A convolutional network (the encoder of diffusers' ``AutoencoderTiny``) learns to give the mode of the VAE's posterior,
+scaled as the U-Net takes it. The VAE is the one in the package. It sees whole scenes and not crops: its group norms and
+its attention are over the whole image.
 """
 
 from __future__ import annotations
@@ -28,8 +31,13 @@ from diffusion_backbones.ops import safetensors_io
 
 CHECKPOINT = ROOT / "diffusion_backbones/configs/tinysd"
 TARGET = CHECKPOINT / "vae/tiny"
-TINY = {"encoder_block_out_channels": (24,) * 4, "num_encoder_blocks": (0, 0, 2, 3), "decoder_block_out_channels": (24,) * 4, "num_decoder_blocks": (1,) * 4,
-        "latent_channels": 4}
+TINY = {
+    "encoder_block_out_channels": (24,) * 4,
+    "num_encoder_blocks": (0, 0, 2, 3),
+    "decoder_block_out_channels": (24,) * 4,
+    "num_decoder_blocks": (1,) * 4,
+    "latent_channels": 4,
+}
 """Thin where the image is large: a seventh of the operations of the VAE's encoder. The decoder is never written."""
 
 
@@ -65,7 +73,9 @@ class Distilled(nn.Module):
 
 
 def train(folder: Path, steps: int, batch: int) -> nn.Module:
-    """Squared error of the scaled latents, of 128 x 128 scenes and of 256 x 256 scenes in turn; half the pixels of each kind."""
+    """Squared error of the scaled latents, of 128 x 128 scenes and of 256 x 256 scenes in turn; half the pixels of each
+    kind.
+    """
     sets = [targets(folder, side) for side in (128, 256)]
     torch.manual_seed(0)
     tiny = AutoencoderTiny(**TINY)
@@ -96,11 +106,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=3500, metavar="N", help="updates in all (default 3500)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="scenes of 128 x 128 in a step; a fourth as many of 256 x 256 (default 16)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="scenes of 128 x 128 in a step; a fourth as many of 256 x 256 (default 16)",
+    )
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args()
     if not (args.folder / "captions-256.json").is_file():
-        parser.exit(1, f"{args.folder} holds no finished training data; run python scripts/tinysd/data.py {args.folder} first\n")
+        parser.exit(
+            1, f"{args.folder} holds no finished training data; run python scripts/tinysd/data.py {args.folder} first\n"
+        )
     for path in export(train(args.folder, args.steps, args.batch), args.out):
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 

@@ -4,11 +4,12 @@
     python scripts/tinysd/train.py build/tinysd                  # every stage that is not finished
     python scripts/tinysd/train.py build/tinysd --stage unet     # one stage
 
-Each stage saves itself every two minutes and goes on from there when it is started again. ``STAGE.csv`` and ``STAGE.png`` show
-its loss. With a GPU the same commands use it, and multiply in bfloat16; then larger batches cost little more.
+Each stage saves itself every two minutes and goes on from there when it is started again. ``STAGE.csv`` and
+``STAGE.png`` show its loss. With a GPU the same commands use it, and multiply in bfloat16; then larger batches cost
+little more.
 
-There is no pretrained CLIP here, so the text encoder is trained along with the U-Net: the captions are a few hundred nouns,
-which the denoising loss can tell apart by itself.
+There is no pretrained CLIP here, so the text encoder is trained along with the U-Net: the captions are a few hundred
+nouns, which the denoising loss can tell apart by itself.
 """
 
 from __future__ import annotations
@@ -34,10 +35,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-VAE = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 2, "layers_per_block": 2, "sample_size": 256, "latent_channels": 4,
-       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-UNET = {"block_out_channels": (48, 96, 112, 112), "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 96, "sample_size": 32}
-TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 96}
+VAE = {
+    "block_out_channels": (16, 32, 64, 64),
+    "norm_num_groups": 2,
+    "layers_per_block": 2,
+    "sample_size": 256,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+UNET = {
+    "block_out_channels": (48, 96, 112, 112),
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 96,
+    "sample_size": 32,
+}
+TEXT = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "projection_dim": 96,
+}
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 ROOT = Path(__file__).parents[2]
 SAVE_EVERY = 120
@@ -101,11 +122,16 @@ class Training:
         recent: dict[str, list[float]] = {}
         bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.name, mininterval=5)
         for step in bar:
-            losses = loss_of(self.model, torch.Generator().manual_seed(step))       # so that a step is the same after a restart
+            losses = loss_of(
+                self.model, torch.Generator().manual_seed(step)
+            )  # so that a step is the same after a restart
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
                 last = self.folder / self.name
-                sys.exit(f"{self.name}: the loss is {total.item()} at step {step}. {last} holds the last good state, if it was saved; lower the learning rate.")
+                sys.exit(
+                    f"{self.name}: the loss is {total.item()} at step {step}. {last} holds the last good state, if it "
+                    "was saved; lower the learning rate."
+                )
             self.accelerator.backward(total)
             self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -133,7 +159,7 @@ class Training:
     def _log(self, means: dict[str, float]) -> None:
         path = self.folder / f"{self.name}.csv"
         rows = [row for row in csv.reader(path.open())][1:] if path.is_file() and self.step > 50 else []
-        rows = [row for row in rows if int(row[0]) < self.step]                     # what a restart does again
+        rows = [row for row in rows if int(row[0]) < self.step]  # what a restart does again
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["step", *means], *rows, [self.step, *(f"{v:.6g}" for v in means.values())]])
 
@@ -141,8 +167,9 @@ class Training:
 def initialise(model: nn.Module) -> None:
     """Random weights that keep the size of a signal, no biases, and residual branches that start at zero.
 
-    torch's default shrinks a signal at every convolution until constant biases outweigh it, and a VAE then spends thousands of
-    steps on the mean colour. Residual branches that start at zero: Dhariwal and Nichol, arXiv 2105.05233, and common since.
+    torch's default shrinks a signal at every convolution until constant biases outweigh it, and a VAE then spends
+    thousands of steps on the mean colour. Residual branches that start at zero: Dhariwal and Nichol, arXiv 2105.05233,
+    and common since.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -161,7 +188,9 @@ def plot(table: Path) -> None:
     header, *rows = csv.reader(table.open())
     values = np.array(rows, float)
     figure = Figure(figsize=(3.2 * (len(header) - 1), 2.6), layout="constrained")
-    for axis, column, key in zip(np.atleast_1d(figure.subplots(1, len(header) - 1)), values.T[1:], header[1:], strict=True):
+    for axis, column, key in zip(
+        np.atleast_1d(figure.subplots(1, len(header) - 1)), values.T[1:], header[1:], strict=True
+    ):
         axis.plot(values[:, 0], column, linewidth=0.8)
         axis.set(title=key, xlabel="step", yscale="log")
     figure.savefig(table.with_suffix(".png"), dpi=110)
@@ -183,13 +212,15 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vae(folder: Path, steps: int, batch: int, crop: int) -> None:
-    """L1 on pixels and on their differences (which keeps outlines sharp), squared error of mean colours, and a small KL term."""
+    """L1 on pixels and on their differences (which keeps outlines sharp), squared error of mean colours, and a small KL
+    term.
+    """
     small, large = (np.load(folder / f"scenes-{side}.npy", mmap_mode="r") for side in (128, 256))
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE)
     initialise(vae)
     with torch.no_grad():
-        vae.quant_conv.weight[4:] *= 0.1                       # little noise at first: the decoder sees what the encoder says
+        vae.quant_conv.weight[4:] *= 0.1  # little noise at first: the decoder sees what the encoder says
         vae.quant_conv.bias[4:] = -4
     training = Training(folder, "vae", Reconstruction(vae), steps, 1.5e-3)
 
@@ -199,7 +230,9 @@ def train_vae(folder: Path, steps: int, batch: int, crop: int) -> None:
 
     vae = training.run(loss_of).vae
     device = training.accelerator.device
-    sample = np.concatenate([small[:256], large[:64].reshape(-1, 128, 2, 128, 3).swapaxes(1, 2).reshape(-1, 128, 128, 3)])
+    sample = np.concatenate(
+        [small[:256], large[:64].reshape(-1, 128, 2, 128, 3).swapaxes(1, 2).reshape(-1, 128, 128, 3)]
+    )
     z = torch.cat([moments(vae, part, device)[0] for part in np.array_split(sample, 16)])
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
     vae.save_pretrained(folder / "checkpoint" / "vae")
@@ -218,7 +251,7 @@ class Reconstruction(nn.Module):
         y = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         outline = torch.stack([F.l1_loss(a, b) for a, b in zip(edges(x), edges(y), strict=True)]).sum()
         colours = F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
-        kl = posterior.kl().mean() / posterior.mean[0, 0].numel()                # for each latent position
+        kl = posterior.kl().mean() / posterior.mean[0, 0].numel()  # for each latent position
         return {"pixels": F.l1_loss(y, x), "colours": 2 * colours, "outlines": 0.5 * outline, "kl": 2e-5 * kl}
 
 
@@ -231,7 +264,9 @@ def moments(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Ten
 
 
 def latents(folder: Path, side: int) -> tuple[Tensor, Tensor]:
-    """Latents of all training scenes of one size: scaled mean and deviation (2, N, 4, S / 8, S / 8) float16; and token ids (N, 77)."""
+    """Latents of all training scenes of one size: scaled mean and deviation (2, N, 4, S / 8, S / 8) float16; and token
+    ids (N, 77).
+    """
     path = folder / f"latents-{side}.pt"
     if not path.is_file():
         device = accelerator().device
@@ -239,7 +274,9 @@ def latents(folder: Path, side: int) -> tuple[Tensor, Tensor]:
         images = np.load(folder / f"scenes-{side}.npy", mmap_mode="r")
         size = (32 if device.type == "cpu" else 512) * 128 * 128 // side**2
         chunks = tqdm(range(0, len(images), size), desc=path.name, mininterval=5)
-        z = [(moments(vae, images[start : start + size], device) * vae.config.scaling_factor).half() for start in chunks]
+        z = [
+            (moments(vae, images[start : start + size], device) * vae.config.scaling_factor).half() for start in chunks
+        ]
         new = path.with_suffix(".new")
         torch.save(torch.cat(z, 1), new)
         new.rename(path)
@@ -260,14 +297,19 @@ class Denoiser(nn.Module):
 
 
 def train_unet(folder: Path, steps: int, batch: int, large_share: float) -> None:
-    """v-prediction on latents of 128 x 128 scenes, then, for the last ``large_share`` of the steps, of 256 x 256 scenes.
+    """v-prediction on latents of 128 x 128 scenes, then, for the last ``large_share`` of the steps, of 256 x 256
+    scenes.
 
     One caption in ten is dropped, for classifier-free guidance and because features are read under the empty prompt.
     """
     sets = {side: latents(folder, side) for side in (128, 256)}
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     empty = torch.tensor(tokens("", padding="max_length").input_ids)
-    ids = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    ids = {
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+    }
     torch.manual_seed(0)
     model = Denoiser(UNet2DConditionModel(**UNET), CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), **TEXT, **ids)))
     initialise(model.unet)
@@ -282,7 +324,9 @@ def train_unet(folder: Path, steps: int, batch: int, large_share: float) -> None
         which = torch.randint(len(mean), (n,), generator=generator)
         sampled, e = torch.randn(2, n, *mean.shape[1:], generator=generator)
         z = mean[which].float() + std[which].float() * sampled
-        t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000).long()          # stratified: less variance than independent draws
+        t = (
+            (torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000
+        ).long()  # stratified: less variance than independent draws
         prompts = torch.where((torch.rand(n, generator=generator) < 0.1)[:, None], empty, captions[which])
         noisy, target = noise.add_noise(z, e, t), noise.get_velocity(z, e, t)
         device = training.accelerator.device
@@ -300,13 +344,19 @@ def export(folder: Path, target: Path) -> None:
     AutoencoderKL.from_pretrained(trained / "vae").half().save_pretrained(target / "vae")
     UNet2DConditionModel.from_pretrained(trained / "unet").half().save_pretrained(target / "unet")
     CLIPTextModel.from_pretrained(trained / "text_encoder").half().save_pretrained(target / "text_encoder")
-    for config in target.glob("*/config.json"):                     # diffusers notes where it was read, which is of this machine alone
+    for config in target.glob("*/config.json"):  # diffusers notes where it was read, which is of this machine alone
         kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(kept, indent=2) + "\n")
     PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1).save_pretrained(target / "scheduler")
     shutil.copytree(folder / "tokenizer", target / "tokenizer")
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+    }
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {size / 2**20:.1f} MiB")
@@ -315,18 +365,26 @@ def export(folder: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what data.py wrote; states and results go there too")
-    parser.add_argument("--stage", choices=("vae", "unet", "export"), help="only this one; the default is all, in order")
+    parser.add_argument(
+        "--stage", choices=("vae", "unet", "export"), help="only this one; the default is all, in order"
+    )
     parser.add_argument("--vae-steps", type=int, default=3400)
     parser.add_argument("--vae-batch", type=int, default=8, help="crops in a step")
     parser.add_argument("--vae-crop", type=int, default=64, help="their side in pixels, at most 128")
     parser.add_argument("--unet-steps", type=int, default=1700)
-    parser.add_argument("--unet-batch", type=int, default=32, help="scenes of 128 x 128, or a quarter as many of 256 x 256")
-    parser.add_argument("--large-share", type=float, default=0.5, help="share of the steps, at the end, that are on 256 x 256")
+    parser.add_argument(
+        "--unet-batch", type=int, default=32, help="scenes of 128 x 128, or a quarter as many of 256 x 256"
+    )
+    parser.add_argument(
+        "--large-share", type=float, default=0.5, help="share of the steps, at the end, that are on 256 x 256"
+    )
     parser.add_argument("--target", type=Path, default=ROOT / "diffusion_backbones/configs/tinysd")
     args = parser.parse_args()
     stages = [args.stage] if args.stage else ["vae", "unet", "export"]
     if not (args.folder / "tokenizer").is_dir():
-        sys.exit(f"{args.folder} holds no finished training data; run python scripts/tinysd/data.py {args.folder} first")
+        sys.exit(
+            f"{args.folder} holds no finished training data; run python scripts/tinysd/data.py {args.folder} first"
+        )
     if "vae" in stages:
         train_vae(args.folder, args.vae_steps, args.vae_batch, args.vae_crop)
     if "unet" in stages:

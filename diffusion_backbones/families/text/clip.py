@@ -14,15 +14,21 @@ from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec.configs import Config
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-_UNUSED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")     # some files hold them, some models need them
+_UNUSED = (
+    "embeddings.position_ids",
+    "text_projection.weight",
+    "logit_scale",
+)  # some files hold them, some models need them
 
 
 @torch.no_grad()
-def encode(load: LoadText, prompts: list[str], padding: str, names: tuple[str, ...] = ("text_encoder",)) -> dict[str, Tensor]:
+def encode(
+    load: LoadText, prompts: list[str], padding: str, names: tuple[str, ...] = ("text_encoder",)
+) -> dict[str, Tensor]:
     """Encode prompts as diffusers' pipelines do, without guidance.
 
-    One encoder gives its last hidden state after the final LayerNorm. Two give the last but one of each, concatenated along
-    channels, and the second one's pooled projection.
+    One encoder gives its last hidden state after the final LayerNorm. Two give the last but one of each, concatenated
+    along channels, and the second one's pooled projection.
 
     Args:
         load: Component name -> (tokenizer, text model). Each is let go before the next is loaded.
@@ -51,8 +57,12 @@ def encode(load: LoadText, prompts: list[str], padding: str, names: tuple[str, .
 
 
 @torch.no_grad()
-def penultimate(tokenizer: Any, model: Any, prompts: list[str], padding: str, truncate: bool = False) -> tuple[Tensor, Tensor]:
-    """The last but one hidden state (P, tokens, channels), and the pooled output, projected if the model does that (P, channels)."""
+def penultimate(
+    tokenizer: Any, model: Any, prompts: list[str], padding: str, truncate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The last but one hidden state (P, tokens, channels), and the pooled output, projected if the model does that (P,
+    channels).
+    """
     output = model(tokenize(tokenizer, prompts, padding, truncate), output_hidden_states=True)
     return output.hidden_states[-2].float(), _pooled(output).float()
 
@@ -81,8 +91,13 @@ def tokenize(tokenizer: Any, prompts: list[str], padding: str, truncate: bool = 
     for prompt in prompts:
         length = len(tokenizer(prompt, verbose=False).input_ids)
         if length > limit and not truncate:
-            raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the text encoder takes {limit}, start and end included; shorten it")
-    tokens: Tensor = tokenizer(prompts, padding=padding, max_length=limit, truncation=truncate, return_tensors="pt").input_ids
+            raise ValueError(
+                f"the prompt {prompt[:60]!r}... has {length} tokens and the text encoder takes {limit}, start and end "
+                "included; shorten it"
+            )
+    tokens: Tensor = tokenizer(
+        prompts, padding=padding, max_length=limit, truncation=truncate, return_tensors="pt"
+    ).input_ids
     return tokens
 
 
@@ -103,17 +118,26 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
 
     kind = (config.get("architectures") or ARCHITECTURES)[0]
     if kind not in ARCHITECTURES:
-        raise ValueError(f"{where}: the config names {kind!r}, and a text encoder of this family is one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{where}: the config names {kind!r}, and a text encoder of this family is one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     cls = getattr(transformers, kind)
     with safetensors_io.unfilled():
         model = cls(cls.config_class.from_dict(dict(config))).eval()
     full = safetensors_io.shapes(model)
-    named = {_own_name(name, full): tensor for name, tensor in state.items() if name.removeprefix("text_model.") not in _UNUSED or name in full}
+    named = {
+        _own_name(name, full): tensor
+        for name, tensor in state.items()
+        if name.removeprefix("text_model.") not in _UNUSED or name in full
+    }
     safetensors_io.check_tensors(full, {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where)
     safetensors_io.fill(model, named.items())
-    for name, buffer in list(model.named_buffers()):            # no file holds them: the positions 0, 1, 2 ...
+    for name, buffer in list(model.named_buffers()):  # no file holds them: the positions 0, 1, 2 ...
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[-1], device="cpu").expand(buffer.shape), persistent=False)
+        model.get_submodule(owner).register_buffer(
+            leaf, torch.arange(buffer.shape[-1], device="cpu").expand(buffer.shape), persistent=False
+        )
     return model
 
 
@@ -136,7 +160,8 @@ class BlankTokenizer:
     def __call__(self, prompts: str | list[str], padding: str = "longest", **kwargs: Any) -> Any:
         if any(prompts):
             raise FileNotFoundError(
-                f"the prompt {prompts!r} needs a tokenizer, and a single-file checkpoint has none, so that only the empty prompt can be encoded. "
+                f"the prompt {prompts!r} needs a tokenizer, and a single-file checkpoint has none, so that only the "
+                "empty prompt can be encoded. "
                 "Give prompt_embeds=, or load a diffusers folder."
             )
         row = [self.bos, self.eos]

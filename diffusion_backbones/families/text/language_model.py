@@ -1,4 +1,6 @@
-"""Prompts for networks conditioned on the states of a language model: T5 and its kin, BERT, Gemma, and models that also write."""
+"""Prompts for networks conditioned on the states of a language model: T5 and its kin, BERT, Gemma, and models that also
+write.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,14 @@ from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec.configs import Config
 
 ARCHITECTURES = ("T5EncoderModel", "UMT5EncoderModel", "BertModel", "Gemma2Model")
-GENERATIVE = ("Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")
+GENERATIVE = (
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3Model",
+    "Qwen3ForCausalLM",
+    "Mistral3ForConditionalGeneration",
+)
 """Whole language models of billions of parameters, which are run in the dtype that their files hold."""
-_UNUSED = "embeddings.position_ids"         # some files of BERT hold it, and the model makes it itself
+_UNUSED = "embeddings.position_ids"  # some files of BERT hold it, and the model makes it itself
 
 
 @torch.no_grad()
@@ -52,7 +59,9 @@ def penultimate(tokenizer: Any, model: Any, prompts: list[str], said: list[str],
     """
     check_length(tokenizer, prompts, tokens, said)
     batch = tokenizer(said, padding="max_length", padding_side="right", max_length=tokens, return_tensors="pt")
-    states: Tensor = model.base_model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states[-2]
+    states: Tensor = model.base_model(
+        batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+    ).hidden_states[-2]
     return states.float(), batch.attention_mask.float()
 
 
@@ -61,13 +70,19 @@ def check_length(tokenizer: Any, prompts: list[str], tokens: int, said: list[str
     for prompt, text in zip(prompts, said or prompts, strict=True):
         length = len(tokenizer(text, verbose=False).input_ids)
         if length > tokens:
-            raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens and the network takes {tokens}; shorten it")
+            raise ValueError(
+                f"the prompt {prompt[:60]!r}... has {length} tokens and the network takes {tokens}; shorten it"
+            )
 
 
 def check_padding(padding: str) -> None:
-    """Raise ``ValueError`` for any padding but that to a fixed length, which the networks of these encoders were trained with."""
+    """Raise ``ValueError`` for any padding but that to a fixed length, which the networks of these encoders were
+    trained with.
+    """
     if padding != "max_length":
-        raise ValueError(f"prompt_padding={padding!r}: prompts of this network are always padded to its length; use 'max_length'")
+        raise ValueError(
+            f"prompt_padding={padding!r}: prompts of this network are always padded to its length; use 'max_length'"
+        )
 
 
 def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
@@ -86,12 +101,14 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
 
     kind = config["architectures"][0]
     cls = getattr(transformers, kind)
-    with torch.device("cpu"), init_empty_weights(include_buffers=False):            # buffers are computed, no file holds them
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):  # buffers are computed, no file holds them
         model = cls(cls.config_class.from_dict(dict(config))).eval()
     model.tie_weights()
     full, first = safetensors_io.shapes(model), _first_names(model)
     named = {first.get(name, name): tensor for name, tensor in state.items() if name != _UNUSED}
-    safetensors_io.check_tensors(dict.fromkeys(first.values()), {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where)
+    safetensors_io.check_tensors(
+        dict.fromkeys(first.values()), {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where
+    )
     safetensors_io.fill(model, named.items())
     model.tie_weights()
     return model
@@ -100,7 +117,8 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
 def pretrained(config: Config, folder: Path) -> Any:
     """A language model as transformers loads it from its folder, on the CPU, in eval mode, in its own dtype.
 
-    Its files were written by several versions of transformers, which renamed its parts; transformers knows all the names.
+    Its files were written by several versions of transformers, which renamed its parts; transformers knows all the
+    names.
 
     Args:
         config: Its ``config.json``, whose ``architectures`` names one of :data:`GENERATIVE`.
@@ -112,9 +130,13 @@ def pretrained(config: Config, folder: Path) -> Any:
     import transformers
 
     cls = getattr(transformers, config["architectures"][0])
-    model, loaded = cls.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True)
+    model, loaded = cls.from_pretrained(
+        folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
     if missing := sorted(loaded["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}; download it again")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}; download it again"
+        )
     return model.eval()
 
 

@@ -39,16 +39,28 @@ class AuraFlow(Transformer):
         transformer: nn.Module = AuraFlowTransformer2DModel.from_config(config)
         return transformer
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         config = denoiser.config
         check_positions(z, int(config.pos_embed_max_size**0.5) * config.patch_size, size)
-        output: Tensor = denoiser(z, encoder_hidden_states=conditioning["prompt_embeds"], timestep=timestep.to(z) / 1000, return_dict=False)[0]
+        output: Tensor = denoiser(
+            z, encoder_hidden_states=conditioning["prompt_embeds"], timestep=timestep.to(z) / 1000, return_dict=False
+        )[0]
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
-        return joint_map(denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], True, None, average, self.registers)
+        return joint_map(
+            denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], True, None, average, self.registers
+        )
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model
@@ -62,8 +74,10 @@ def _sites(config: Config, stride: int) -> Iterator[Site]:
     """Double blocks are numbered first, single blocks go on from there."""
     channels, heads = width(config), config["num_attention_heads"]
     doubles, singles = config["num_mmdit_layers"], config["num_single_dit_layers"]
-    inner = -(-int(2 * 4 * channels / 3) // 256) * 256                  # as the layer rounds it
-    paths = [f"joint_transformer_blocks.{i}" for i in range(doubles)] + [f"single_transformer_blocks.{j}" for j in range(singles)]
+    inner = -(-int(2 * 4 * channels / 3) // 256) * 256  # as the layer rounds it
+    paths = [f"joint_transformer_blocks.{i}" for i in range(doubles)] + [
+        f"single_transformer_blocks.{j}" for j in range(singles)
+    ]
     following = [*(f"{path}.norm1.linear" for path in paths[1:]), ""]
     for i, (path, norm) in enumerate(zip(paths, following, strict=True)):
         if i < doubles:
@@ -72,7 +86,9 @@ def _sites(config: Config, stride: int) -> Iterator[Site]:
             yield from _single(path, i, channels, heads, stride, norm, inner)
 
 
-def _single(path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: int) -> Iterator[Site]:
+def _single(
+    path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: int
+) -> Iterator[Site]:
     """As in FLUX, and the inside of the feed-forward layer, which stands behind attention here."""
     *before, out = single_block(path, block, channels, heads, stride, modulation)
     yield from before

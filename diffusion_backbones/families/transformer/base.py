@@ -42,7 +42,9 @@ class Transformer(Family):
             if isinstance(module, PatchEmbed) and module.pos_embed is not None and module.pos_embed.is_meta:
                 grid = (module.height, module.width)
                 stretch = {"base_size": module.base_size, "interpolation_scale": module.interpolation_scale}
-                table = get_2d_sincos_pos_embed(module.pos_embed.shape[-1], grid, device=device, output_type="pt", **stretch)
+                table = get_2d_sincos_pos_embed(
+                    module.pos_embed.shape[-1], grid, device=device, output_type="pt", **stretch
+                )
                 module.pos_embed = table.float()[None]
 
     def depth(self, path: str) -> int:
@@ -52,15 +54,22 @@ class Transformer(Family):
         stage, _, rest = path.partition(".")
         if stage in (*first, *second):
             return 1 + int(rest.split(".")[0]) + (1000 if stage in second else 0)
-        return 2000 if stage in ("norm_out", "proj_out", "proj_out_1", "proj_out_2", "scale_shift_table", "all_final_layer") else 0
+        return (
+            2000
+            if stage in ("norm_out", "proj_out", "proj_out_1", "proj_out_2", "scale_shift_table", "all_final_layer")
+            else 0
+        )
 
 
 def check_positions(z: Tensor, limit: int, size: tuple[int, int]) -> None:
-    """Raise ``ValueError`` if latents are larger than a network's table of positions, ``limit`` latent positions a side."""
+    """Raise ``ValueError`` if latents are larger than a network's table of positions, ``limit`` latent positions a
+    side.
+    """
     if max(z.shape[-2:]) > limit:
         stride = size[0] / z.shape[-2]
         raise ValueError(
-            f"the network has positions for latents of at most {limit} x {limit}, and those of this {size[0]} x {size[1]} image are "
+            f"the network has positions for latents of at most {limit} x {limit}, and those of this {size[0]} x "
+            f"{size[1]} image are "
             f"{z.shape[-2]} x {z.shape[-1]}; give an image of at most {int(limit * stride)} pixels a side"
         )
 
@@ -76,7 +85,9 @@ def width(config: Any) -> int:
     return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 
-def single_stream(path: str, block: int, config: Any, stride: int, cross: bool, modulation: str = "", inner: float = 4) -> Iterator[Site]:
+def single_stream(
+    path: str, block: int, config: Any, stride: int, cross: bool, modulation: str = "", inner: float = 4
+) -> Iterator[Site]:
     """Activations of a block with self-attention, perhaps cross-attention, and an FFN, in forward order.
 
     Args:

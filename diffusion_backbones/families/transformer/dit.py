@@ -21,13 +21,19 @@ class DiT(Transformer):
 
     def recognises(self, config: Config) -> bool:
         """Also by the more general class that older files name."""
-        return super().recognises(config) or (config.get("_class_name"), config.get("norm_type")) == ("Transformer2DModel", "ada_norm_zero")
+        return super().recognises(config) or (config.get("_class_name"), config.get("norm_type")) == (
+            "Transformer2DModel",
+            "ada_norm_zero",
+        )
 
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
         config, stride = configs["transformer"], self.size_divisibility(configs)
         blocks = range(config["num_layers"])
         norms = [f"transformer_blocks.{i}.norm1.linear" for i in blocks[1:]] + [""]
-        return Catalogue((s for i in blocks for s in single_stream(f"transformer_blocks.{i}", i, config, stride, False, norms[i])), network)
+        return Catalogue(
+            (s for i in blocks for s in single_stream(f"transformer_blocks.{i}", i, config, stride, False, norms[i])),
+            network,
+        )
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         return {"class_labels": ()}
@@ -46,7 +52,9 @@ class DiT(Transformer):
         transformer: nn.Module = DiTTransformer2DModel(**accepted(DiTTransformer2DModel, config))
         return transformer
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         """See :meth:`Family.call`.
 
         Raises:
@@ -55,8 +63,14 @@ class DiT(Transformer):
         import torch
 
         labels, classes = conditioning["class_labels"], denoiser.config.num_embeds_ada_norm
-        if not torch.compiler.is_compiling() and not labels.is_meta and not bool(((labels >= 0) & (labels <= classes)).all()):
-            raise ValueError(f"class_labels must be from 0 to {classes - 1}, or {classes} for no class; got {labels.tolist()}")
+        if (
+            not torch.compiler.is_compiling()
+            and not labels.is_meta
+            and not bool(((labels >= 0) & (labels <= classes)).all())
+        ):
+            raise ValueError(
+                f"class_labels must be from 0 to {classes - 1}, or {classes} for no class; got {labels.tolist()}"
+            )
         output: Tensor = denoiser(z, timestep=timestep, class_labels=labels, return_dict=False)[0]
         return output
 
@@ -65,7 +79,10 @@ class DiT(Transformer):
 
         for prompt in prompts:
             if prompt:
-                raise ValueError(f"prompt={prompt!r}: this network is conditioned on ImageNet classes and not on text; give class_labels= instead")
+                raise ValueError(
+                    f"prompt={prompt!r}: this network is conditioned on ImageNet classes and not on text; give "
+                    "class_labels= instead"
+                )
         return {"class_labels": torch.full((len(prompts),), _null_class(configs))}
 
 

@@ -38,7 +38,8 @@ class Flux(Transformer):
         config = configs["transformer"]
         tokens = TOKENS[bool(config.get("guidance_embeds"))]
         shapes: dict[str, tuple[int, ...]] = {
-            "prompt_embeds": (tokens, config["joint_attention_dim"]), "pooled_prompt_embeds": (config["pooled_projection_dim"],),
+            "prompt_embeds": (tokens, config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
         return shapes | ({"guidance": ()} if config.get("guidance_embeds") else {})
 
@@ -54,7 +55,9 @@ class Flux(Transformer):
         transformer: nn.Module = FluxTransformer2DModel.from_config(config)
         return transformer
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         b, c, h, w = z.shape
         packed = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
         text = conditioning["prompt_embeds"]
@@ -71,7 +74,13 @@ class Flux(Transformer):
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         import torch
         from diffusers.models.embeddings import apply_rotary_emb
@@ -91,7 +100,9 @@ class Flux(Transformer):
 
         language_model.check_padding(padding)
         pooled = clip.pooled(*load("text_encoder"), prompts)
-        embeds, _ = language_model.encode(*load("text_encoder_2"), prompts, self.conditioning_shapes(configs)["prompt_embeds"][0], masked=False)
+        embeds, _ = language_model.encode(
+            *load("text_encoder_2"), prompts, self.conditioning_shapes(configs)["prompt_embeds"][0], masked=False
+        )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | self._guidance(configs, len(prompts))
 
     def _guidance(self, configs: Configs, rows: int) -> dict[str, Tensor]:
@@ -102,21 +113,34 @@ class Flux(Transformer):
 
 def _sites(config: Config, stride: int) -> Iterator[Site]:
     """Double blocks are numbered first, single blocks go on from there."""
-    channels, heads, doubles, singles = width(config), config["num_attention_heads"], config["num_layers"], config["num_single_layers"]
-    norms = [f"transformer_blocks.{i}.norm1.linear" for i in range(doubles)] + [f"single_transformer_blocks.{j}.norm.linear" for j in range(singles)]
+    channels, heads, doubles, singles = (
+        width(config),
+        config["num_attention_heads"],
+        config["num_layers"],
+        config["num_single_layers"],
+    )
+    norms = [f"transformer_blocks.{i}.norm1.linear" for i in range(doubles)] + [
+        f"single_transformer_blocks.{j}.norm.linear" for j in range(singles)
+    ]
     following = [*norms[1:], ""]
     for i in range(doubles):
         yield from double_block(f"transformer_blocks.{i}", i, channels, heads, stride, following[i])
     for j in range(singles):
-        yield from _single(f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j])
+        yield from _single(
+            f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j]
+        )
 
 
 def _single(path: str, block: int, channels: int, heads: int, stride: int, modulation: str) -> Iterator[Site]:
     """And the feed-forward layer, which runs beside attention on the same normalised stream; GDF has no ids there."""
     *before, out = single_block(path, block, channels, heads, stride, modulation)
     yield from before
-    yield Site(f"vit-block{block}-norm-out", f"{path}.proj_mlp", "in[:, T:]", channels, stride, "tokens", extension=True)
-    yield Site(f"vit-block{block}-ffn-inner", f"{path}.act_mlp", "out[:, T:]", 4 * channels, stride, "tokens", extension=True)
+    yield Site(
+        f"vit-block{block}-norm-out", f"{path}.proj_mlp", "in[:, T:]", channels, stride, "tokens", extension=True
+    )
+    yield Site(
+        f"vit-block{block}-ffn-inner", f"{path}.act_mlp", "out[:, T:]", 4 * channels, stride, "tokens", extension=True
+    )
     yield out
 
 
@@ -125,4 +149,6 @@ def _positions(like: Tensor, height: int, width: int) -> Tensor:
     import torch
 
     rows, columns = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (height, width))
-    return torch.stack([torch.zeros(height, width).to(like), rows[:, None].expand(height, width), columns.expand(height, width)], -1).flatten(0, 1)
+    return torch.stack(
+        [torch.zeros(height, width).to(like), rows[:, None].expand(height, width), columns.expand(height, width)], -1
+    ).flatten(0, 1)

@@ -1,4 +1,6 @@
-"""FLUX.2: diffusers' ``Flux2Transformer2DModel`` behind a KL autoencoder with patches, conditioned on inner states of a language model."""
+"""FLUX.2: diffusers' ``Flux2Transformer2DModel`` behind a KL autoencoder with patches, conditioned on inner states of a
+language model.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ if TYPE_CHECKING:
 GUIDANCE = 4.0
 """What guidance-distilled weights are told unless a call says otherwise; the default of diffusers' pipeline."""
 TOKENS = 512
-"""Length that diffusers' pipelines pad prompts to, the words around them included. The padding is text to the network."""
+"""Length that diffusers' pipelines pad prompts to, the words around them included. The padding is text to the network.
+"""
 PIPELINES = {"mistral3": "Flux2Pipeline", "qwen3": "Flux2KleinPipeline"}
 """Kind of language model -> diffusers' pipeline, which knows the words around a prompt and the layers that are read."""
 
 
 class Flux2(Transformer):
-    """The family of ``Flux2Transformer2DModel``. All blocks of a kind share one modulation, and single blocks have one layer for q, k, v and the MLP."""
+    """The family of ``Flux2Transformer2DModel``. All blocks of a kind share one modulation, and single blocks have one
+    layer for q, k, v and the MLP.
+    """
 
     networks = ("Flux2Transformer2DModel",)
 
@@ -50,7 +55,9 @@ class Flux2(Transformer):
         transformer: nn.Module = Flux2Transformer2DModel.from_config(config)
         return transformer
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         text = conditioning["prompt_embeds"]
         words, places = _positions(z, text.shape[1], z.shape[-2], z.shape[-1])
         output: Tensor = denoiser(
@@ -65,7 +72,13 @@ class Flux2(Transformer):
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         import torch
         from diffusers.models.embeddings import apply_rotary_emb
@@ -77,7 +90,7 @@ class Flux2(Transformer):
             return rotated
 
         attention = denoiser.get_submodule(site.path)
-        if len(recorded) == 1:                              # queries, keys, values and more in one
+        if len(recorded) == 1:  # queries, keys, values and more in one
             recorded = recorded[0][..., : 2 * attention.inner_dim].chunk(2, -1)
         return joint_map(attention, site, recorded, grid[0] * grid[1], True, rotate, average)
 
@@ -96,14 +109,19 @@ class Flux2(Transformer):
         for prompt in prompts:
             length = len(tokenizer(_said(pipeline, prompt), add_special_tokens=False, verbose=False).input_ids)
             if length > TOKENS:
-                raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens with the words around it, and the network takes {TOKENS}; shorten it")
+                raise ValueError(
+                    f"the prompt {prompt[:60]!r}... has {length} tokens with the words around it, and the network "
+                    f"takes {TOKENS}; shorten it"
+                )
             rows.append(pipeline.encode_prompt(prompt, device=torch.device("cpu"), max_sequence_length=TOKENS)[0])
         return {"prompt_embeds": torch.cat(rows).float()} | self._guidance(configs, len(prompts))
 
     def _guidance(self, configs: Configs, rows: int) -> dict[str, Tensor]:
         import torch
 
-        return {"guidance": torch.full((rows,), GUIDANCE)} if configs["transformer"].get("guidance_embeds", True) else {}
+        return (
+            {"guidance": torch.full((rows,), GUIDANCE)} if configs["transformer"].get("guidance_embeds", True) else {}
+        )
 
 
 def _said(pipeline: Any, prompt: str) -> str:
@@ -120,17 +138,32 @@ def _said(pipeline: Any, prompt: str) -> str:
 
 def _sites(config: Config, stride: int) -> Iterator[Site]:
     """Double blocks are numbered first, single blocks go on from there."""
-    channels, heads, doubles, singles = width(config), config["num_attention_heads"], config["num_layers"], config["num_single_layers"]
+    channels, heads, doubles, singles = (
+        width(config),
+        config["num_attention_heads"],
+        config["num_layers"],
+        config["num_single_layers"],
+    )
     inner = int(config.get("mlp_ratio", 3.0) * channels)
-    following = ["double_stream_modulation_img.linear"] * (doubles - 1) + ["single_stream_modulation.linear"] * singles + [""]
+    following = (
+        ["double_stream_modulation_img.linear"] * (doubles - 1) + ["single_stream_modulation.linear"] * singles + [""]
+    )
     for i in range(doubles):
-        yield from double_block(f"transformer_blocks.{i}", i, channels, heads, stride, following[i], Inner("ff.act_fn", "out", inner))
+        yield from double_block(
+            f"transformer_blocks.{i}", i, channels, heads, stride, following[i], Inner("ff.act_fn", "out", inner)
+        )
     for j in range(singles):
-        yield from _single(f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j], inner)
+        yield from _single(
+            f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j], inner
+        )
 
 
-def _single(path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: int) -> Iterator[Site]:
-    """Attention and feed-forward run side by side between two layers that serve both, so ``norm-out`` is what enters both."""
+def _single(
+    path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: int
+) -> Iterator[Site]:
+    """Attention and feed-forward run side by side between two layers that serve both, so ``norm-out`` is what enters
+    both.
+    """
     name, before = f"vit-block{block}", "to_qkv_mlp_proj"
     for i, qkv in enumerate("qkv"):
         yield Site(f"{name}-{qkv}", f"{path}.attn.{before}", f"out[:, T:, {i}]", channels, stride, "tokens")
@@ -143,7 +176,9 @@ def _single(path: str, block: int, channels: int, heads: int, stride: int, modul
 
 
 def _positions(like: Tensor, tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """(tokens, 4) of (0, 0, 0, number) for the text and (height · width, 4) of (0, row, column, 0) for the image, integers on the device of ``like``."""
+    """(tokens, 4) of (0, 0, 0, number) for the text and (height · width, 4) of (0, row, column, 0) for the image,
+    integers on the device of ``like``.
+    """
     import torch
     import torch.nn.functional as F
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BASE = 512
-"""Side in pixels of the square whose positions the rotary embedding is stretched over, whatever the size (diffusers' pipeline)."""
+"""Side in pixels of the square whose positions the rotary embedding is stretched over, whatever the size (diffusers'
+pipeline).
+"""
 
 
 class Hunyuan(Transformer):
@@ -25,7 +27,10 @@ class Hunyuan(Transformer):
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
         config, stride = configs["transformer"], self.size_divisibility(configs)
         blocks, ratio = range(config["num_layers"]), config["mlp_ratio"]
-        return Catalogue((site for i in blocks for site in single_stream(f"blocks.{i}", i, config, stride, cross=True, inner=ratio)), network)
+        return Catalogue(
+            (site for i in blocks for site in single_stream(f"blocks.{i}", i, config, stride, cross=True, inner=ratio)),
+            network,
+        )
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         config = configs["transformer"]
@@ -49,14 +54,16 @@ class Hunyuan(Transformer):
         transformer: nn.Module = HunyuanDiT2DModel(**accepted(HunyuanDiT2DModel, config))
         return transformer
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         patch, added = denoiser.config.patch_size, {}
-        if denoiser.config.use_style_cond_and_image_meta_size:                  # version 1.1 and before
-            sizes = z.new_tensor([*size, *size, 0, 0]).repeat(z.shape[0], 1)      # original size, target size, crop corner
+        if denoiser.config.use_style_cond_and_image_meta_size:  # version 1.1 and before
+            sizes = z.new_tensor([*size, *size, 0, 0]).repeat(z.shape[0], 1)  # original size, target size, crop corner
             added = {"image_meta_size": sizes, "style": timestep.new_zeros(z.shape[0]).long()}
         output: Tensor = denoiser(
             z,
-            timestep.to(z),                                 # in the latents' dtype, which the embedding of the timestep takes over
+            timestep.to(z),  # in the latents' dtype, which the embedding of the timestep takes over
             encoder_hidden_states=conditioning["prompt_embeds"],
             text_embedding_mask=conditioning["prompt_attention_mask"],
             encoder_hidden_states_t5=conditioning["prompt_embeds_2"],
@@ -68,7 +75,13 @@ class Hunyuan(Transformer):
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         from diffusers.models.embeddings import apply_rotary_emb
 
@@ -76,7 +89,10 @@ class Hunyuan(Transformer):
 
         attention: Any = denoiser.get_submodule(site.path)
         rotary = _rotary(denoiser, *grid, recorded[0])
-        q, k = (split_heads(attention, x, norm) for x, norm in zip(recorded, (attention.norm_q, attention.norm_k), strict=True))
+        q, k = (
+            split_heads(attention, x, norm)
+            for x, norm in zip(recorded, (attention.norm_q, attention.norm_k), strict=True)
+        )
         q = apply_rotary_emb(q, rotary)
         k = apply_rotary_emb(k, rotary) if site.path.endswith("attn1") else k
         return probabilities(q, k, slice(None), average)
@@ -89,7 +105,9 @@ class Hunyuan(Transformer):
         rows: dict[str, Tensor] = {}
         for name, number in zip(self.text_encoder_names(configs), ("", "_2"), strict=True):
             tokens = shapes[f"prompt_embeds{number}"][0]
-            rows[f"prompt_embeds{number}"], rows[f"prompt_attention_mask{number}"] = language_model.encode(*load(name), prompts, tokens)
+            rows[f"prompt_embeds{number}"], rows[f"prompt_attention_mask{number}"] = language_model.encode(
+                *load(name), prompts, tokens
+            )
         return rows
 
 
@@ -100,5 +118,7 @@ def _rotary(denoiser: Any, height: int, width: int, like: Tensor) -> tuple[Tenso
 
     config = denoiser.config
     corners = get_resize_crop_region_for_grid((height, width), BASE // 8 // config.patch_size)
-    cos, sin = get_2d_rotary_pos_embed(config.attention_head_dim, corners, (height, width), device=like.device, output_type="pt")
+    cos, sin = get_2d_rotary_pos_embed(
+        config.attention_head_dim, corners, (height, width), device=like.device, output_type="pt"
+    )
     return cos.to(like.device), sin.to(like.device)

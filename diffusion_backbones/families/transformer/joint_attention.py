@@ -1,4 +1,6 @@
-"""Joint attention over text and image tokens (MMDiT): where activations are, and maps with norms and rotary positions applied."""
+"""Joint attention over text and image tokens (MMDiT): where activations are, and maps with norms and rotary positions
+applied.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ class Inner(NamedTuple):
     channels: int
 
 
-def double_block(path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: Inner | None = None) -> Iterator[Site]:
-    """Activations of the image's half of a block that keeps two streams, in forward order; ``modulation`` as in :class:`Site`."""
+def double_block(
+    path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: Inner | None = None
+) -> Iterator[Site]:
+    """Activations of the image's half of a block that keeps two streams, in forward order; ``modulation`` as in
+    :class:`Site`.
+    """
     name, inner = f"vit-block{block}", inner or Inner("ff.net.0", "out", 4 * channels)
     for qkv in "qkv":
         yield Site(f"{name}-{qkv}", f"{path}.attn.to_{qkv}", "out", channels, stride, "tokens")
@@ -47,10 +53,18 @@ def single_block(path: str, block: int, channels: int, heads: int, stride: int, 
 
 
 def joint_map(
-    attention: Any, site: Site, recorded: tuple[Tensor, ...], tokens: int, text_first: bool, rotate: Any, average: bool, registers: int = 0,
+    attention: Any,
+    site: Site,
+    recorded: tuple[Tensor, ...],
+    tokens: int,
+    text_first: bool,
+    rotate: Any,
+    average: bool,
+    registers: int = 0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention probabilities from image queries to text (``cross-map``) or to image (``self-map``); one softmax runs over both.
+    """Attention probabilities from image queries to text (``cross-map``) or to image (``self-map``); one softmax runs
+    over both.
 
     Args:
         attention: The stock layer.
@@ -70,7 +84,10 @@ def joint_map(
 
     from diffusion_backbones.ops.attention_maps import probabilities, split_heads
 
-    q, k = (split_heads(attention, x, norm) for x, norm in zip(recorded[:2], (attention.norm_q, attention.norm_k), strict=True))
+    q, k = (
+        split_heads(attention, x, norm)
+        for x, norm in zip(recorded[:2], (attention.norm_q, attention.norm_k), strict=True)
+    )
     if len(recorded) == 4:
         norms = (attention.norm_added_q, attention.norm_added_k)
         text = [split_heads(attention, x, norm) for x, norm in zip(recorded[2:], norms, strict=True)]

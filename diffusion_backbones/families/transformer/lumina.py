@@ -1,4 +1,6 @@
-"""Lumina-Image 2: diffusers' ``Lumina2Transformer2DModel`` behind a KL autoencoder, conditioned on a Gemma language model."""
+"""Lumina-Image 2: diffusers' ``Lumina2Transformer2DModel`` behind a KL autoencoder, conditioned on a Gemma language
+model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
 from diffusion_backbones.families.transformer.base import check_positions
-from diffusion_backbones.families.transformer.nextdit import TEXT_FIRST, Layout, NextDiT, behind_text, rotated, text_mask
+from diffusion_backbones.families.transformer.nextdit import (
+    TEXT_FIRST,
+    Layout,
+    NextDiT,
+    behind_text,
+    rotated,
+    text_mask,
+)
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.configs import Config, Configs
 
@@ -24,9 +33,13 @@ class Lumina(NextDiT):
 
     def layout(self, config: Config) -> Layout:
         channels, multiple = config["hidden_size"], config["multiple_of"]
-        inner = -(-int(4 * channels * (config.get("ffn_dim_multiplier") or 1)) // multiple) * multiple                  # as the layer rounds it
+        inner = (
+            -(-int(4 * channels * (config.get("ffn_dim_multiplier") or 1)) // multiple) * multiple
+        )  # as the layer rounds it
         heads, kv_heads = config["num_attention_heads"], config["num_kv_heads"]
-        return Layout(config["num_refiner_layers"], config["num_layers"], "attn", "linear_2", channels, heads, kv_heads, inner)
+        return Layout(
+            config["num_refiner_layers"], config["num_layers"], "attn", "linear_2", channels, heads, kv_heads, inner
+        )
 
     def build_denoiser(self, config: Config) -> nn.Module:
         import torch
@@ -34,18 +47,20 @@ class Lumina(NextDiT):
 
         transformer: Any = Lumina2Transformer2DModel.from_config(config)
         old = transformer.rope_embedder
-        with torch.device("cpu"):           # its tables are plain tensors, which no file holds and no .to() moves off meta
+        with torch.device("cpu"):  # its tables are plain tensors, which no file holds and no .to() moves off meta
             transformer.rope_embedder = type(old)(old.theta, old.axes_dim, old.axes_lens, old.patch_size)
         transformer.rope_embedder.register_forward_pre_hook(_with_a_mask_to_read)
         whole: nn.Module = transformer
         return whole
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         config = denoiser.config
         check_positions(z, min(config.axes_lens[1:]) * config.patch_size, size)
         output: Tensor = denoiser(
             z,
-            timestep=1 - timestep.float() / 1000,       # 0 is noise and 1 the image
+            timestep=1 - timestep.float() / 1000,  # 0 is noise and 1 the image
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_attention_mask=text_mask(conditioning),
             return_dict=False,
@@ -53,7 +68,13 @@ class Lumina(NextDiT):
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         """A ``cross-map`` is zero where there is no text."""
         import torch
@@ -69,7 +90,10 @@ class Lumina(NextDiT):
         keys, of_keys, bias = slice(None), of_image, None
         if not site.path.startswith("noise_refiner"):
             # text, at full length, and then the image: behind a short text stand image tokens, which the bias takes out
-            q, k = behind_text(q, mask, tokens), torch.cat((F.pad(k, (0, 0, 0, width - k.shape[1])), behind_text(k, mask, tokens)), dim=1)
+            q, k = (
+                behind_text(q, mask, tokens),
+                torch.cat((F.pad(k, (0, 0, 0, width - k.shape[1])), behind_text(k, mask, tokens)), dim=1),
+            )
             of_keys = torch.cat((of_text, of_image), dim=1)
             there = torch.arange(width, device=q.device) < mask.sum(1, keepdim=True)
             bias = F.pad(there.to(q), (0, tokens), value=1).log()
@@ -78,14 +102,18 @@ class Lumina(NextDiT):
         return probabilities(q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), keys, average, bias)
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        """With the instruction that diffusers' pipeline puts before a prompt; the empty prompt stands without it, as for guidance."""
+        """With the instruction that diffusers' pipeline puts before a prompt; the empty prompt stands without it, as
+        for guidance.
+        """
         from diffusers import Lumina2Pipeline
 
         from diffusion_backbones.families.text import language_model
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
-        instruction = Lumina2Pipeline(transformer=None, scheduler=None, vae=None, text_encoder=None, tokenizer=None).system_prompt
+        instruction = Lumina2Pipeline(
+            transformer=None, scheduler=None, vae=None, text_encoder=None, tokenizer=None
+        ).system_prompt
         said = [f"{instruction} <Prompt Start> {prompt}" if prompt else "" for prompt in prompts]
         embeds, mask = language_model.penultimate(tokenizer, model, prompts, said, self.tokens)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}

@@ -1,4 +1,6 @@
-"""What Lumina-Image 2 and Z-Image share: image and text refined apart, then one sequence of both, whose length differs from row to row."""
+"""What Lumina-Image 2 and Z-Image share: image and text refined apart, then one sequence of both, whose length differs
+from row to row.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ class NextDiT(Transformer):
 
     tokens: int
     image: str
-    one_graph = False                   # lengths of texts are read on the host
+    one_graph = False  # lengths of texts are read on the host
 
     @abstractmethod
     def layout(self, config: Config) -> Layout:
@@ -69,7 +71,10 @@ class NextDiT(Transformer):
             yield from _block(f"layers.{i}", layout.refiners + i, layout, stride, self.image, ("cross-map", "self-map"))
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.tokens, configs["transformer"]["cap_feat_dim"]), "prompt_attention_mask": (self.tokens,)}
+        return {
+            "prompt_embeds": (self.tokens, configs["transformer"]["cap_feat_dim"]),
+            "prompt_attention_mask": (self.tokens,),
+        }
 
     def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
         """Zeros, and none of them padding: on ``meta`` a prompt costs the most that it can."""
@@ -81,7 +86,13 @@ class NextDiT(Transformer):
         return ("text_encoder",)
 
     def activation(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         if site.port.endswith(IMAGE_FIRST):
             return recorded[0][:, : grid[0] * grid[1]]
@@ -94,12 +105,21 @@ def _block(path: str, number: int, layout: Layout, stride: int, image: str, maps
     """Activations of a block's image tokens, which are at ``image`` in its sequence, in forward order."""
     name, attention, channels = f"vit-block{number}", f"{path}.{layout.attention}", layout.channels
     for qkv, heads in zip("qkv", (layout.heads, layout.kv_heads, layout.kv_heads), strict=True):
-        yield Site(f"{name}-{qkv}", f"{attention}.to_{qkv}", f"out{image}", channels // layout.heads * heads, stride, "tokens")
+        yield Site(
+            f"{name}-{qkv}", f"{attention}.to_{qkv}", f"out{image}", channels // layout.heads * heads, stride, "tokens"
+        )
     for kind in maps:
         yield Site(f"{name}-{kind}", attention, "map", layout.heads, stride, "attention")
     yield Site(f"{name}-attn-out", attention, f"out{image}", channels, stride, "tokens")
     yield Site(f"{name}-norm-out", f"{path}.feed_forward", f"in{image}", channels, stride, "tokens")
-    yield Site(f"{name}-ffn-inner", f"{path}.feed_forward.{layout.inner}", f"in{image}", layout.inner_channels, stride, "tokens")
+    yield Site(
+        f"{name}-ffn-inner",
+        f"{path}.feed_forward.{layout.inner}",
+        f"in{image}",
+        layout.inner_channels,
+        stride,
+        "tokens",
+    )
     yield Site(f"{name}-out", path, f"out{image}", channels, stride, "tokens")
 
 
@@ -112,7 +132,10 @@ def text_mask(conditioning: Mapping[str, Tensor]) -> Tensor:
     embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_attention_mask"]
     if mask.shape != embeds.shape[:2]:
         length = mask.shape[1]
-        raise ValueError(f"prompt_embeds has {embeds.shape[1]} tokens and prompt_attention_mask {length}; pad the embeddings to it, and give the mask too")
+        raise ValueError(
+            f"prompt_embeds has {embeds.shape[1]} tokens and prompt_attention_mask {length}; pad the embeddings to "
+            "it, and give the mask too"
+        )
     return mask.bool()
 
 
@@ -125,7 +148,9 @@ def behind_text(x: Tensor, mask: Tensor, tokens: int) -> Tensor:
 
 
 def rotated(x: Tensor, norm: Any, rotary: Tensor) -> Tensor:
-    """(B, sequence, C) of ``to_q`` or ``to_k`` -> (B, heads, sequence, d), normalised and turned by ``rotary``, which is (B, sequence, d / 2) and complex."""
+    """(B, sequence, C) of ``to_q`` or ``to_k`` -> (B, heads, sequence, d), normalised and turned by ``rotary``, which
+    is (B, sequence, d / 2) and complex.
+    """
     from diffusers.models.embeddings import apply_rotary_emb
 
     x = x.view(*x.shape[:2], -1, 2 * rotary.shape[-1])

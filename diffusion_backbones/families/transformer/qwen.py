@@ -1,4 +1,6 @@
-"""Qwen-Image: diffusers' ``QwenImageTransformer2DModel`` behind an autoencoder for video, conditioned on a language model that sees."""
+"""Qwen-Image: diffusers' ``QwenImageTransformer2DModel`` behind an autoencoder for video, conditioned on a language
+model that sees.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TOKENS = 512
-"""Length that diffusers' pipeline cuts prompts to, with the words behind them and without those before. Here they are padded to it, and masked."""
+"""Length that diffusers' pipeline cuts prompts to, with the words behind them and without those before. Here they are
+padded to it, and masked.
+"""
 
 
 class Qwen(Transformer):
-    """The family of ``QwenImageTransformer2DModel``. Patches are packed into channels before the network; every block keeps two streams."""
+    """The family of ``QwenImageTransformer2DModel``. Patches are packed into channels before the network; every block
+    keeps two streams.
+    """
 
     networks = ("QwenImageTransformer2DModel",)
 
     def recognises(self, config: Config) -> bool:
-        """Networks that paint several layers of one image want more than latents and a text, and are not of this family."""
-        return super().recognises(config) and not (config.get("use_layer3d_rope") or config.get("use_additional_t_cond"))
+        """Networks that paint several layers of one image want more than latents and a text, and are not of this
+        family.
+        """
+        return super().recognises(config) and not (
+            config.get("use_layer3d_rope") or config.get("use_additional_t_cond")
+        )
 
     def latent_channels(self, configs: Configs) -> int:
         return int(configs["transformer"]["in_channels"]) // self.patch(configs) ** 2
@@ -35,7 +45,10 @@ class Qwen(Transformer):
         return Catalogue(_sites(configs["transformer"], self.size_divisibility(configs)), network)
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (TOKENS, configs["transformer"]["joint_attention_dim"]), "prompt_attention_mask": (TOKENS,)}
+        return {
+            "prompt_embeds": (TOKENS, configs["transformer"]["joint_attention_dim"]),
+            "prompt_attention_mask": (TOKENS,),
+        }
 
     def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
         return ("text_encoder",)
@@ -46,19 +59,23 @@ class Qwen(Transformer):
 
         transformer: Any = QwenImageTransformer2DModel(**accepted(QwenImageTransformer2DModel, config))
         old = transformer.pos_embed
-        with torch.device("cpu"):           # its tables are plain tensors, which no file holds and no .to() moves off meta
+        with torch.device("cpu"):  # its tables are plain tensors, which no file holds and no .to() moves off meta
             transformer.pos_embed = type(old)(theta=old.theta, axes_dim=old.axes_dim, scale_rope=old.scale_rope)
         whole: nn.Module = transformer
         return whole
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         import torch
         import torch.nn.functional as F
 
         patch, text = denoiser.config.patch_size, conditioning["prompt_embeds"]
         grid = (z.shape[-2] // patch, z.shape[-1] // patch)
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):       # the network keeps what it computes here, and training must be able to use it later
+            with torch.inference_mode(
+                False
+            ):  # the network keeps what it computes here, and training must be able to use it later
                 _rotary(denoiser, grid, text.shape[1], z)
         output: Tensor = denoiser(
             F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2),
@@ -71,7 +88,13 @@ class Qwen(Transformer):
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         import torch.nn.functional as F
         from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
@@ -83,7 +106,7 @@ class Qwen(Transformer):
             rotated: Tensor = apply_rotary_emb_qwen(x.transpose(1, 2), rotary, use_real=False).transpose(1, 2)
             return rotated
 
-        bias = F.pad(mask.to(recorded[0]), (0, tokens), value=1).log()         # 0, and minus infinity for padding
+        bias = F.pad(mask.to(recorded[0]), (0, tokens), value=1).log()  # 0, and minus infinity for padding
         return joint_map(denoiser.get_submodule(site.path), site, recorded, tokens, True, rotate, average, bias=bias)
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
@@ -96,12 +119,20 @@ class Qwen(Transformer):
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
-        pipeline = QwenImagePipeline(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
+        pipeline = QwenImagePipeline(
+            tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None
+        )
         embeds, masks = [], []
         for prompt in prompts:
-            length = len(tokenizer(pipeline.prompt_template_encode.format(prompt), verbose=False).input_ids) - pipeline.prompt_template_encode_start_idx
+            length = (
+                len(tokenizer(pipeline.prompt_template_encode.format(prompt), verbose=False).input_ids)
+                - pipeline.prompt_template_encode_start_idx
+            )
             if length > TOKENS:
-                raise ValueError(f"the prompt {prompt[:60]!r}... has {length} tokens with the words behind it, and the network takes {TOKENS}; shorten it")
+                raise ValueError(
+                    f"the prompt {prompt[:60]!r}... has {length} tokens with the words behind it, and the network "
+                    f"takes {TOKENS}; shorten it"
+                )
             states = pipeline.encode_prompt(prompt, device=torch.device("cpu"), max_sequence_length=TOKENS)[0].float()
             missing = TOKENS - states.shape[1]
             embeds.append(F.pad(states, (0, 0, 0, missing)))
@@ -111,16 +142,22 @@ class Qwen(Transformer):
 
 def _sites(config: Config, stride: int) -> Iterator[Site]:
     channels, heads, blocks = width(config), config["num_attention_heads"], range(config["num_layers"])
-    plain = not config.get("zero_cond_t")               # otherwise a modulation has a second half, for images that are conditioned on
+    plain = not config.get(
+        "zero_cond_t"
+    )  # otherwise a modulation has a second half, for images that are conditioned on
     norms = [f"transformer_blocks.{i}.img_mod.1" if plain else "" for i in blocks[1:]] + [""]
     for i in blocks:
         path = f"transformer_blocks.{i}"
-        for site in double_block(path, i, channels, heads, stride, norms[i], Inner("img_mlp.net.0", "out", 4 * channels)):
+        for site in double_block(
+            path, i, channels, heads, stride, norms[i], Inner("img_mlp.net.0", "out", 4 * channels)
+        ):
             yield replace(site, path=f"{path}.img_mlp") if site.id.endswith("norm-out") else site
 
 
 def _rotary(denoiser: Any, grid: tuple[int, int], tokens: int, like: Tensor) -> Tensor:
-    """(tokens + height · width, d / 2) complex on the device of ``like``: the turns of the text, then those of the image."""
+    """(tokens + height · width, d / 2) complex on the device of ``like``: the turns of the text, then those of the
+    image.
+    """
     import torch
 
     image, text = denoiser.pos_embed([[(1, *grid)]], max_txt_seq_len=tokens, device=like.device)

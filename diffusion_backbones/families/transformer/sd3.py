@@ -1,4 +1,6 @@
-"""Stable Diffusion 3: diffusers' ``SD3Transformer2DModel`` behind a KL autoencoder, conditioned on two CLIP encoders and T5."""
+"""Stable Diffusion 3: diffusers' ``SD3Transformer2DModel`` behind a KL autoencoder, conditioned on two CLIP encoders
+and T5.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,18 @@ class SD3(Transformer):
         config, stride = configs["transformer"], self.size_divisibility(configs)
         blocks, channels, heads = range(config["num_layers"]), width(config), config["num_attention_heads"]
         norms = [f"transformer_blocks.{i}.norm1.linear" for i in blocks[1:]] + [""]
-        return Catalogue((s for i in blocks for s in double_block(f"transformer_blocks.{i}", i, channels, heads, stride, norms[i])), network)
+        return Catalogue(
+            (s for i in blocks for s in double_block(f"transformer_blocks.{i}", i, channels, heads, stride, norms[i])),
+            network,
+        )
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         config = configs["transformer"]
         tokens = CLIP_TOKENS + (T5_TOKENS if T5 in self.text_encoder_names(configs) else 0)
-        return {"prompt_embeds": (tokens, config["joint_attention_dim"]), "pooled_prompt_embeds": (config["pooled_projection_dim"],)}
+        return {
+            "prompt_embeds": (tokens, config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
+        }
 
     def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
         """T5 may be left out; the other two also give the pooled embedding."""
@@ -45,7 +53,9 @@ class SD3(Transformer):
         transformer: nn.Module = SD3Transformer2DModel.from_config(config)
         return transformer
 
-    def call(self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
+    ) -> Tensor:
         check_positions(z, denoiser.config.pos_embed_max_size * denoiser.config.patch_size, size)
         output: Tensor = denoiser(
             z,
@@ -57,7 +67,13 @@ class SD3(Transformer):
         return output
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         return joint_map(denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], False, None, average)
 

@@ -1,4 +1,6 @@
-"""DeepFloyd IF, first stage: diffusers' ``UNet2DConditionModel`` on pixels, with T5's keys beside the image's in every attention."""
+"""DeepFloyd IF, first stage: diffusers' ``UNet2DConditionModel`` on pixels, with T5's keys beside the image's in every
+attention.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ TOKENS = 77
 
 
 class DeepFloyd(UNet):
-    """The family of ``UNet2DConditionModel`` with added text keys, which also pools the text into the embedding of the timestep.
+    """The family of ``UNet2DConditionModel`` with added text keys, which also pools the text into the embedding of the
+    timestep.
 
-    The latents are the image itself. Padding of the prompt is masked inside T5 and attended in the network, as in diffusers' pipeline.
+    The latents are the image itself. Padding of the prompt is masked inside T5 and attended in the network, as in
+    diffusers' pipeline.
     """
 
     encoder = ""
@@ -32,7 +36,9 @@ class DeepFloyd(UNet):
 
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
         config = configs["unet"]
-        heads = [width // config["attention_head_dim"] for width in config["block_out_channels"]]            # the config states channels of a head
+        heads = [
+            width // config["attention_head_dim"] for width in config["block_out_channels"]
+        ]  # the config states channels of a head
         return Catalogue(sites({**config, "attention_head_dim": heads}, 1), network)
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
@@ -43,11 +49,17 @@ class DeepFloyd(UNet):
 
         cut = super().truncate(denoiser, paths)
         if all(isinstance(module, StandIn) for path, module in cut.named_modules() if path.endswith("add_k_proj")):
-            cut.encoder_hid_proj = Bypass()                                     # runs first, for attention alone
+            cut.encoder_hid_proj = Bypass()  # runs first, for attention alone
         return cut
 
     def attention(
-        self, denoiser: Any, site: Site, recorded: tuple[Tensor, ...], conditioning: Mapping[str, Tensor], grid: tuple[int, int], average: bool
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+        average: bool,
     ) -> Tensor:
         import torch
 
@@ -57,11 +69,20 @@ class DeepFloyd(UNet):
         q, text, image = (split_heads(layer, x, None) for x in recorded)
         words = text.shape[2]
         keys = slice(0, words) if site.id.endswith("cross-map") else slice(words, None)
-        return probabilities(q, torch.cat((text, image), dim=2), keys, average, None, Precision(layer.upcast_attention, layer.upcast_softmax))
+        return probabilities(
+            q,
+            torch.cat((text, image), dim=2),
+            keys,
+            average,
+            None,
+            Precision(layer.upcast_attention, layer.upcast_softmax),
+        )
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model
 
         language_model.check_padding(padding)
-        embeds, _ = language_model.encode(*load("text_encoder"), [prompt.lower().strip() for prompt in prompts], TOKENS)      # as its pipeline does
+        embeds, _ = language_model.encode(
+            *load("text_encoder"), [prompt.lower().strip() for prompt in prompts], TOKENS
+        )  # as its pipeline does
         return {"prompt_embeds": embeds}

@@ -13,7 +13,9 @@ def _unet(unet: Any) -> list[Step]:
     embedding = StandIn(width, dim=1)
     steps = [Step("conv_in", Bypass()), Step("time_embedding", embedding)]
     if getattr(unet, "add_embedding", None) is not None:
-        steps.append(Step("add_embedding", FirstToken(width) if unet.config.addition_embed_type == "text" else embedding))
+        steps.append(
+            Step("add_embedding", FirstToken(width) if unet.config.addition_embed_type == "text" else embedding)
+        )
     steps += [Step(f"down_blocks.{i}", REMOVE) for i in range(len(unet.down_blocks))]
     if unet.mid_block is not None:
         steps.append(Step("mid_block", None))
@@ -24,7 +26,9 @@ def _unet(unet: Any) -> list[Step]:
 
 
 def _repeats(block: Any, cut_resnet: object) -> list[Step]:
-    transformers = re.search("(?<!Simple)CrossAttn", type(block).__name__) is not None              # return a tuple, layers of attention a tensor
+    transformers = (
+        re.search("(?<!Simple)CrossAttn", type(block).__name__) is not None
+    )  # return a tuple, layers of attention a tensor
     steps = []
     for i in range(len(block.resnets)):
         steps.append(Step(f"resnets.{i}", cut_resnet))
@@ -42,13 +46,19 @@ def _up(block: Any) -> list[Step]:
 
 
 def _mid(block: Any) -> list[Step]:
-    return _repeats(block, Bypass())            # attention i runs only if resnet i + 1 is there
+    return _repeats(block, Bypass())  # attention i runs only if resnet i + 1 is there
 
 
 def _resnet(resnet: Any) -> list[Step]:
     wide = StandIn(resnet.out_channels, dim=1)
     time = StandIn(resnet.time_emb_proj.out_features, dim=1)
-    steps = [Step("norm1", Bypass()), Step("conv1", wide), Step("time_emb_proj", time), Step("norm2", Bypass()), Step("conv2", Bypass())]
+    steps = [
+        Step("norm1", Bypass()),
+        Step("conv1", wide),
+        Step("time_emb_proj", time),
+        Step("norm2", Bypass()),
+        Step("conv2", Bypass()),
+    ]
     return steps + ([Step("conv_shortcut", wide)] if resnet.conv_shortcut is not None else [])
 
 
@@ -66,12 +76,22 @@ def _block(block: Any) -> list[Step]:
 
 
 def _attention(layer: Any) -> list[Step]:
-    """Queries and keys before values, those of the text before the image's; the layer of a transformer has no text of its own."""
+    """Queries and keys before values, those of the text before the image's; the layer of a transformer has no text of
+    its own.
+    """
     inner = StandIn(layer.inner_dim, dim=-1)
     added = getattr(layer, "add_k_proj", None) is not None
     text = [Step("norm_cross", None), Step("add_k_proj", inner)] if added else []
     values = [Step("add_v_proj", inner)] if added else []
-    return [Step("group_norm", None), Step("to_q", inner), *text, Step("to_k", inner), *values, Step("to_v", inner), Step("to_out.0", Bypass())]
+    return [
+        Step("group_norm", None),
+        Step("to_q", inner),
+        *text,
+        Step("to_k", inner),
+        *values,
+        Step("to_v", inner),
+        Step("to_out.0", Bypass()),
+    ]
 
 
 def _feed_forward(ff: Any) -> list[Step]:

@@ -1,4 +1,5 @@
-"""Latent U-Nets: diffusers' ``UNet2DConditionModel`` behind a KL autoencoder (SD 1.x, SD 2.x, SDXL and their relatives).
+"""Latent U-Nets: diffusers' ``UNet2DConditionModel`` behind a KL autoencoder (SD 1.x, SD 2.x, SDXL and their
+relatives).
 
 The first half is arithmetic on the architecture config and needs no torch; the second half builds, cuts and calls the
 stock network.
@@ -60,12 +61,21 @@ class UNet(Family):
 
         return truncate(denoiser, paths, execution_order.STEPS)
 
-    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self,
+        denoiser: nn.Module,
+        z: Tensor,
+        timestep: Tensor,
+        conditioning: Mapping[str, Tensor],
+        size: tuple[int, int],
+    ) -> Tensor:
         added = None
         if "pooled_prompt_embeds" in conditioning:
-            ids = z.new_tensor([*size, 0, 0, *size]).expand(z.shape[0], 6)          # original size, crop corner, target size
+            ids = z.new_tensor([*size, 0, 0, *size]).expand(z.shape[0], 6)  # original size, crop corner, target size
             added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": ids}
-        output: Tensor = denoiser(z, timestep, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        output: Tensor = denoiser(
+            z, timestep, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+        )[0]
         return output
 
     def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
@@ -77,7 +87,13 @@ class UNet(Family):
         """Position of a parameter from input to output: embeddings and ``conv_in`` 0, then down, mid and up blocks."""
         stage, _, rest = path.partition(".")
         index = int(rest.split(".")[0]) if rest[:1].isdigit() else 0
-        return {"down_blocks": 1 + index, "mid_block": 100, "up_blocks": 101 + index, "conv_norm_out": 200, "conv_out": 200}.get(stage, 0)
+        return {
+            "down_blocks": 1 + index,
+            "mid_block": 100,
+            "up_blocks": 101 + index,
+            "conv_norm_out": 200,
+            "conv_out": 200,
+        }.get(stage, 0)
 
 
 def _has_added_text(config: Config) -> bool:
@@ -109,7 +125,14 @@ def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> I
         for repeat, depth in enumerate(_per_level(depths[level], repeats[level])):
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", widths[level], stride)
             if vit := _attends(kind):
-                yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", widths[level], stride, depth, heads[level])
+                yield from vit(
+                    f"{stage}-repeat{repeat}",
+                    f"{prefix}.attentions.{repeat}",
+                    widths[level],
+                    stride,
+                    depth,
+                    heads[level],
+                )
         if level < n - 1:
             yield Site(f"{stage}-downsampler-out", f"{prefix}.downsamplers.0", "out", widths[level], 2 * stride, "map")
 
@@ -130,11 +153,25 @@ def sites(config: Config, latent_stride: int, plain_mid: Vit | None = None) -> I
         stride, stage, prefix = latent_stride * 2 ** (n - 1 - level), f"up-level{level}", f"up_blocks.{level}"
         width = widths[n - 1 - level]
         for repeat, depth in enumerate(_per_level(up_depths[level], repeats[n - 1 - level] + 1)):
-            yield Site(f"{stage}-repeat{repeat}-res-in", f"{prefix}.resnets.{repeat}.norm1", "in", entering + skips.pop(), stride, "map")
+            yield Site(
+                f"{stage}-repeat{repeat}-res-in",
+                f"{prefix}.resnets.{repeat}.norm1",
+                "in",
+                entering + skips.pop(),
+                stride,
+                "map",
+            )
             entering = width
             yield from _residual(f"{stage}-repeat{repeat}", f"{prefix}.resnets.{repeat}", width, stride)
             if vit := _attends(kind):
-                yield from vit(f"{stage}-repeat{repeat}", f"{prefix}.attentions.{repeat}", width, stride, depth, heads[n - 1 - level])
+                yield from vit(
+                    f"{stage}-repeat{repeat}",
+                    f"{prefix}.attentions.{repeat}",
+                    width,
+                    stride,
+                    depth,
+                    heads[n - 1 - level],
+                )
         if level < n - 1:
             yield Site(f"{stage}-upsampler-out", f"{prefix}.upsamplers.0", "out", width, stride // 2, "map")
     yield Site("unet-out", "conv_out", "out", config.get("out_channels", 4), latent_stride, "map")

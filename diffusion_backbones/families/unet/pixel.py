@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 class PixelUNet(UNet):
-    """The family of ``UNet2DModel``. The latents are the image itself, and nothing conditions the network but the timestep."""
+    """The family of ``UNet2DModel``. The latents are the image itself, and nothing conditions the network but the
+    timestep.
+    """
 
     encoder = ""
     networks = ("UNet2DModel",)
 
     def catalogue(self, configs: Configs, network: str) -> Catalogue:
         config = configs["unet"]
-        each: int | None = config.get("attention_head_dim", 8)                      # channels of a head; None is one head
+        each: int | None = config.get("attention_head_dim", 8)  # channels of a head; None is one head
         heads = [width // each if each else 1 for width in config["block_out_channels"]]
         mid = plain_attention if config.get("add_attention", True) else _nothing
-        return Catalogue(sites({**config, "attention_head_dim": heads, "mid_block_type": "UNetMidBlock2D"}, 1, mid), network)
+        return Catalogue(
+            sites({**config, "attention_head_dim": heads, "mid_block_type": "UNetMidBlock2D"}, 1, mid), network
+        )
 
     def latent_channels(self, configs: Configs) -> int:
         return int(configs["unet"].get("in_channels", 3))
@@ -42,7 +46,14 @@ class PixelUNet(UNet):
         unet: nn.Module = UNet2DModel.from_config(config)
         return unet
 
-    def call(self, denoiser: nn.Module, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def call(
+        self,
+        denoiser: nn.Module,
+        z: Tensor,
+        timestep: Tensor,
+        conditioning: Mapping[str, Tensor],
+        size: tuple[int, int],
+    ) -> Tensor:
         output: Tensor = denoiser(z, timestep, return_dict=False)[0]
         return output
 

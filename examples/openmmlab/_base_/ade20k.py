@@ -2,7 +2,10 @@
 
 _base_ = "gdf_upernet.py"
 
-prompt = "a highly realistic photo of the real world. It can be an indoor scene, or an outdoor scene, or a photo of nature. high quality."
+prompt = (
+    "a highly realistic photo of the real world. It can be an indoor scene, or an outdoor scene, or a photo of "
+    "nature. high quality."
+)
 crop_size = (512, 512)
 model = dict(
     data_preprocessor=dict(size=crop_size),
@@ -14,7 +17,7 @@ model = dict(
 
 dataset = dict(type="ADE20KDataset", data_root="data/ade/ADEChallengeData2016")
 train_dataloader = dict(
-    batch_size=2,                                           # per GPU; the paper does not say how many
+    batch_size=2,  # per GPU; the paper does not say how many
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),

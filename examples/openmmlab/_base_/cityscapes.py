@@ -2,7 +2,10 @@
 
 _base_ = "gdf_upernet.py"
 
-prompt = "An urban street scene with multiple lanes, various buildings, traffic lights, cars in the lanes, and pedestrians, highly realistic."
+prompt = (
+    "An urban street scene with multiple lanes, various buildings, traffic lights, cars in the lanes, and "
+    "pedestrians, highly realistic."
+)
 crop_size = (1024, 1024)
 model = dict(
     data_preprocessor=dict(size=crop_size),
@@ -14,7 +17,7 @@ model = dict(
 
 dataset = dict(type="CityscapesDataset", data_root="data/cityscapes")
 train_dataloader = dict(
-    batch_size=2,                                           # per GPU; the paper does not say how many
+    batch_size=2,  # per GPU; the paper does not say how many
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),
