@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PICTURE := demo/tinysd_gdf.png
 
-.PHONY: demo test lint cards check bench clean
+.PHONY: demo test test-fast lint cards check bench clean
 
 demo: .venv/installed                  ## the maps of tinysd as colours, beside the photograph
 	@mkdir -p $(dir $(PICTURE))
@@ -12,9 +12,15 @@ demo: .venv/installed                  ## the maps of tinysd as colours, beside 
 test: .venv/installed-dev              ## the whole suite; make test ARGS="-k cards" for a part of it
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+FAST := activations bad_input chunks house image_encoders import_hook inputs old_pickles plan unchanged
+test-fast: .venv/installed-dev         ## the inner loop: every registered name on meta, what must not change, the house rules
+	$(BIN)/python -m pytest -n 2 $(FAST:%=tests/test_%.py) $(ARGS)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 cards: .venv/installed-dev             ## write the model cards, the README's tables and costs.json anew
 	$(BIN)/python scripts/generate.py

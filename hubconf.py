@@ -13,7 +13,8 @@ dependencies = [
     "safetensors",
     "huggingface_hub",
     "yaml",
-    "wrapt",
+    "msgspec",
+    "jinja2",
 ]
 
 

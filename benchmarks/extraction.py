@@ -92,7 +92,7 @@ def extract(rounds: int) -> dict[str, float]:
             return lambda out: extract(device, photos, out, size=64, batch_size=4, dtype=torch.float32, workers=workers)
 
         read = Reader(backbone, 64)
-        alone = times(rounds, {"read": lambda out: [read(file) for file in photos], "read and write": run(0)})
+        alone = times(rounds, {"read": lambda _: [read(file) for file in photos], "read and write": run(0)})
         reading, both = (statistics.median(alone[way]) for way in ("read", "read and write"))
         pause = both / len(photos)
         waited = times(rounds, {w: run(w) for w in (0, 1)})

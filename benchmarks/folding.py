@@ -67,8 +67,8 @@ def filled(name: str, recipe: list[str] | None, weights: Callable[[Sequence[int]
     safetensors_io.fill(
         backbone.denoiser, [(key, weights(tensor.shape)) for key, tensor in backbone.denoiser.state_dict().items()]
     )
-    backbone.family.fill_buffers(backbone.denoiser, torch.device("cpu"))
-    backbone.conditioning = type(backbone.conditioning)(backbone.family.blank_conditioning(backbone.configs))
+    backbone.architecture.fill_buffers(backbone.denoiser, torch.device("cpu"))
+    backbone.conditioning = type(backbone.conditioning)(backbone.architecture.blank_conditioning())
     return backbone
 
 
@@ -113,9 +113,7 @@ def timed(name: str, recipe: list[str] | None, size: int, rounds: int) -> str:
 
 def fold(backbone: db.DiffusionBackbone) -> None:
     conditioning, timestep = dict(backbone.conditioning.items()), backbone.declaration.recipe.timestep
-    constant_folding.fold(
-        backbone.denoiser, backbone.family, backbone.configs, conditioning, timestep, backbone.catalogue.all()
-    )
+    constant_folding.fold(backbone.denoiser, backbone.architecture, conditioning, timestep, backbone.catalogue.all())
 
 
 if __name__ == "__main__":

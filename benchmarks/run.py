@@ -62,7 +62,7 @@ def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
 
 
 def stock(unet: Any, vae: Any, x: Any, prompt: Any, noise: Any, alpha: float, sigma: float) -> Any:
-    """What a careful person writes by hand for ``sd15_gdf``: stock modules, up to the last activation and no further."""
+    """What a careful person writes by hand for ``sd15_gdf``: stock modules, and nothing behind the last activation."""
     import torch
 
     z = vae.encode(x, return_dict=False)[0].mode() * 0.18215
@@ -87,7 +87,7 @@ def stock(unet: Any, vae: Any, x: Any, prompt: Any, noise: Any, alpha: float, si
             if getattr(block, "has_cross_attention", False):
                 vit = block.attentions[r]
                 queries = vit.transformer_blocks[0].attn2.to_q
-                handle = queries.register_forward_hook(lambda m, a, o, key=(i, r): maps.__setitem__(key, o))
+                handle = queries.register_forward_hook(lambda _m, _a, o, key=(i, r): maps.__setitem__(key, o))
                 h = vit(h, encoder_hidden_states=prompt, return_dict=False)[0]
                 handle.remove()
         h = block.upsamplers[0](h)
@@ -123,7 +123,9 @@ def forward(rounds: int) -> dict[str, float]:
     alpha, sigma = backbone.forward_process.levels(51)
     hooked: dict[str, Any] = {}
     for site in (s for level in backbone.levels for s in level.sites):
-        unet.get_submodule(site.path).register_forward_hook(lambda m, a, o, id=site.id: hooked.__setitem__(id, o))
+        unet.get_submodule(site.path).register_forward_hook(
+            lambda _m, _a, o, activation=site.id: hooked.__setitem__(activation, o)
+        )
 
     def ours() -> Any:
         return backbone(x, prompt_embeds=prompt)
@@ -167,7 +169,7 @@ else:
 returned = time.perf_counter() - start
 for module in modules:
     for t in module.state_dict().values():
-        t.view(-1)[::1024].sum()                                # one value of every page: a mapped file is in memory now
+        t.view(-1)[::1024].sum()  # one value of every page: a mapped file is in memory now
 seconds = time.perf_counter() - start
 kept = sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())
 print(json.dumps(dict(seconds=seconds, returned=returned, peak=memory("VmHWM") - before, kept=kept)))
@@ -254,7 +256,7 @@ def imports(rounds: int) -> dict[str, float]:
     return {"import: seconds added to torch and timm": statistics.median(times)}
 
 
-def info(rounds: int) -> dict[str, float]:
+def info(_rounds: int) -> dict[str, float]:
     """Seconds of ``diffusion-backbones info NAME``, a whole process, for the slowest backbone."""
     import diffusion_backbones as db
 
@@ -268,7 +270,7 @@ def info(rounds: int) -> dict[str, float]:
     return {"info: slowest backbone, seconds": slowest}
 
 
-def threads(rounds: int) -> dict[str, float]:
+def threads(_rounds: int) -> dict[str, float]:
     """Largest difference between features computed by eight threads at once and by one."""
     import torch
 
@@ -347,7 +349,7 @@ def select(images: int = 4) -> dict[str, float]:
 
     torch.manual_seed(0)
     backbone = db.create_model("sdxl", recipe=["unet-out"])
-    ids = [site.id for site in candidates(backbone.catalogue[id] for id in backbone.catalogue)]
+    ids = [site.id for site in candidates(backbone.catalogue[activation] for activation in backbone.catalogue)]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*backbone.parameters(), *backbone.buffers()))
     x = [torch.rand(3, 512, 512) * 2 - 1 for _ in range(images)]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is there now
@@ -371,9 +373,9 @@ def main() -> None:
     parts: dict[str, Callable[[int], dict[str, float]]] = {
         f.__name__: f for f in (imports, info, threads, load, forward, extract)
     }
-    parts["latents"] = lambda rounds: latents(args.images)  # pairs of epochs are their own rounds
-    parts["select"] = lambda rounds: select()  # 10 GB of weights, seen once
-    parts["extract_memory"] = lambda rounds: extract_memory()
+    parts["latents"] = lambda _: latents(args.images)  # pairs of epochs are their own rounds
+    parts["select"] = lambda _: select()  # 10 GB of weights, seen once
+    parts["extract_memory"] = lambda _: extract_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--rounds", type=int, default=5)

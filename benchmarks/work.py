@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 import diffusion_backbones as db
-from diffusion_backbones.evaluation import benchmark
+from diffusion_backbones.evaluation import benchmark, benchmark_table
 from diffusion_backbones.reports import costs
-from diffusion_backbones.reports.backbone_card import speed
+from diffusion_backbones.reports.measurements import speed
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "speed_work.csv"
@@ -74,11 +74,19 @@ def measure(setting: benchmark.Setting, kinds: list[str], largest: int) -> None:
             print(f"{kind} {amount} is left out: {error}")
             continue
         row = {
-            "date": datetime.date.today().isoformat(), "hardware": benchmark.hardware(setting.device), "backbone": setting.name, "dtype": setting.dtype,
-            "kind": kind, "amount": amount, "seconds": seconds, "gflops": work, "share_of_matmul": work / seconds / product, "torch": torch.__version__,
-        }  # fmt: skip
+            "date": datetime.date.today().isoformat(),
+            "hardware": benchmark_table.hardware(setting.device),
+            "backbone": setting.name,
+            "dtype": setting.dtype,
+            "kind": kind,
+            "amount": amount,
+            "seconds": seconds,
+            "gflops": work,
+            "share_of_matmul": work / seconds / product,
+            "torch": torch.__version__,
+        }
         print({key: row[key] for key in ("kind", "amount", "seconds", "gflops", "share_of_matmul")}, flush=True)
-        benchmark.write([row], TABLE)
+        benchmark_table.write([row], TABLE)
 
 
 def plot() -> None:

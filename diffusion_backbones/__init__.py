@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-import wrapt
 
 from diffusion_backbones import models as _declarations  # noqa: F401  (registers everything)
 from diffusion_backbones._moved import install
 from diffusion_backbones._version import __version__
+from diffusion_backbones.integrations.import_hook import when_imported
 from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License, Paper
 from diffusion_backbones.spec.recipe import Level, Recipe
 from diffusion_backbones.spec.registry import (
@@ -74,6 +74,4 @@ def __dir__() -> list[str]:
 install()
 
 
-@wrapt.when_imported("timm")
-def _register_in_timm(timm: Any) -> None:
-    import_module("diffusion_backbones.integrations.timm")
+when_imported("timm", partial(import_module, "diffusion_backbones.integrations.timm"))

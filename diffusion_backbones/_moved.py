@@ -28,8 +28,8 @@ MOVED = {
         "families.base",
     ),
     "capture": ("ops.recording",),
-    "cards": ("reports.backbone_card", "spec.schedule"),
-    "checkpoint_cards": ("reports.checkpoint_card",),
+    "cards": ("reports.backbone_card", "reports.facts", "reports.markdown", "reports.measurements", "spec.schedule"),
+    "checkpoint_cards": ("reports.checkpoint_card", "reports.facts"),
     "chunks": ("ops.micro_batching",),
     "compare": ("evaluation.deviation",),
     "compiling": ("surgery.compilation",),
@@ -55,7 +55,7 @@ MOVED = {
     "families.qwen": ("families.transformer.qwen",),
     "families.sana": ("families.transformer.sana",),
     "families.sd3": ("families.transformer.sd3",),
-    "families.transformer_steps": ("families.transformer.execution_order",),
+    "families.transformer_steps": ("families.transformer.base",),
     "families.unet_steps": ("families.unet.execution_order",),
     "families.z_image": ("families.transformer.z_image",),
     "finetuning": ("surgery.trainable",),
@@ -66,18 +66,19 @@ MOVED = {
     "inputs": ("spec.input_format",),
     "interface": ("backbone.timm_mixin",),
     "ldm": ("loading.single_file",),
-    "listing": ("reports.summary",),
+    "listing": ("reports.summary", "reports.facts"),
     "memory": ("surgery.memory_budget", "backbone.out_of_memory"),
     "noise": ("ops.noise",),
     "postops": ("ops.postprocessing",),
-    "probe": ("surgery.introspection",),
+    "probe": ("surgery.introspection", "families.meta_trace"),
     "pyramid": ("ops.pyramid", "spec.levels"),
     "quantised": ("ops.quantization",),
     "recipe": ("spec.recipe", "spec.checkpoint", "spec.validation"),
     "registry": ("spec.registry", "spec.declaration", "spec.configs"),
-    "saved": ("factory.save_pretrained",),
+    "saved": ("backbone.save_pretrained", "loading.saved_folder"),
     "scenes": ("evaluation.scenes",),
     "selection.cli": ("cli.select",),
+    "selection.reach": ("selection.prefix_cost",),
     "sources": ("loading.source",),
     "tensors": ("ops.safetensors_io",),
     "tiny_encoder": ("factory.tiny_encoder",),
@@ -107,7 +108,10 @@ class OldPaths(MetaPathFinder, Loader):
     """Finds old paths, after everything else that finds modules."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002  (of the protocol, as is ``target``)
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == PACKAGE and name in MOVED else None

@@ -24,7 +24,7 @@ from torchvision.transforms import ColorJitter
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.evaluation.scenes import Pair, load_scenes
+from diffusion_backbones.evaluation import Pair, correct_keypoints, load_scenes, pck
 
 VIEWS, BATCH, POINTS, TEMPERATURE, GRID = 2, 8, 96, 0.07, 64
 Head = Callable[[Tensor], Tensor]
@@ -65,9 +65,7 @@ def features(backbone: db.DiffusionBackbone, x: Tensor, name: str) -> list[Tenso
 
 
 def describe(maps: Sequence[Tensor], which: Tensor | Sequence[int], places: Tensor) -> Tensor:
-    """What the levels say at places (B, N, 2), x and y in [-1, 1], of some images -> (B, C, N, 1), every level of unit
-    length.
-    """
+    """Features of some images at places (B, N, 2), x and y in [-1, 1] -> (B, C, N, 1), every level of unit length."""
     levels = [
         F.grid_sample(m[which].to(DEVICE), places[:, :, None].to(DEVICE), padding_mode="border", align_corners=False)
         for m in maps
@@ -97,7 +95,7 @@ def contrast(head: Head, maps: Sequence[Tensor], warp: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(head: Head, maps: Sequence[Tensor], index: int, count: int, pair: Pair) -> np.ndarray:
-    """For the source points of a pair the most similar places of the target, (K, 2) in pixels."""
+    """The places of the target that are most similar to the source points of a pair, (K, 2) in pixels."""
     width = pair.source.width
     line = (torch.arange(GRID) + 0.5) / GRID * 2 - 1
     everywhere = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
@@ -113,17 +111,17 @@ def match(head: Head, maps: Sequence[Tensor], index: int, count: int, pair: Pair
 def correct(found: np.ndarray, pair: Pair) -> np.ndarray:
     """Which of the points lie within 0.1 of the longer side of the object's box."""
     x0, y0, x1, y1 = pair.target_box
-    return np.linalg.norm(found - pair.target_points, axis=1) <= 0.1 * max(x1 - x0, y1 - y0)
+    return correct_keypoints(found, pair.target_points, max(x1 - x0, y1 - y0))
 
 
-def pck(head: Head, maps: Sequence[Tensor], pairs: Sequence[Pair]) -> dict[str, float]:
+def measure(head: Head, maps: Sequence[Tensor], pairs: Sequence[Pair]) -> dict[str, float]:
     """PCK@0.1 in per cent, by split and of all."""
     hits = [correct(match(head, maps, i, len(pairs), pair), pair) for i, pair in enumerate(pairs)]
     splits = {
         split: [h for h, pair in zip(hits, pairs, strict=True) if pair.split == split]
         for split in ("identities", "style")
     }
-    return {split: 100 * float(np.concatenate(h).mean()) for split, h in (splits | {"both": hits}).items()}
+    return {split: pck(h) for split, h in (splits | {"both": hits}).items()}
 
 
 def train(
@@ -143,12 +141,12 @@ def train(
         schedule.step()
         history["loss"].append((step, loss.item()))
         if step % max(1, steps // 6) == 0:
-            history["PCK@0.1"].append((step, pck(head, held_out, pairs)["both"]))
+            history["PCK@0.1"].append((step, measure(head, held_out, pairs)["both"]))
     return head, history
 
 
 def picture(path: Path, pairs: Sequence[Pair], found: dict[str, list[np.ndarray]]) -> None:
-    """The points in the source, where they are in the target, and where each head finds them: a cross for a wrong one."""
+    """The points in the source, in the target, and where each head finds them: a cross for a wrong one."""
     columns = {"source": [p.source_points for p in pairs], "truth": [p.target_points for p in pairs]} | {
         f"{k} backbone": v for k, v in found.items()
     }
@@ -193,9 +191,9 @@ def main() -> None:
             pixels(backbone, [p.source for p in data.pairs] + [p.target for p in data.pairs]),
             f"{name}: maps of the pairs",
         )
-        rows[f"{name}: no head"] = pck(nn.Identity(), held_out, data.pairs)
+        rows[f"{name}: no head"] = measure(nn.Identity(), held_out, data.pairs)
         head, histories[name] = train(maps, warp, held_out, data.pairs, args.steps, args.seed)
-        rows[f"{name}: head"] = pck(head, held_out, data.pairs)
+        rows[f"{name}: head"] = measure(head, held_out, data.pairs)
         found[name] = [match(head, held_out, i, len(data.pairs), data.pairs[i]) for i in shown]
     print("PCK@0.1 in per cent")
     report(args.output / "correspondence", rows, histories)

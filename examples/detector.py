@@ -30,7 +30,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.evaluation.scenes import Scene, load_scenes
+from diffusion_backbones.evaluation import Scene, load_scenes
 from diffusion_backbones.integrations.torchvision import PyramidFPN
 
 BATCH, SHOWN = 8, 4
@@ -39,11 +39,11 @@ Target = dict[str, Tensor]
 
 
 class Kept(nn.Module):
-    """Stands where the backbone is, and returns the maps of the images of a batch that were made before."""
+    """Replaces the backbone, and returns the maps that were computed before for the images of a batch."""
 
     maps: Maps
 
-    def forward(self, x: Tensor) -> Maps:
+    def forward(self, _: Tensor) -> Maps:
         return self.maps
 
 

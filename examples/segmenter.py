@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.evaluation.scenes import Scene, load_scenes
+from diffusion_backbones.evaluation import Scene, load_scenes, mean_iou
 from diffusion_backbones.integrations.smp import register
 
 BATCH, SHOWN = 8, 4
@@ -61,12 +61,6 @@ def predict(model: smp.FPN, maps: list[Tensor], size: tuple[int, int]) -> Tensor
     return torch.cat([F.interpolate(batch, size, mode="bilinear").argmax(1).cpu() for batch in batches])
 
 
-def iou(guess: Tensor, truth: Tensor, count: int) -> Tensor:
-    """Intersection over union of every class (count,), in per cent, counted over all pixels of all scenes."""
-    tp, fp, fn, tn = (n.sum(0) for n in smp.metrics.get_stats(guess, truth, mode="multiclass", num_classes=count))
-    return 100 * smp.metrics.iou_score(tp, fp, fn, tn, reduction="none")
-
-
 def train(
     model: smp.FPN,
     maps: list[Tensor],
@@ -96,7 +90,7 @@ def train(
         schedule.step()
         history["loss"].append((step, loss.item()))
         if step % max(1, steps // 5) == 0:
-            history["mIoU"].append((step, float(iou(predict(model, held_out, size), held_out_truth, count).mean())))
+            history["mIoU"].append((step, mean_iou(held_out_truth, predict(model, held_out, size), range(count))))
     return history
 
 
@@ -155,10 +149,10 @@ def main() -> None:
         )
         found = {split: predict(model, held_out[split], size) for split in splits}
         rows[f"{name}: mIoU"] = {
-            split: float(iou(found[split], truth[split], len(data.classes)).mean()) for split in splits
+            split: mean_iou(truth[split], found[split], range(len(data.classes))) for split in splits
         }
         rows[f"{name}: IoU of objects"] = {
-            split: float(iou((found[split] > 0).long(), (truth[split] > 0).long(), 2)[1]) for split in splits
+            split: mean_iou(truth[split] > 0, found[split] > 0, [True]) for split in splits
         }
         guesses[name] = found["scenes"][:SHOWN]
     print("intersection over union in per cent")

@@ -7,15 +7,24 @@ python scripts/generate.py --check    name every file that is not current and ex
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import diffusion_backbones as db
-from diffusion_backbones.reports import backbone_card, checkpoint_card, costs
+from diffusion_backbones.reports import backbone_card, checkpoint_card, costs, measurements
+from diffusion_backbones.reports.facts import (
+    BackboneFacts,
+    CheckpointFacts,
+    channels_at_strides,
+    cite,
+    draws,
+    license_link,
+)
+from diffusion_backbones.reports.markdown import gflops, link, millions, repository, table
 from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.surgery.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 NOTICE = (
@@ -27,6 +36,7 @@ TINYSD, DECODERS, SPEED = DOCS / "tinysd.md", DOCS / "decoders" / "README.md", D
 
 
 def main(arguments: list[str]) -> int:
+    """Write what is not current, or with ``--check`` name it; returns the exit code."""
     if arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
@@ -48,39 +58,33 @@ def main(arguments: list[str]) -> int:
 
 def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
     """Every generated file and what it should hold."""
-    whole = [costs.entire(db.get_checkpoint(name)) for name in db.list_checkpoints()]
+    whole = [costs.whole_network(db.get_checkpoint(name)) for name in db.list_checkpoints()]
     measured = costs.table({declaration: costs.measure(declaration) for declaration in (*declarations, *whole)})
     yield costs.FILE, json.dumps({"comment": costs.COMMENT, "backbones": measured}, indent=1) + "\n"
     costs.published().clear()
     costs.published().update(measured)  # so that the cards have the new costs whatever the file still says
+    rest = without_recipe(declarations)
     for declaration in declarations:
-        yield (
-            CARDS / f"{declaration.name}.md",
-            backbone_card.card(declaration).replace("---\n", f"---\n# {NOTICE}\n", 1),
-        )
-    for checkpoint in (rest := without_recipe(declarations)):
-        yield (
-            CARDS / f"{checkpoint.name}.md",
-            checkpoint_card.card(checkpoint).replace("---\n", f"---\n# {NOTICE}\n", 1),
-        )
-    yield (
-        CARDS / "README.md",
-        f"<!-- {NOTICE} -->\n\n# Model cards\n\n{index(declarations)}\n\n{index_of_checkpoints(rest)}\n",
-    )
-    yield TINYSD, fill(TINYSD.read_text(), {"figures": figures(TINYSD.with_suffix(".csv"))}, TINYSD.name)
-    yield (
-        DECODERS,
-        fill(DECODERS.read_text(), {"table": decoders(DECODERS.with_name("table.csv"))}, "docs/decoders/README.md"),
-    )
-    yield SPEED, fill(SPEED.read_text(), {"speed": backbone_card.speed_table(backbone_card.speed())}, SPEED.name)
-    yield (
-        README,
-        fill(
-            README.read_text(),
-            {"zoo": zoo(declarations), "tinysd": built_in(declarations), "checkpoints": checkpoints(rest)},
-            README.name,
-        ),
-    )
+        yield CARDS / f"{declaration.name}.md", noticed(backbone_card.card(declaration))
+    for checkpoint in rest:
+        yield CARDS / f"{checkpoint.name}.md", noticed(checkpoint_card.card(checkpoint))
+    indices = f"{index(declarations)}\n\n{index_of_checkpoints(rest)}"
+    yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{indices}\n"
+    yield TINYSD, filled(TINYSD, {"figures": figures(TINYSD.with_suffix(".csv"))})
+    yield DECODERS, filled(DECODERS, {"table": decoders(DECODERS.with_name("table.csv"))})
+    yield SPEED, filled(SPEED, {"speed": measurements.speed_table(measurements.speed())})
+    tables = {"zoo": zoo(declarations), "tinysd": built_in(declarations), "checkpoints": checkpoints(rest)}
+    yield README, filled(README, tables)
+
+
+def noticed(card: str) -> str:
+    """A card whose front matter begins with the notice that it is generated."""
+    return card.replace("---\n", f"---\n# {NOTICE}\n", 1)
+
+
+def filled(path: Path, tables: dict[str, str]) -> str:
+    """The text of a page with its tables written anew, see :func:`fill`."""
+    return fill(path.read_text(), tables, str(path))
 
 
 def fill(text: str, tables: dict[str, str], name: str) -> str:
@@ -88,36 +92,41 @@ def fill(text: str, tables: dict[str, str], name: str) -> str:
 
     ``name`` is the file's, for the error.
     """
-    for mark, table in tables.items():
+    for mark, lines in tables.items():
         before, opened, rest = text.partition(f"<!-- {mark} -->\n")
         _, closed, after = rest.partition(f"<!-- /{mark} -->")
         if not closed:
             raise ValueError(f"{name} needs a line <!-- {mark} --> and behind it <!-- /{mark} -->")
-        text = "".join((before, opened, f"{table}\n", closed, after))
+        text = "".join((before, opened, f"{lines}\n", closed, after))
     return text
 
 
+# The tables.
+
+
 def index(declarations: Iterable[Declaration]) -> str:
+    """A line for each backbone: its card, its checkpoint, its levels."""
     rows = [
-        [f"[{d.name}]({d.name}.md)", d.checkpoint.title, backbone_card.channels_at_strides(backbone_card.levels(d))]
-        for d in declarations
+        [link(d.name, f"{d.name}.md"), d.checkpoint.title, channels_at_strides(Plan.of(d).levels)] for d in declarations
     ]
-    return backbone_card.table(["backbone", "checkpoint", "levels (channels at stride)"], rows)
+    return table(["backbone", "checkpoint", "levels (channels at stride)"], rows)
 
 
 def zoo(declarations: Iterable[Declaration]) -> str:
+    """A line for each backbone with weights on the hub, for the README."""
     rows = []
     for d in (d for d in declarations if d.checkpoint.hub_id):
-        cost, paper, draws = costs.costs(d), d.recipe.paper, f"{d.recipe.ensemble} × " if d.recipe.ensemble > 1 else ""
+        facts, paper = BackboneFacts.of(d), d.recipe.paper
+        cost = facts.cost
         rows.append(
             [
-                f"[`{d.name}`](model_cards/{d.name}.md)",
-                backbone_card.channels_at_strides(backbone_card.levels(d)),
-                f"{backbone_card.millions(cost.parameters)} of {backbone_card.millions(cost.parameters_total)}",
-                f"{backbone_card.gflops(cost.encoder_gflops)} + {draws}{backbone_card.gflops(cost.denoiser_gflops)}",
+                linked_card(d.name),
+                channels_at_strides(facts.plan.levels),
+                facts.kept,
+                f"{gflops(cost.encoder_gflops)} + {draws(d.recipe)}{gflops(cost.denoiser_gflops)}",
                 f"{cost.size}",
                 f"{d.recipe.timestep:g}" + (", no noise" if d.recipe.noise == "none" else ""),
-                f"[{backbone_card.cite(paper)}]({paper.link})" if paper else "unpublished",
+                link(cite(paper), paper.link) if paper else "unpublished",
                 licensed(d.checkpoint),
             ]
         )
@@ -131,63 +140,60 @@ def zoo(declarations: Iterable[Declaration]) -> str:
         "recipe",
         "licence of the weights",
     ]
-    return backbone_card.table(head, rows)
+    return table(head, rows)
 
 
 def built_in(declarations: Iterable[Declaration]) -> str:
-    return ", ".join(f"[`{d.name}`](model_cards/{d.name}.md)" for d in declarations if not d.checkpoint.hub_id)
+    """The backbones whose weights travel in the package."""
+    return ", ".join(linked_card(d.name) for d in declarations if not d.checkpoint.hub_id)
 
 
 def without_recipe(declarations: Iterable[Declaration]) -> list[db.Checkpoint]:
+    """The checkpoints that no backbone reads."""
     read = {d.checkpoint.name for d in declarations}
     return [db.get_checkpoint(name) for name in db.list_checkpoints() if name not in read]
 
 
 def index_of_checkpoints(rest: Iterable[db.Checkpoint]) -> str:
-    return backbone_card.table(
-        ["checkpoint without a published recipe", ""], [[f"[{c.name}]({c.name}.md)", c.title] for c in rest]
-    )
+    """A line for each checkpoint: its card and its title."""
+    return table(["checkpoint without a published recipe", ""], [[link(c.name, f"{c.name}.md"), c.title] for c in rest])
 
 
 def checkpoints(rest: Iterable[db.Checkpoint]) -> str:
-    rows = []
-    for c in rest:
-        repo, whole = c.denoiser.repo if c.denoiser else c.hub_id, costs.costs(costs.entire(c)).parameters_total
-        linked = f"[{repo}]({backbone_card.HUB}/{repo})"
-        rows.append(
-            [
-                f"[`{c.name}`](model_cards/{c.name}.md)",
-                c.title,
-                linked,
-                backbone_card.millions(whole),
-                str(c.input_size),
-                licensed(c),
-            ]
-        )
-    return backbone_card.table(["checkpoint", "", "on the hub", "parameters", "px", "licence of the weights"], rows)
+    """A line for each checkpoint, for the README."""
+    rows = [
+        [
+            linked_card(c.name),
+            c.title,
+            repository(c.denoiser.repo if c.denoiser else c.hub_id),
+            millions(CheckpointFacts.of(c).cost.parameters_total),
+            str(c.input_size),
+            licensed(c),
+        ]
+        for c in rest
+    ]
+    return table(["checkpoint", "", "on the hub", "parameters", "px", "licence of the weights"], rows)
 
 
 def figures(results: Path) -> str:
     """A line for each kind of features and a column for each split, from the table that ``scripts/tinysd/evaluate.py``
     writes.
     """
-    with results.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = measurements.read(results)
     splits = list(dict.fromkeys((row["split"], row["metric"]) for row in rows))
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         spread = f" ± {float(row['std']):.1f}" if int(row["seeds"]) > 1 else ""
         found.setdefault(row["features"], {})[row["split"]] = f"{float(row['mean']):.1f}{spread}"
     head = ["features", *(f"{metric}, {split.removeprefix('pairs, ')}" for split, metric in splits)]
-    return backbone_card.table(
+    return table(
         head, [[f"`{name}`", *(values.get(split, "") for split, _ in splits)] for name, values in found.items()]
     )
 
 
 def decoders(results: Path) -> str:
     """A line for each library and a column for each backbone, from the table that ``tests/decoders.py`` writes."""
-    with results.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = measurements.read(results)
     columns = {row["backbone"]: f"{row['backbone']} at {row['strides'].replace(' ', ', ')}" for row in rows}
     after = next(key for key in rows[0] if key.startswith("loss after"))
     found: dict[tuple[str, ...], dict[str, str]] = {}
@@ -198,14 +204,17 @@ def decoders(results: Path) -> str:
         [library, decoder, *(cells.get(name, "") for name in columns), size]
         for (library, decoder, size), cells in found.items()
     ]
-    return backbone_card.table(["library", "decoder", *columns.values(), "prediction"], lines)
+    return table(["library", "decoder", *columns.values(), "prediction"], lines)
+
+
+def linked_card(name: str) -> str:
+    """A name as code, linked to its card from the root of the repository."""
+    return link(f"`{name}`", f"model_cards/{name}.md")
 
 
 def licensed(checkpoint: db.Checkpoint) -> str:
-    license = checkpoint.license
-    return (f"[{license}]({license.link})" if license.link else str(license)) + (
-        "" if license.verified else " (unconfirmed)"
-    )
+    """The licence of the weights, and whether it is certain."""
+    return license_link(checkpoint) + ("" if checkpoint.license.verified else " (unconfirmed)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny checkpoints are written once a session, and nothing touches the user's caches or the network."""
+"""Shared fixtures: tiny checkpoints, written once a session. Nothing touches the user's caches or the network."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def tiny_folder(tmp_path_factory):
 def photo() -> torch.Tensor:
     """A real photograph, (1, 3, 300, 451) in [-1, 1]: not square, and no multiple of anything."""
     return to_tensor(Image.open(PHOTO).convert("RGB"))[None] * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For networks this small a second thread costs more than it gives, above all where other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -37,7 +37,7 @@ class Repo:
 
 
 @dataclass
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818  (it is an answer)
     """An answer that is no success, with the header by which ``huggingface_hub`` tells it from others."""
 
     status: int
@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _answer(self) -> None:
         hub, path = self.hub, urlsplit(self.path).path
@@ -257,21 +257,36 @@ class _Handler(BaseHTTPRequestHandler):
                 for path in paths
             ]
             return self._send(200, json.dumps({"files": modes}).encode())
-        files: dict[str, bytes] = {}
+        if what == "branch":
+            return self._branch(hub.repos[name], parts[5])
+        return self._push(name, parts[5])
+
+    def _push(self, name: str, revision: str) -> None:
+        """A commit on a branch, or on a pull request that starts from it."""
+        hub, repo = self.hub, self.hub.repos[name]
+        files = dict(repo.commits[self._commit(repo, revision)])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = hub.large[value["oid"]]
-        old = hub.repos[name].resolve(parts[5])
-        commit = hub.commit(name, (hub.repos[name].commits[old] if old else {}) | files, parts[5])
-        return self._send(
-            200,
-            json.dumps(
-                {"commitOid": commit, "commitUrl": f"{hub.url}/{name}/commit/{commit}", "success": True}
-            ).encode(),
-        )
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        answer: dict[str, Any] = {"success": True}
+        if "create_pr=1" in urlsplit(self.path).query:
+            number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
+            revision = f"refs/pr/{number}"
+            answer["pullRequestUrl"] = f"{hub.url}/{name}/discussions/{number}"
+        commit = hub.commit(name, files, revision)
+        answer |= {"commitOid": commit, "commitUrl": f"{hub.url}/{name}/commit/{commit}"}
+        self._send(200, json.dumps(answer).encode())
+
+    def _branch(self, repo: Repo, branch: str) -> None:
+        if branch in repo.refs:
+            raise Refusal(409, message="Reference already exists")
+        repo.refs[branch] = repo.refs["main"]
+        self._send(200, b"{}")
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked['organization'] or 'me'}/{asked['name']}"

@@ -12,23 +12,33 @@ from typing import Any
 import torch
 
 RULES = [
-    (r"^unet-in$", "conv_in<"), (r"^unet-after-conv-in$", "conv_in"), (r"^unet-out$", "conv_out"),
+    (r"^unet-in$", "conv_in<"),
+    (r"^unet-after-conv-in$", "conv_in"),
+    (r"^unet-out$", "conv_out"),
     (r"^(down|up)-level(\d+)-(down|up)sampler-out$", r"\1_blocks.\2.\3samplers.0"),
     (r"^encoder-level(\d+)-repeat(\d+)-", r"encoder.down_blocks.\1.@\2-"),
-    (r"^(down|up)-level(\d+)-repeat(\d+)-", r"\1_blocks.\2.@\3-"), (r"^mid-repeat(\d+)-", r"mid_block.@\1-"), (r"^mid-", "mid_block.@0-"),
-    (r"@(\d+)-res-increment$", r"resnets.\1.conv2"), (r"@(\d+)-res-out$", r"resnets.\1"), (r"@(\d+)-res-in$", r"resnets.\1<"),
-    (r"@(\d+)-vit-out$", r"attentions.\1"), (r"@(\d+)-vit-block(\d+)-out$", r"attentions.\1.transformer_blocks.\2"),
+    (r"^(down|up)-level(\d+)-repeat(\d+)-", r"\1_blocks.\2.@\3-"),
+    (r"^mid-repeat(\d+)-", r"mid_block.@\1-"),
+    (r"^mid-", "mid_block.@0-"),
+    (r"@(\d+)-res-increment$", r"resnets.\1.conv2"),
+    (r"@(\d+)-res-out$", r"resnets.\1"),
+    (r"@(\d+)-res-in$", r"resnets.\1<"),
+    (r"@(\d+)-vit-out$", r"attentions.\1"),
+    (r"@(\d+)-vit-block(\d+)-out$", r"attentions.\1.transformer_blocks.\2"),
     (r"@(\d+)-vit-block(\d+)-", r"attentions.\1.transformer_blocks.\2."),
-    (r"\.ffn-inner$", ".ff.net.0"), (r"\.self-([qkv])$", r".attn1.to_\1"), (r"\.cross-q$", ".attn2.to_q"),
-    (r"\.self-(map|out)$", r".attn1|\1"), (r"\.cross-(map|out)$", r".attn2|\1"),
-]  # fmt: skip
+    (r"\.ffn-inner$", ".ff.net.0"),
+    (r"\.self-([qkv])$", r".attn1.to_\1"),
+    (r"\.cross-q$", ".attn2.to_q"),
+    (r"\.self-(map|out)$", r".attn1|\1"),
+    (r"\.cross-(map|out)$", r".attn2|\1"),
+]
 
 
-def path(id: str) -> str:
-    """Module path of an id; ``<`` marks the module's input, ``|map`` and ``|out`` an attention layer's map and output."""
+def path(activation: str) -> str:
+    """Module path of an id; ``<`` is the module's input, ``|map`` and ``|out`` an attention layer's map and output."""
     for pattern, replacement in RULES:
-        id = re.sub(pattern, replacement, id)
-    return id
+        activation = re.sub(pattern, replacement, activation)
+    return activation
 
 
 class Oracle:
@@ -40,7 +50,7 @@ class Oracle:
     def __init__(self, unet: Any, plain: bool = False):
         self.unet, self.plain, self.outputs, self.inputs = unet, plain, {}, {}
         for name, module in unet.named_modules():
-            module.register_forward_hook(lambda m, args, output, name=name: self._keep(name, args, output))
+            module.register_forward_hook(lambda _, args, output, name=name: self._keep(name, args, output))
 
     def _keep(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         self.outputs[name] = output[0] if isinstance(output, tuple) else output
@@ -51,8 +61,10 @@ class Oracle:
         self.outputs.clear()
         self.unet(*args, **kwargs)
 
-    def __getitem__(self, id: str) -> torch.Tensor:
-        where = path(id).replace(".transformer_blocks.0.attn1", "" if self.plain else ".transformer_blocks.0.attn1")
+    def __getitem__(self, activation: str) -> torch.Tensor:
+        where = path(activation).replace(
+            ".transformer_blocks.0.attn1", "" if self.plain else ".transformer_blocks.0.attn1"
+        )
         if where.endswith("<"):
             return self.inputs[where[:-1]]
         if where.endswith("|map"):

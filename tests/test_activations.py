@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 import diffusion_backbones as db
-from diffusion_backbones.families import FAMILIES
-from diffusion_backbones.spec.activations import parse
-from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.families import architecture
+from diffusion_backbones.spec.activations import Catalogue, parse
 
 
 def catalogue(name):
     checkpoint = db.get_checkpoint(name)
-    return FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), name)
+    return Catalogue(architecture(checkpoint).sites(), name)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +32,16 @@ def catalogue(name):
     ],
 )
 def test_ids_are_taken_apart(text, stage, level, repeat, block, kind):
-    id = parse(text)
-    assert (id.text, id.stage, id.level, id.repeat, id.block, id.kind) == (text, stage, level, repeat, block, kind)
-    assert id.in_gdf == (stage != "module" and kind not in ("self-out", "res-in"))
+    activation = parse(text)
+    assert (
+        activation.text,
+        activation.stage,
+        activation.level,
+        activation.repeat,
+        activation.block,
+        activation.kind,
+    ) == (text, stage, level, repeat, block, kind)
+    assert activation.in_gdf == (stage != "module" and kind not in ("self-out", "res-in"))
 
 
 @pytest.mark.parametrize(
@@ -82,12 +88,12 @@ def test_the_text_side_is_refused_by_name(kind):
 def test_counts(name, count, without_maps):
     ids = list(catalogue(name))
     assert len(ids) == len(set(ids)) == len(catalogue(name)) == count
-    assert sum(not id.endswith("-map") for id in ids) == without_maps
-    assert all(parse(id).in_gdf for id in ids)
+    assert sum(not activation.endswith("-map") for activation in ids) == without_maps
+    assert all(parse(activation).in_gdf for activation in ids)
 
 
 @pytest.mark.parametrize(
-    ("name", "id", "path", "channels", "stride"),
+    ("name", "activation", "path", "channels", "stride"),
     [
         (
             "sd15",
@@ -133,8 +139,8 @@ def test_counts(name, count, without_maps):
         ),
     ],
 )
-def test_sites(name, id, path, channels, stride):
-    site = catalogue(name)[id]
+def test_sites(name, activation, path, channels, stride):
+    site = catalogue(name)[activation]
     assert (site.path, site.channels, site.stride) == (path, channels, stride)
 
 

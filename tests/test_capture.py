@@ -110,14 +110,14 @@ def test_threads_that_ask_for_different_activations(backbone, x):
         "up-level2-repeat0-vit-out",
     ] * 2
     fresh = db.create_model("tinysd_gdf", pretrained=True)
-    expected = {id: fresh.forward_activations(x, [id])[id] for id in set(ids)}
+    expected = {activation: fresh.forward_activations(x, [activation])[activation] for activation in set(ids)}
     results: list[bool] = []
 
-    def work(id: str) -> None:
-        acts = backbone.forward_activations(x, [id])
-        results.append(list(acts) == [id] and torch.equal(acts[id], expected[id]))
+    def work(activation: str) -> None:
+        acts = backbone.forward_activations(x, [activation])
+        results.append(list(acts) == [activation] and torch.equal(acts[activation], expected[activation]))
 
-    threads = [threading.Thread(target=work, args=(id,)) for id in ids]
+    threads = [threading.Thread(target=work, args=(activation,)) for activation in ids]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -152,7 +152,8 @@ if kind == "ddp":
     model = torch.nn.parallel.DistributedDataParallel(backbone)
 else:
     from torch.distributed.fsdp import fully_shard
-    for block in [*backbone.denoiser.down_blocks, backbone.denoiser.mid_block, *backbone.denoiser.up_blocks, backbone.denoiser]:
+    unet = backbone.denoiser
+    for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet]:
         fully_shard(block)
     model = fully_shard(backbone)
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
@@ -175,8 +176,19 @@ def test_training_on_two_ranks(kind, tmp_path):
     script.write_text(DISTRIBUTED)
     port = 29500 + os.getpid() % 1000 + (kind == "fsdp")
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", str(script), kind],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            f"--master-port={port}",
+            str(script),
+            kind,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("trained") == 2

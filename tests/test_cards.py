@@ -15,7 +15,7 @@ from snippets import blocks, printed, promised
 
 import diffusion_backbones as db
 from diffusion_backbones.families.base import is_flow
-from diffusion_backbones.reports import backbone_card, checkpoint_card, costs
+from diffusion_backbones.reports import backbone_card, checkpoint_card, costs, measurements
 from diffusion_backbones.spec.configs import CONFIGS, package_configs
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.schedule import noise_level
@@ -174,8 +174,8 @@ def test_gated_weights_say_what_to_do():
 
 
 def test_every_published_number_is_in_a_card_and_none_is_claimed():
-    assert set(backbone_card.results()) <= set(NAMES)
-    for name, rows in backbone_card.results().items():
+    assert set(measurements.results()) <= set(NAMES)
+    for name, rows in measurements.results().items():
         card = backbone_card.card(db.get_declaration(name))
         assert "None was reproduced with this package." in card
         for row in rows:
@@ -222,6 +222,32 @@ def test_usage_of_a_saved_folder(tmp_path):
     run(block, {}, FOLDER=str(tmp_path))
 
 
+def test_usage_of_a_recipe_of_ones_own():
+    declaration = db.get_declaration("tinysd_gdf")
+    card = backbone_card.card(declaration, load='db.create_model("tinysd", recipe="recipe.yaml")')
+    (block,) = blocks(card)
+    assert '\nbackbone = db.create_model("tinysd", recipe="recipe.yaml")\n' in block
+    assert "torch.hub" not in card
+
+
+def test_text_from_a_users_recipe_stays_in_its_place():
+    """A bar or a line break must not end a cell, a row or a list item."""
+    declaration, nasty = db.get_declaration("tinysd_gdf"), "a | b\n\n## c\n| d |"
+    recipe = declaration.recipe.override(prompt="x | y", source=nasty, notes=(nasty,), unverified=(nasty,))
+    checkpoint = replace(declaration.checkpoint, status=nasty, title=nasty)
+    card = backbone_card.card(replace(declaration, recipe=recipe, checkpoint=checkpoint))
+    tame = declaration.recipe.override(prompt="x", source="a", notes=("a",), unverified=("a",))
+    plain = backbone_card.card(replace(declaration, recipe=tame))
+    heads = [[line for line in text.splitlines() if line.startswith("#")] for text in (card, plain)]
+    assert heads[0] == heads[1]
+    for line in card.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 6, 7), line
+    assert r"| Prompt | 'x \| y', padded" in card
+    assert r"| Source of the recipe | a \| b ## c \| d \| |" in card
+    assert "\n* a | b ## c | d |\n" in card
+
+
 # What is generated from them.
 
 
@@ -253,7 +279,7 @@ def test_a_checkpoint_without_a_recipe_has_a_card(name, generate):
 def test_check_names_what_is_not_current(generate, tmp_path, monkeypatch, capsys):
     declarations = [
         *map(db.get_declaration, NAMES),
-        *(costs.entire(db.get_checkpoint(name)) for name in db.list_checkpoints()),
+        *(costs.whole_network(db.get_checkpoint(name)) for name in db.list_checkpoints()),
     ]
     known = {declaration: costs.costs(declaration) for declaration in declarations}
     monkeypatch.setattr(costs, "measure", known.__getitem__)  # as they are in costs.json; measuring takes a minute

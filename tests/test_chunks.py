@@ -39,9 +39,20 @@ def seen(backbone):
     handle.remove()
 
 
-@pytest.mark.parametrize(("ensemble", "chunk", "passes"), [
-    (4, 12, [12]), (4, 100, [12]), (4, 6, [6, 6]), (4, 7, [6, 6]), (4, 3, [3] * 4), (4, 2, [2] * 4 + [2, 2]), (5, 1, [1] * 15), (1, 2, [2, 1]), (1, 1, [1] * 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ensemble", "chunk", "passes"),
+    [
+        (4, 12, [12]),
+        (4, 100, [12]),
+        (4, 6, [6, 6]),
+        (4, 7, [6, 6]),
+        (4, 3, [3] * 4),
+        (4, 2, [2] * 4 + [2, 2]),
+        (5, 1, [1] * 15),
+        (1, 2, [2, 1]),
+        (1, 1, [1] * 3),
+    ],
+)
 def test_chunks_give_the_same_features(backbone, x, seen, ensemble, chunk, passes):
     expected = backbone(x, ensemble=ensemble)
     seen.clear()
@@ -102,10 +113,10 @@ def test_gradients_in_chunks(x):
 
 def test_half_precision_is_summed_in_single():
     """64 draws of about 1000 overflow a sum in float16."""
-    from diffusion_backbones.ops.micro_batching import Mean
+    from diffusion_backbones.ops.micro_batching import RunningMean
 
     draws = torch.full((64, 2, 3), 1001.0, dtype=torch.float16)
-    mean = Mean(64)
+    mean = RunningMean(64)
     for some in draws.split(4):
         mean.add({"a": some.flatten(0, 1)}, 2)
     assert torch.equal(mean.take()["a"], draws[0])
@@ -137,18 +148,18 @@ def test_what_is_kept_does_not_grow_with_the_ensemble(backbone, x):
     from diffusion_backbones.ops import micro_batching
 
     sizes = []
-    add = micro_batching.Mean.add
+    add = micro_batching.RunningMean.add
 
     def watch(self, acts, images):
         add(self, acts, images)
         sizes.append(sum(t.numel() for t in (*acts.values(), *self._sums.values())))
 
-    micro_batching.Mean.add = watch
+    micro_batching.RunningMean.add = watch
     try:
         for ensemble in (2, 8):
             backbone(x[:1], ensemble=ensemble, chunk=1)
     finally:
-        micro_batching.Mean.add = add
+        micro_batching.RunningMean.add = add
     assert len(set(sizes)) == 1
     assert len(sizes) == 10
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 import diffusion_backbones as db
 from diffusion_backbones.cli.program import main
 from diffusion_backbones.evaluation import visualize
-from diffusion_backbones.reports import backbone_card, checkpoint_card
-from diffusion_backbones.reports.costs import costs, entire
+from diffusion_backbones.reports import backbone_card, checkpoint_card, markdown
+from diffusion_backbones.reports.costs import costs, whole_network
 
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 
@@ -61,6 +62,9 @@ def photo(tmp_path):
         ["activations", "sdxl", "--size", "1024", "--all"],
         ["card", "sd15_gdf"],
         ["card", "qwen_image"],
+        ["--help"],
+        ["extract", "--help"],
+        ["select", "--paper"],
     ],
     ids=" ".join,
 )
@@ -72,7 +76,7 @@ def test_what_reads_declarations_needs_no_torch(args):
     result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout
-    assert not {"torch", "diffusers", "transformers", "timm"} & set(result.stderr.splitlines()[-1].split())
+    assert not {"torch", "diffusers", "transformers", "timm", "sklearn"} & set(result.stderr.splitlines()[-1].split())
 
 
 def test_list():
@@ -131,9 +135,9 @@ def test_info_says_everything(name):
     ]
     said += [
         str(checkpoint.license),
-        backbone_card.millions(cost.parameters),
-        backbone_card.millions(cost.parameters_total),
-        backbone_card.gflops(cost.encoder_gflops),
+        markdown.millions(cost.parameters),
+        markdown.millions(cost.parameters_total),
+        markdown.gflops(cost.encoder_gflops),
     ]
     assert [sentence for sentence in said if sentence not in text] == []
 
@@ -141,14 +145,14 @@ def test_info_says_everything(name):
 @pytest.mark.parametrize("name", db.list_checkpoints())
 def test_info_of_a_checkpoint_says_what_it_takes_and_what_is_doubted(name):
     checkpoint, text = db.get_checkpoint(name), ok("info", name)
-    cost = costs(entire(checkpoint))
+    cost = costs(whole_network(checkpoint))
     said = [
         checkpoint.title,
         checkpoint.hub_id,
         str(checkpoint.license),
         *checkpoint.unverified,
-        backbone_card.millions(cost.parameters_total),
-        backbone_card.memory(cost),
+        markdown.millions(cost.parameters_total),
+        markdown.memory(cost.bytes),
     ]
     said += [model for model in db.list_models() if db.get_declaration(model).checkpoint is checkpoint] or [
         "none published"
@@ -198,7 +202,7 @@ def test_shapes_are_those_of_the_network(size):
     backbone = db.create_model("tinysd", recipe=["unet-out"])
     found = backbone.forward_activations(torch.zeros(1, 3, size, size), [row["id"] for row in rows])
     assert {row["id"]: tuple(row["shape"]) for row in rows} == {
-        id: tuple(tensor.shape[1:]) for id, tensor in found.items()
+        name: tuple(tensor.shape[1:]) for name, tensor in found.items()
     }
 
 
@@ -274,7 +278,8 @@ def test_saved_backbones_and_folders(photo, tmp_path, tiny_folder):
     assert visualize.UNTRAINED not in result.stderr
 
 
-def test_one_broken_image_makes_the_status_1(photo, tmp_path):
+@pytest.mark.usefixtures("photo")
+def test_one_broken_image_makes_the_status_1(tmp_path):
     (tmp_path / "broken.jpg").write_text("no image")
     result = run("extract", "tinysd_gdf", tmp_path, "-o", tmp_path / "out")
     assert result.exit_code == 1
@@ -350,7 +355,10 @@ def test_a_very_large_image_gets_advice(tmp_path):
             "does not go with --prompt",
         ),
         (["extract", "hf-hub:a/b", PHOTO, "-o", "out", "--random-weights"], "does not go with hf-hub:a/b"),
-        (["visualize", "tinysd_gdf", PHOTO, "-o", "out.txt"], "'out.txt' ends in none of .png"),
+        (["compare", "tinysd_gdf", PHOTO], "--encoder tiny is missing"),
+        (["export", "sd15_gdff", "-o", "out.pt2"], "Did you mean sd15_gdf"),
+        (["export", "tinysd_gdf", "-o", "out.pt2", "--levels", "1,1"], "must be different positions such as 0,2"),
+        (["visualize", "tinysd_gdf", PHOTO, "-o", "out.txt"], "'out.txt' must end in one of .png"),
     ],
 )
 def test_wrong_usage_is_status_2(args, told):
@@ -374,7 +382,7 @@ def test_failures_are_one_line_and_status_1(photo, tmp_path):
             "--levels",
             "7",
         ],
-        "timestep must be from -1 to 999": ["extract", "tinysd_gdf", photo, "-o", out, "--timestep", "1000"],
+        "timestep: expected int <= 999, got 1000": ["extract", "tinysd_gdf", photo, "-o", out, "--timestep", "1000"],
         "is a pickle": ["extract", "tinysd_gdf", photo, "-o", out, "--checkpoint-path", tmp_path / "weights.ckpt"],
         "cannot be downloaded": ["extract", "sd15_gdf", photo, "-o", out],
         "cannot be read as an image": ["visualize", "tinysd_gdf", tmp_path / "broken.jpg", "-o", tmp_path / "out.png"],
@@ -388,7 +396,7 @@ def test_failures_are_one_line_and_status_1(photo, tmp_path):
 
 
 def test_a_key_error_is_not_shown_in_quotes(monkeypatch):
-    def unknown(name):
+    def unknown(_):
         raise KeyError("no such thing.\nDid you mean 'that'?")
 
     monkeypatch.setattr(backbone_card, "card", unknown)
@@ -402,6 +410,18 @@ def test_version_and_help():
         text = ok(verb, "--help")
         assert f"diffusion-backbones {verb} " in text, "the help of every verb has an example"
     assert run().exit_code == 2
+
+
+def test_an_option_means_the_same_in_every_verb():
+    """A verb may say what a size or a prompt is for; where weights come from and where they run is said alike."""
+    told = {}
+    for verb, command in main.commands.items():
+        for option in (option for option in command.params if isinstance(option, click.Option)):
+            told.setdefault(option.opts[-1], {})[verb] = option.help
+    for name in ("--device", "--levels", "--encoder", "--json", "--timestep", "--random-weights", "--checkpoint-path"):
+        texts = {text for verb, text in told[name].items() if verb != "select"}
+        assert len(texts) == 1, told[name]
+    assert len(told["--device"]) > 4
 
 
 def load(path: Path) -> torch.Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch._dynamo.utils import counters
 
 import diffusion_backbones as db
-from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.surgery import compilation
 
 
@@ -105,11 +104,10 @@ def test_a_batch_of_one_is_the_only_other_graph():
 
 @pytest.mark.parametrize("name", ["sd3_medium", "flux_schnell", "sana_1600m_1024"])
 def test_transformers_are_one_graph(name, tiny_folder):
-    family, configs = FAMILIES[db.get_checkpoint(name).family], tiny.configs(name)
     ids = [
         site.id
-        for site in family.catalogue(configs, name).all()
-        if site.layout in ("map", "tokens") and site.part is None
+        for site in tiny.denoiser_catalogue(name, tiny.configs(name)).all()
+        if site.layout in ("map", "tokens") and site.port.part is None
     ]
     settings = {"recipe": [ids[len(ids) // 6]], "checkpoint_path": tiny_folder(name)}
     expected, compiled = db.create_model(name, **settings), traced(db.create_model(name, **settings))
@@ -135,8 +133,8 @@ def test_any_activation_may_be_asked_for_later():
         same(compiled(x), expected)
         acts, expected_acts = compiled.forward_activations(x, ids), original.forward_activations(x, ids)
         compiled.visit_activations(x, ids, lambda site, act: seen.setdefault(site.id, act))
-        same([acts[id] for id in ids], [expected_acts[id] for id in ids])
-        same(seen.values(), [expected_acts[id] for id in seen])
+        same([acts[activation] for activation in ids], [expected_acts[activation] for activation in ids])
+        same(seen.values(), [expected_acts[activation] for activation in seen])
         same(compiled(x), expected)
     assert sorted(seen) == sorted(ids)
     assert counters["stats"]["unique_graphs"] == 1

@@ -56,8 +56,8 @@ def built(monkeypatch) -> list[Any]:
 
 def prompter(folder: Path, padding: str = "max_length") -> Prompter:
     source = Folder(folder)
-    family = db.get_checkpoint("sd15").family
-    return Prompter(family, source.configs(prompts.FAMILIES[family]), source, padding)
+    family = prompts.FAMILIES[db.get_checkpoint("sd15").family]
+    return Prompter(family(source.configs(family)), source, padding)
 
 
 # What they are.
@@ -249,10 +249,11 @@ def test_what_changes_the_embedding_is_part_of_its_key(what, tiny_folder, built,
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "flux2_klein_4b", "sd15"])
-def test_a_prompt_holds_no_graph_of_its_encoder(name, tiny_folder, cache):
+@pytest.mark.usefixtures("cache")
+def test_a_prompt_holds_no_graph_of_its_encoder(name, tiny_folder):
     folder = Folder(tiny_folder(name))
-    family = db.get_checkpoint(name).family
-    rows = Prompter(family, folder.configs(FAMILIES[family]), folder, "max_length")(["a cat"])
+    family = FAMILIES[db.get_checkpoint(name).family]
+    rows = Prompter(family(folder.configs(family)), folder, "max_length")(["a cat"])
     assert not any(tensor.requires_grad for tensor in rows.values())
 
 

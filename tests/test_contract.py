@@ -14,11 +14,9 @@ import tiny
 import torch
 
 import diffusion_backbones as db
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import architecture, meta_trace
 from diffusion_backbones.ops import recording, safetensors_io
 from diffusion_backbones.ops.truncation import AttentionTap, Bypass, StandIn
-from diffusion_backbones.spec.configs import package_configs
-from diffusion_backbones.surgery import introspection
 
 MODELS = db.list_models()
 every = pytest.mark.parametrize("name", MODELS)
@@ -41,14 +39,19 @@ def test_full_size_shapes_are_what_feature_info_says(name):
 def test_every_activation_of_the_full_network_has_the_shape_that_is_listed(name):
     """But for attention maps, which are computed from two that are."""
     checkpoint = db.get_checkpoint(name)
-    sites = FAMILIES[checkpoint.family].catalogue(package_configs(checkpoint), name).all()
+    sites = list(architecture(checkpoint).sites())
     listed = {site.id: site for site in sites if site.layout != "attention"}
     backbone = db.create_model(name, recipe=[list(listed)[-1]], device="meta")
     assert all(recording.available(backbone.denoiser, site) for site in sites)
     h, w = 2 * backbone.size_divisibility - 5, 3 * backbone.size_divisibility - 3
     acts = backbone.forward_activations(torch.empty(2, 3, h, w, device="meta"), list(listed), as_maps=True)
-    for id, act in acts.items():
-        assert tuple(act.shape) == (2, listed[id].channels, -(-h // listed[id].stride), -(-w // listed[id].stride)), id
+    for activation, act in acts.items():
+        assert tuple(act.shape) == (
+            2,
+            listed[activation].channels,
+            -(-h // listed[activation].stride),
+            -(-w // listed[activation].stride),
+        ), activation
 
 
 @every
@@ -66,7 +69,7 @@ def test_nothing_that_a_call_cannot_reach_is_kept(name, tiny_folder):
 @every
 def test_truncation_keeps_only_what_runs(name):
     backbone = db.create_model(name, device="meta")
-    whole = introspection.build(backbone.declaration.checkpoint.family, backbone.configs)
+    whole = meta_trace.build(backbone.architecture)
     kept = safetensors_io.shapes(backbone.denoiser)
     assert kept.items() <= safetensors_io.shapes(whole).items(), (
         "a kept tensor has another name or shape than in the stock network"
@@ -193,7 +196,7 @@ def test_stand_ins_have_no_parameters():
     ]
 
 
-IDS = [site.id for site in FAMILIES["unet"].catalogue(tiny.configs("sd15"), "sd15").all()]
+IDS = [site.id for site in tiny.denoiser_catalogue("sd15", tiny.configs("sd15")).all()]
 
 
 KINDS = (
@@ -208,28 +211,28 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("id", [i for i in IDS if i.startswith(KINDS)])
-def test_a_network_cut_at_any_id_gives_that_id(id, tiny_folder):
+@pytest.mark.parametrize("activation", [i for i in IDS if i.startswith(KINDS)])
+def test_a_network_cut_at_any_id_gives_that_id(activation, tiny_folder):
     """Cut right behind each kind of activation: the same value as uncut, no idle parameter, and it can still be pruned
     to itself.
     """
     whole = db.create_model("sd15", recipe=["unet-out"], checkpoint_path=tiny_folder("sd15"), noise="none")
     torch.manual_seed(3)
     z = torch.randn(1, 4, 16, 8)
-    [expected] = whole.forward_activations(None, [id], latents=z).values()
-    if id.endswith("-map"):
+    [expected] = whole.forward_activations(None, [activation], latents=z).values()
+    if activation.endswith("-map"):
         reads = (
-            [f"{whole.catalogue[id].path}.to_q", f"{whole.catalogue[id].path}.to_k"]
-            if "self" in id
-            else [id.replace("-map", "-q")]
+            [f"{whole.catalogue[activation].path}.to_q", f"{whole.catalogue[activation].path}.to_k"]
+            if "self" in activation
+            else [activation.replace("-map", "-q")]
         )
     else:
-        reads = [id]
+        reads = [activation]
     cut = db.create_model("sd15", recipe=reads, checkpoint_path=tiny_folder("sd15"), noise="none", trainable=True)
-    if not id.endswith("-map"):
-        [got] = cut.forward_activations(None, [id], latents=z).values()
+    if not activation.endswith("-map"):
+        [got] = cut.forward_activations(None, [activation], latents=z).values()
         assert torch.equal(got, expected)
-    if id != "unet-in":  # the input has no gradient
+    if activation != "unet-in":  # the input has no gradient
         sum(m.pow(2).sum() for m in cut.forward_latents(z, prompt_embeds=torch.randn(77, tiny.CROSS))).backward()
         assert [n for n, p in cut.denoiser.named_parameters() if p.grad is None] == []
     before = [m.detach() for m in cut.forward_latents(z)]

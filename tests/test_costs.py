@@ -15,12 +15,11 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import diffusion_backbones as db
+from diffusion_backbones.families import architecture, meta_trace
 from diffusion_backbones.reports import costs as module
-from diffusion_backbones.reports.costs import costs, entire, measure
-from diffusion_backbones.spec.configs import package_configs
+from diffusion_backbones.reports.costs import costs, measure, whole_network
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.recipe import Recipe
-from diffusion_backbones.surgery import introspection
 
 
 class Counter:
@@ -119,8 +118,8 @@ def test_published_costs_are_those_of_the_network(name):
 @pytest.mark.parametrize("name", ["flux2_klein_4b", "sd35_medium", "ddpm_cifar10_32"])
 def test_published_costs_of_a_checkpoint_are_those_of_its_whole_network(name):
     checkpoint = db.get_checkpoint(name)
-    whole = introspection.build(checkpoint.family, package_configs(checkpoint))
-    counted = costs(entire(checkpoint))
+    whole = meta_trace.build(architecture(checkpoint))
+    counted = costs(whole_network(checkpoint))
     assert counted.parameters_total == sum(p.numel() for p in whole.parameters())
     assert 0.99 * counted.parameters_total < counted.parameters <= counted.parameters_total
 
@@ -130,7 +129,7 @@ def test_costs_of_every_checkpoint_are_published(name, monkeypatch):
     monkeypatch.setattr(
         module, "measure", lambda *_: pytest.fail(f"costs.json does not have {name}; run: python scripts/generate.py")
     )
-    assert costs(entire(db.get_checkpoint(name))).parameters_total > 0
+    assert costs(whole_network(db.get_checkpoint(name))).parameters_total > 0
 
 
 @pytest.mark.parametrize("name", db.list_models(include_tags=True))
@@ -185,9 +184,12 @@ def test_a_size_is_padded_as_the_backbone_pads_it():
 def test_listing_costs_and_cards_needs_no_torch():
     code = """
 import sys, diffusion_backbones as db
-from diffusion_backbones.cards import card
+from diffusion_backbones.reports import checkpoint_card
+from diffusion_backbones.reports.backbone_card import card
 for name in db.list_models():
     card(db.get_declaration(name))
+for name in db.list_checkpoints():
+    checkpoint_card.card(db.get_checkpoint(name))
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,13 +11,12 @@ from torch import nn
 
 import diffusion_backbones as db
 from diffusion_backbones import Recipe
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import FAMILIES, architecture, meta_trace
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.ops.truncation import Bypass, count_parameters
 from diffusion_backbones.spec.configs import package_configs
 from diffusion_backbones.spec.recipe import Level
-from diffusion_backbones.surgery import introspection
 
 NAME = "deepfloyd_if_xl"
 RESIDUAL, SAMPLERS, ATTENDED = 2 * (3 * 4 + 2 + 4 * 4), 2 * 3, 3 * 3 + 1 + 3 * 4
@@ -29,15 +28,15 @@ class Stock(Oracle):
     def __init__(self, unet):
         super().__init__(unet, plain=True)
 
-    def __getitem__(self, id):
+    def __getitem__(self, activation):
         return (
-            super().__getitem__(id.replace("-cross-map", "-self-map"))[..., self.keys(id)]
-            if id.endswith("-map")
-            else super().__getitem__(id)
+            super().__getitem__(activation.replace("-cross-map", "-self-map"))[..., self.keys(activation)]
+            if activation.endswith("-map")
+            else super().__getitem__(activation)
         )
 
-    def keys(self, id):
-        return slice(0, 77) if id.endswith("cross-map") else slice(77, None)
+    def keys(self, activation):
+        return slice(0, 77) if activation.endswith("cross-map") else slice(77, None)
 
     def heads(self, where, *names):
         """(B, heads, keys, d): what the projections of a layer give, one after another."""
@@ -81,8 +80,10 @@ def test_every_activation_is_that_of_the_stock_network(timestep, size, folder):
     sites = backbone.catalogue.all()
     extensions = [site.id for site in sites if site.id not in list(backbone.catalogue)]
     assert len(sites) - len(extensions) == 3 + RESIDUAL + SAMPLERS + 6 * ATTENDED
-    assert all(id.endswith("res-in") for id in extensions)
-    assert len(extensions) == sum(id.startswith("up") and id.endswith("res-out") for id in backbone.catalogue)
+    assert all(activation.endswith("res-in") for activation in extensions)
+    assert len(extensions) == sum(
+        activation.startswith("up") and activation.endswith("res-out") for activation in backbone.catalogue
+    )
     torch.manual_seed(1)
     x, text = torch.rand(2, 3, *size) * 2 - 1, torch.randn(2, 77, tiny.T5["d_model"])
     oracle = Stock(stock(folder))
@@ -93,7 +94,11 @@ def test_every_activation_is_that_of_the_stock_network(timestep, size, folder):
     )
     for site in sites:
         torch.testing.assert_close(
-            acts[site.id], oracle[site.id], rtol=1e-4, atol=1e-4, msg=lambda text, id=site.id: f"{id}: {text}"
+            acts[site.id],
+            oracle[site.id],
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda text, activation=site.id: f"{activation}: {text}",
         )
         n = size[0] // site.stride * (size[1] // site.stride)
         if site.layout == "attention":
@@ -124,7 +129,7 @@ def test_maps_are_the_weights_of_the_stock_attention(folder):
             expected,
             rtol=1e-4,
             atol=1e-4,
-            msg=lambda text, id=site.id: f"{id}: {text}",
+            msg=lambda text, activation=site.id: f"{activation}: {text}",
         )
 
 
@@ -155,20 +160,20 @@ def test_a_network_that_was_cut_gives_the_same_and_holds_less(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "id",
+    "activation",
     [
         f"down-level1-repeat0-{kind}"
         for kind in ("res-increment", "vit-block0-self-q", "vit-block0-cross-map", "vit-out")
     ],
 )
-def test_nothing_that_a_call_cannot_reach_is_kept(id, folder):
-    backbone = db.create_model(NAME, recipe=[id], checkpoint_path=folder, trainable=True)
+def test_nothing_that_a_call_cannot_reach_is_kept(activation, folder):
+    backbone = db.create_model(NAME, recipe=[activation], checkpoint_path=folder, trainable=True)
     sum(m.pow(2).sum() for m in backbone(torch.randn(1, 3, 32, 32))).backward()
     assert [name for name, p in backbone.denoiser.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize(
-    "id",
+    "activation",
     [
         "unet-after-conv-in",
         "down-level0-repeat1-res-out",
@@ -176,12 +181,12 @@ def test_nothing_that_a_call_cannot_reach_is_kept(id, folder):
         "down-level1-repeat0-vit-block0-self-q",
     ],
 )
-def test_the_text_is_not_projected_where_no_attention_reads_it(id, folder):
-    backbone = db.create_model(NAME, recipe=[id], checkpoint_path=folder)
+def test_the_text_is_not_projected_where_no_attention_reads_it(activation, folder):
+    backbone = db.create_model(NAME, recipe=[activation], checkpoint_path=folder)
     assert isinstance(backbone.denoiser.encoder_hid_proj, Bypass)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     [empty], [cat] = backbone(x), backbone(x, prompt=["a cat", "a dog"])
-    assert torch.equal(empty, cat) == (id == "unet-after-conv-in"), (
+    assert torch.equal(empty, cat) == (activation == "unet-after-conv-in"), (
         "the pooled text is part of the timestep's embedding"
     )
 
@@ -190,7 +195,7 @@ def test_full_size_on_meta():
     """4.3 billion parameters, as the authors state; every id is there, and an early one keeps little."""
     checkpoint = db.get_checkpoint(NAME)
     configs = package_configs(checkpoint)
-    network = introspection.build(checkpoint.family, configs)
+    network = meta_trace.build(architecture(checkpoint, configs))
     assert round(count_parameters(network) / 1e9, 1) == 4.3
     backbone = db.create_model(NAME, recipe=["unet-out"], device="meta")
     assert (backbone.size_divisibility, backbone.latent_stride, backbone.latent_channels) == (8, 1, 3)
@@ -215,17 +220,16 @@ def test_full_size_on_meta():
 @pytest.mark.parametrize("prompt", ["", "A photo of a CAT "])
 def test_prompts_are_encoded_as_the_pipeline_does(prompt, folder):
     source = Folder(folder)
-    family = FAMILIES["deepfloyd"]
-    configs = source.configs(family)
+    family = FAMILIES["deepfloyd"](source.configs(FAMILIES["deepfloyd"]))
     tokenizer, encoder = source.text("text_encoder")
     pipeline = IFPipeline(tokenizer, encoder, None, None, None, None, None, requires_safety_checker=False)
     stock, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, device=torch.device("cpu"))
-    ours = family.encode_prompts(configs, source.text, [prompt], "max_length")
+    ours = family.encode_prompts(source.text, [prompt], "max_length")
     assert list(ours) == ["prompt_embeds"]
     assert ours["prompt_embeds"].shape == (1, 77, tiny.T5["d_model"])
     torch.testing.assert_close(ours["prompt_embeds"], stock, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="prompts of this network are always padded to its length"):
-        family.encode_prompts(configs, source.text, [prompt], "longest")
+        family.encode_prompts(source.text, [prompt], "longest")
 
 
 def test_a_prompt_conditions_a_call(folder):
@@ -268,6 +272,4 @@ def test_a_folder_says_itself_what_it_is(folder):
     assert (backbone.declaration.checkpoint.family, backbone.declaration.input_size) == ("deepfloyd", 64)
     config = package_configs(db.get_checkpoint(NAME))["unet"]
     for other in ({"class_embed_type": "timestep"}, {"addition_embed_type": "image"}):
-        assert not any(family.recognises(config | other) for family in FAMILIES.values()), (
-            "an upscaler of IF, Kandinsky"
-        )
+        assert not any(family.matches(config | other) for family in FAMILIES.values()), "an upscaler of IF, Kandinsky"

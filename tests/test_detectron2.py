@@ -24,6 +24,7 @@ from snippets import blocks, printed, promised
 
 import diffusion_backbones as db
 from diffusion_backbones.integrations.detectron2 import Detectron2Backbone, add_diffusion_config
+from diffusion_backbones.ops.pixel_values import to_symmetric
 
 PAGE = Path(__file__).parent.parent / "docs" / "decoders" / "detectron2.md"
 VITDET = importlib.util.find_spec("detectron2.modeling.backbone.vit") is not None
@@ -160,7 +161,7 @@ def test_names_channels_and_strides(config):
 
 @pytest.mark.parametrize("which", ["sd15_gdf", "sdxl_gdf"])
 def test_features_are_those_of_the_backbone(which, config, tiny_folder):
-    """Padded by FPN to 32 only, which is no multiple of the network's 64: it pads the rest itself."""
+    """FPN pads to 32 only, which is not a multiple of the network's 64: it pads the rest itself."""
     model = build_model(config("RetinaNet", which))
     image = pixels(96, 160)
     x = model.preprocess_image([{"image": image}]).tensor
@@ -183,7 +184,7 @@ def test_what_detectron2_feeds_by_default_is_undone(std, config, tiny_folder):
     x = model.preprocess_image([{"image": image.flip(0)}]).tensor
     plain = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
     expected = (image[None] - 127.5) / 127.5
-    torch.testing.assert_close(network(model).input_format.to_symmetric(x), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(to_symmetric(x, network(model).input_format), expected, rtol=0, atol=1e-6)
     for a, b in zip(model.backbone.bottom_up(x).values(), plain(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     if std[0] == 1:
@@ -254,12 +255,14 @@ def test_strides_that_fpn_cannot_take(config):
     cfg.MODEL.DIFFUSION.OUT_INDICES = [0, 2]
     with pytest.raises(
         ValueError,
-        match=r"powers of two and double .* sd15_gdf gives it \[8, 32\]; set OUT_STRIDES \(out_strides\) to \[8, 16, "
+        match=r"powers of two and double .* sd15_gdf has \[8, 32\]; set OUT_STRIDES \(out_strides\) to \[8, 16, "
         r"32\]",
     ):
         build_model(cfg)
     cfg.MODEL.DIFFUSION.OUT_INDICES, cfg.MODEL.DIFFUSION.OUT_STRIDES = None, [6, 12, 24]
-    with pytest.raises(ValueError, match=r"gives it \[6, 12, 24\]; set OUT_STRIDES \(out_strides\) to \[4, 8, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"sd15_gdf has \[6, 12, 24\]; set OUT_STRIDES \(out_strides\) to \[4, 8, 16\]"
+    ):
         build_model(cfg)
 
 
@@ -282,16 +285,16 @@ def test_levels_that_the_recipe_lacks(config):
     cfg.MODEL.FPN.IN_FEATURES = ["s8", "s16", "s32"]
     with pytest.raises(
         ValueError,
-        match=r"sdxl_gdf gives s16, s32, and MODEL.FPN.IN_FEATURES asks for s8; leave it empty or set OUT_STRIDES",
+        match=r"sdxl_gdf returns s16, s32, and MODEL.FPN.IN_FEATURES names s8; leave it empty or set OUT_STRIDES",
     ):
         build_model(cfg)
 
 
-def test_images_that_are_not_what_the_backbone_was_told():
+def test_images_with_another_normalisation_are_refused():
     backbone = Detectron2Backbone("tinysd_gdf", pretrained=True)
     default = pixels(64, 64).flip(0)[None] - torch.tensor(get_cfg().MODEL.PIXEL_MEAN)[:, None, None]
     message = (
-        r"expect RGB in \[-1, 1\], and the images reach from -1.* to 15.*INPUT.FORMAT, MODEL.PIXEL_MEAN and "
+        r"expects RGB in \[-1, 1\], and the images reach from -1.* to 15.*INPUT.FORMAT, MODEL.PIXEL_MEAN and "
         r"MODEL.PIXEL_STD"
     )
     with pytest.raises(ValueError, match=message):

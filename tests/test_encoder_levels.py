@@ -30,17 +30,19 @@ def x():
 @torch.no_grad()
 def test_every_map_is_that_of_the_stock_encoder(folder, x):
     vae, kept = AutoencoderKL.from_pretrained(folder / "vae"), {}
-    for id in IDS:
-        level, rest = id.removeprefix("encoder-level").split("-", 1)
+    for activation in IDS:
+        level, rest = activation.removeprefix("encoder-level").split("-", 1)
         path = f"encoder.down_blocks.{level}." + ("downsamplers.0" if "down" in rest else f"resnets.{rest[6]}")
-        vae.get_submodule(path).register_forward_hook(lambda m, a, o, id=id: kept.__setitem__(id, o))
+        vae.get_submodule(path).register_forward_hook(
+            lambda m, a, o, activation=activation: kept.__setitem__(activation, o)
+        )
     vae.encode(F.pad(x, (0, 42, 0, 28)))
     backbone = db.create_model("sd15_gdf", checkpoint_path=folder)
     acts = backbone.forward_activations(x, IDS)
     assert list(acts) == IDS
-    for id, act in acts.items():
-        torch.testing.assert_close(act, kept[id], rtol=1e-5, atol=1e-5)
-    assert all(id in backbone.catalogue for id in IDS)
+    for activation, act in acts.items():
+        torch.testing.assert_close(act, kept[activation], rtol=1e-5, atol=1e-5)
+    assert all(activation in backbone.catalogue for activation in IDS)
     assert not set(IDS) & set(iter(backbone.catalogue)), "no id of GDF"
     assert db.create_model(
         "sd15", recipe=["up_blocks.1.resnets.2", "encoder.down_blocks.0.resnets.1"], device="meta"
@@ -114,14 +116,14 @@ def test_what_cannot_be_is_refused(folder, x):
     assert len(backbone.forward_latents(z, (100, 150), indices=[1, 2, 3])) == 3
     with pytest.raises(
         ValueError,
-        match="encoder-level0-repeat0-res-out is read in the image encoder, and no level in the diffusion network",
+        match="encoder-level0-repeat0-res-out is read in the image encoder, and no level is read in the diffusion",
     ):
         db.create_model("sd15", recipe=["encoder-level0-repeat0-res-out"], device="meta")
     with pytest.raises(
         ValueError, match=r"encoder_levels=True: no map of the image encoder has stride 3; it has \[1, 2, 4, 8\]"
     ):
         db.create_model("sd15_gdf", device="meta", out_strides=(3, 8), encoder_levels=True)
-    with pytest.raises(ValueError, match="no map of the image encoder has stride 4; it has none that can be read"):
+    with pytest.raises(ValueError, match="no map of the image encoder has stride 4; it has no readable activations"):
         db.create_model(
             "sana_1600m_1024", recipe=["vit-block3-out"], device="meta", out_strides=(4, 8), encoder_levels=True
         )

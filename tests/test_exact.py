@@ -32,7 +32,7 @@ def conditioning(name: str, b: int, size: tuple[int, int]) -> tuple[dict[str, to
 def test_every_activation_is_that_of_the_stock_network(name, timestep, latent, tiny_folder):
     backbone = db.create_model(name, recipe=["unet-out"], checkpoint_path=tiny_folder(name), noise="none")
     ids = list(backbone.catalogue)
-    assert (len(ids), sum(not id.endswith("-map") for id in ids)) == COUNTS[name]
+    assert (len(ids), sum(not activation.endswith("-map") for activation in ids)) == COUNTS[name]
     everything = [site.id for site in backbone.catalogue.all() if not site.encoder]
     torch.manual_seed(1)
     z = torch.randn(2, 4, *latent)
@@ -42,14 +42,16 @@ def test_every_activation_is_that_of_the_stock_network(name, timestep, latent, t
     oracle(z, timestep, **stock)
     acts = backbone.forward_activations(None, everything, latents=z, timestep=timestep, **ours)
     assert list(acts) == everything
-    for id, act in acts.items():
-        expected = oracle[id]
-        site = backbone.catalogue[id]
-        assert act.shape == expected.shape, id
-        torch.testing.assert_close(act, expected, rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}")
-        assert act.shape[1 if site.layout != "tokens" else 2] == site.channels, id
+    for activation, act in acts.items():
+        expected = oracle[activation]
+        site = backbone.catalogue[activation]
+        assert act.shape == expected.shape, activation
+        torch.testing.assert_close(
+            act, expected, rtol=1e-4, atol=1e-4, msg=lambda text, activation=activation: f"{activation}: {text}"
+        )
+        assert act.shape[1 if site.layout != "tokens" else 2] == site.channels, activation
         if site.layout == "map":
-            assert tuple(act.shape[-2:]) == (size[0] // site.stride, size[1] // site.stride), id
+            assert tuple(act.shape[-2:]) == (size[0] // site.stride, size[1] // site.stride), activation
 
 
 UNETS = [n for n in db.list_models() if db.get_declaration(n).checkpoint.family == "unet"]
@@ -77,7 +79,7 @@ def test_a_pyramid_is_the_whole_published_path(name, tiny_folder, photo):
         else [None]
     )
     scheduler = DDPMScheduler.from_config(package_configs(checkpoint)["scheduler"])
-    expected: dict[str, list[torch.Tensor]] = {id: [] for id in recipe.ids}
+    expected: dict[str, list[torch.Tensor]] = {activation: [] for activation in recipe.ids}
     oracle = Oracle(networks["unet"])
     for noise in draws:
         z_t = z if noise is None else scheduler.add_noise(z, noise[None], torch.tensor([int(recipe.timestep)]))
@@ -89,13 +91,16 @@ def test_a_pyramid_is_the_whole_published_path(name, tiny_folder, photo):
                 "time_ids": time_ids,
             }
         oracle(z_t, recipe.timestep, **cond)
-        for id in recipe.ids:
-            act = (vae if id.startswith("encoder") else oracle)[id]
-            stride = backbone.catalogue[id].stride
+        for activation in recipe.ids:
+            act = (vae if activation.startswith("encoder") else oracle)[activation]
+            stride = backbone.catalogue[activation].stride
             if act.ndim == 3:
                 act = act.reshape(1, height // stride, width // stride, -1).permute(0, 3, 1, 2)
-            expected[id].append(act[..., : -(-90 // stride), : -(-130 // stride)])
-    levels = [torch.cat([torch.stack(expected[id]).mean(0) for id in level.activations], 1) for level in recipe.levels]
+            expected[activation].append(act[..., : -(-90 // stride), : -(-130 // stride)])
+    levels = [
+        torch.cat([torch.stack(expected[activation]).mean(0) for activation in level.activations], 1)
+        for level in recipe.levels
+    ]
     pyramid = backbone(x)
     assert len(pyramid) == len(levels)
     for ours, theirs in zip(pyramid, levels, strict=True):
@@ -131,7 +136,7 @@ def test_timestep_noise_level_and_latent_scale_are_as_published(name):
     recipe = declaration.recipe
     assert (recipe.timestep, recipe.noise) == (timestep, noise)
     backbone = db.create_model(name, device="meta")
-    shift, factor = backbone.family.image_encoder(backbone.configs).scaling(backbone.configs["vae"])
+    shift, factor = backbone.architecture.image_encoder.scaling
     assert (shift, factor if recipe.scaled else 1.0) == (0.0, scale)
     if level:
         alpha, sigma = backbone.forward_process.levels(timestep)

@@ -20,7 +20,8 @@ sys.modules["diffusion_backbones"] = sys.modules["diffusers"] = None
 import torch
 path, images, out = sys.argv[1:]
 if "program" in path:
-    model, about = torch.export.load(path, extra_files=(extra := {"metadata.json": ""})).module(), extra["metadata.json"]
+    extra = {"metadata.json": ""}
+    model, about = torch.export.load(path, extra_files=extra).module(), extra["metadata.json"]
 else:
     import json
     model = torch._inductor.aoti_load_package(path)

@@ -110,7 +110,7 @@ def test_files_hold_the_pyramid_and_say_what_it_is(backbone, photos, tmp_path):
     assert statuses(out) == {name.removesuffix(".safetensors"): "done" for name in written[:-1]}
 
 
-def test_a_size_means_what_timm_means(backbone, photos, tmp_path):
+def test_a_size_means_what_timm_means(backbone, tmp_path):
     extract(backbone, images.find([PHOTO]), tmp_path / "out", size=64, dtype=torch.float32)
     config = resolve_model_data_config(backbone) | {"input_size": (3, 64, 64)}
     x = create_transform(**config)(Image.open(PHOTO).convert("RGB"))[None]
@@ -347,8 +347,8 @@ def test_what_a_gpu_is_asked_for(backbone, strip, tmp_path, monkeypatch):
         asked.extend(["copied"] if kwargs.get("non_blocking") else [])
         return to(self, *args, **kwargs)
 
-    monkeypatch.setattr(stages, "_asynchronous", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(stages, "_asynchronous", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", watched)
     assert extract(backbone, files, tmp_path / "out", batch_size=2).done == 6
@@ -507,7 +507,7 @@ def test_a_folder_without_a_whole_manifest_is_left_alone(backbone, photos, tmp_p
     extract(backbone, files, out)
     for text in ("{", "[]", '{"images": 3}'):
         (out / MANIFEST).write_text(text)
-        with pytest.raises(ValueError, match="not whole"):
+        with pytest.raises(ValueError, match="is incomplete"):
             extract(backbone, files, out)
     (out / MANIFEST).unlink()
     assert extract(backbone, files, out).skipped == 4  # each file says itself by what it was made
@@ -524,7 +524,7 @@ def start(photos: Path, out: Path) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
-        "diffusion_backbones.cli.program",
+        "diffusion_backbones.cli",
         "extract",
         NAME,
         str(photos),
@@ -600,7 +600,8 @@ from diffusion_backbones.cli import main
 photos, full, read_only, copy = sys.argv[1:]
 for folder, options in ((full, "size=100k"), (read_only, "ro")):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
-    result = CliRunner().invoke(main, ["extract", "tinysd_gdf", photos, "-o", folder, "--device", "cpu", "--dtype", "float32"])
+    command = ["extract", "tinysd_gdf", photos, "-o", folder, "--device", "cpu", "--dtype", "float32"]
+    result = CliRunner().invoke(main, command)
     print(result.exit_code, result.stderr.splitlines()[-1])
 shutil.copytree(full, copy)
 """

@@ -198,8 +198,11 @@ def test_two_ranks_need_no_search_for_unused_parameters(tmp_path):
     script.write_text(DISTRIBUTED)
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines() == [f"trained {way}" for way in WAYS]
 

@@ -14,7 +14,7 @@ import timm
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_transformers import NETWORKS, Case
+from transformer_oracle import CASES, Case
 from transformers import AutoBackbone
 
 import diffusion_backbones as db
@@ -75,7 +75,7 @@ def outputs(case):
     return seen
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_gone_is_what_neither_the_image_nor_its_size_reaches_and_every_activation_stays(name):
     cases = {shape: case_of(name, latent) for shape, latent in LATENT.items()}
     cases["square"].conditioning = cases["wide"].conditioning
@@ -89,7 +89,7 @@ def test_what_is_gone_is_what_neither_the_image_nor_its_size_reaches_and_every_a
     case = cases["wide"]
     folded = copy.deepcopy(case.cut)
     conditioning = {key: tensor[:1] for key, tensor in case.conditioning.items()}
-    constant_folding.fold(folded, case.family, case.configs, conditioning, 50, case.catalogue.all())
+    constant_folding.fold(folded, case.family, conditioning, 50, case.catalogue.all())
     assert set(one) - set(leaves(folded)) == constant
     assert all(recording.available(folded, site) for site in case.catalogue.all())
     for case in cases.values():
@@ -288,14 +288,17 @@ def test_what_a_constant_gives_may_be_written_to():
 # What is refused.
 
 
-@pytest.mark.parametrize(("call", "named"), [
-    ({"prompt": ""}, "prompt"),
-    ({"prompt_embeds": torch.zeros(77, 64)}, "prompt_embeds"),
-    ({"timestep": 50}, "timestep"),
-    ({"timestep": 3, "prompt": "a cat"}, "timestep, prompt"),
-    ({"class_labels": torch.zeros(1)}, "class_labels"),
-    ({"guidance": torch.zeros(1)}, "guidance"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt_embeds": torch.zeros(77, 64)}, "prompt_embeds"),
+        ({"timestep": 50}, "timestep"),
+        ({"timestep": 3, "prompt": "a cat"}, "timestep, prompt"),
+        ({"class_labels": torch.zeros(1)}, "class_labels"),
+        ({"guidance": torch.zeros(1)}, "guidance"),
+    ],
+)
 def test_another_prompt_or_timestep_is_refused(call, named, folded, x):
     said = (
         rf"tinysd_gdf was built with fold=True, .*so a call cannot change {named}; build it without fold=True, or "

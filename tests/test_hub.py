@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import huggingface_hub
@@ -196,7 +198,7 @@ def test_another_start_from_a_branch_asks_only_where_it_is(hub, tiny_folder):
 # A denoiser from elsewhere.
 
 
-def test_cleandift_takes_its_unet_from_its_own_repository(hub, sd15, tiny_folder, tmp_path):
+def test_cleandift_takes_its_unet_from_its_own_repository(hub, sd15, tmp_path):
     cleandift = db.get_checkpoint("cleandift_sd15").denoiser
     tuned = tiny.build("sd15", seed=1)["unet"]
     tuned.save_pretrained(tmp_path / "tuned")
@@ -238,7 +240,8 @@ def test_a_tiny_encoder_comes_from_its_own_repository(hub, sd15, tmp_path):
     assert not any(name.startswith("decoder") for name in backbone.encoder.state_dict())
 
 
-def test_cleandift_on_meta_downloads_no_weight(hub, sd15):
+@pytest.mark.usefixtures("sd15")
+def test_cleandift_on_meta_downloads_no_weight(hub):
     cleandift = db.get_checkpoint("cleandift_sd15").denoiser
     hub.commit(cleandift.repo, {cleandift.filename: b"not needed"})
     db.create_model("sd15_cleandift", pretrained=True, device="meta")
@@ -299,7 +302,8 @@ def test_mirrors_are_tried_in_order(hub, tiny_folder):
     assert db.create_model("sd21_base", pretrained=True, recipe=[ID]).provenance["repo"] == first
 
 
-def test_a_repository_that_is_nowhere_is_explained(hub):
+@pytest.mark.usefixtures("hub")
+def test_a_repository_that_is_nowhere_is_explained():
     with pytest.raises(ConnectionError) as error:
         db.create_model("sd21_dift", pretrained=True)
     for said in ("sd21 cannot be downloaded", SD21.hub_id, SD21.mirrors[0], "removed or renamed", SD21.status):
@@ -352,7 +356,8 @@ def test_a_hub_that_refuses_is_explained(status, said, hub):
         db.create_model("sdxl_gdf", pretrained=True)
 
 
-def test_a_file_that_cannot_be_downloaded_is_named(hub, sd15, monkeypatch):
+@pytest.mark.usefixtures("hub", "sd15")
+def test_a_file_that_cannot_be_downloaded_is_named(monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -394,7 +399,8 @@ def test_a_branch_that_moved_is_followed_and_remembered(hub, tiny_folder, tmp_pa
 
 
 @pytest.mark.parametrize("how", ["off", "HF_HUB_OFFLINE", "503"])
-def test_without_network_and_cache_it_fails_quickly_and_says_why(how, hub, sd15, monkeypatch):
+@pytest.mark.usefixtures("sd15")
+def test_without_network_and_cache_it_fails_quickly_and_says_why(how, hub, monkeypatch):
     if how == "off":
         hub.off()
     elif how == "503":
@@ -421,7 +427,8 @@ def test_a_repository_that_was_removed_is_read_from_the_cache(hub, tiny_folder, 
     assert "removed or renamed" in caplog.text
 
 
-def test_what_the_cache_lacks_is_named_with_the_reason(hub, sd15):
+@pytest.mark.usefixtures("sd15")
+def test_what_the_cache_lacks_is_named_with_the_reason(hub):
     db.create_model("sd15_gdf", pretrained=True)
     hub.off()
     shutil.rmtree(prompts.cache_folder())
@@ -446,11 +453,13 @@ import sys, time, logging
 import diffusion_backbones as db
 start = time.monotonic()
 backbone = db.create_model("sd15_gdf", pretrained=True)
-print(backbone.provenance["commit"], "transformers.models.clip.modeling_clip" in sys.modules, time.monotonic() - start < 40)
+print(backbone.provenance["commit"], "transformers.models.clip.modeling_clip" in sys.modules, end=" ")
+print(time.monotonic() - start < 40)
 """
 
 
-def test_a_process_of_its_own_with_the_environments_variables(hub, sd15, tmp_path):
+@pytest.mark.usefixtures("sd15")
+def test_a_process_of_its_own_with_the_environments_variables(hub, tmp_path):
     """HF_ENDPOINT and HF_HUB_OFFLINE are read when huggingface_hub is imported, so this is how users meet them."""
     env = {
         "HF_ENDPOINT": hub.url,
@@ -478,7 +487,7 @@ def test_a_process_of_its_own_with_the_environments_variables(hub, sd15, tmp_pat
 
 def test_a_diffusers_repository_needs_a_recipe(hub, tiny_folder):
     hub.add("me/mine", tiny_folder("sd15"))
-    with pytest.raises(TypeError, match=r"hf-hub:me/mine is no saved backbone.*recipe="):
+    with pytest.raises(TypeError, match=r"hf-hub:me/mine is not a saved backbone.*recipe="):
         db.create_model("hf-hub:me/mine")
     assert equal(
         db.create_model("hf-hub:me/mine", recipe=[ID]),
@@ -524,7 +533,8 @@ def test_push_creates_a_repository_of_three_files_that_loads_back(hub, tiny_fold
     assert len(db.create_model("hf-hub:me/mine").levels) == 1
 
 
-def test_what_was_downloaded_is_recorded_where_it_is_saved(hub, sd15, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("hub")
+def test_what_was_downloaded_is_recorded_where_it_is_saved(sd15, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", GRANTED)
     db.create_model("sd15_gdf", pretrained=True).save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["provenance"] == {
@@ -550,3 +560,92 @@ def test_a_push_without_rights_says_so_and_uploads_nothing(token, status, hub, t
     ):
         backbone.push_to_hub("me/mine", token=token)
     assert not hub.repos
+
+
+def names(hub: Hub, revision: str = "main") -> set[str]:
+    repo = hub.repos["me/mine"]
+    return set(repo.commits[repo.refs[revision]])
+
+
+def test_shards_are_pushed_and_only_those_that_are_needed_are_downloaded(hub, tiny_folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", GRANTED)
+    backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
+    backbone.push_to_hub("me/mine", max_shard_size="500KB")
+    shards = {name for name in names(hub) if name.startswith("model-")}
+    assert names(hub) - shards == {".gitattributes", "README.md", "config.json", "model.safetensors.index.json"}
+    hub.forget()
+    one = db.DiffusionBackbone.from_pretrained("me/mine", out_indices=[-1])
+    first = hub.downloaded("me/mine")
+    assert first < shards | {"config.json", "model.safetensors.index.json"}
+    assert equal(one, db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_indices=[-1]))
+    hub.off()
+    assert equal(db.DiffusionBackbone.from_pretrained("me/mine", out_indices=[-1]), one)
+    with pytest.raises(FileNotFoundError, match=r"only what is cached of it.*needs model-\d{5}-of-\d{5}\.safetensors"):
+        db.DiffusionBackbone.from_pretrained("me/mine")
+
+
+def test_a_push_removes_the_weights_of_an_earlier_one_and_nothing_else(hub, tiny_folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", GRANTED)
+    backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
+    foreign = {"model-00001-of-00001.safetensors": b"another's", "notes.txt": b"a note", ".gitattributes": b""}
+    hub.commit("me/mine", foreign)
+    backbone.push_to_hub("me/mine", max_shard_size="2MB")
+    assert len(names(hub)) == len(foreign) + 3 + 5
+    backbone.push_to_hub("me/mine")
+    assert names(hub) == foreign.keys() | {"README.md", "config.json", "model.safetensors"}
+    assert equal(db.DiffusionBackbone.from_pretrained("me/mine"), backbone)
+    backbone.push_to_hub("me/mine", max_shard_size="2MB")
+    assert "model.safetensors" not in names(hub)
+    assert equal(db.DiffusionBackbone.from_pretrained("me/mine"), backbone)
+
+
+def test_a_branch_and_a_pull_request(hub, tiny_folder):
+    one = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_indices=[-1])
+    two = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"), out_indices=[-1], timestep=7)
+    for _ in range(2):  # the branch is there, the second time
+        assert one.push_to_hub("me/mine", token=GRANTED, revision="trial") == f"{hub.url}/me/mine"
+    assert names(hub) == {".gitattributes"}
+    url = two.push_to_hub("me/mine", token=GRANTED, create_pr=True)
+    assert url == f"{hub.url}/me/mine/discussions/1"
+    for revision, pushed in (("trial", one), ("refs/pr/1", two)):
+        again = db.DiffusionBackbone.from_pretrained("me/mine", revision=revision)
+        assert again.declaration.recipe.timestep == pushed.declaration.recipe.timestep
+        assert equal(again, pushed)
+    with pytest.raises(ConnectionError, match="me/mine has no revision 'nowhere'"):
+        db.DiffusionBackbone.from_pretrained("me/mine", revision="nowhere")
+
+
+def test_a_token_reads_a_private_repository_and_is_not_kept(hub, tiny_folder):
+    hub.commit("me/mine", contents(tiny_folder("sd15")), private=True)
+    for wrong in (None, "hf_other"):
+        with pytest.raises(ConnectionError, match="me/mine is not on the hub.*private"):
+            db.DiffusionBackbone.from_pretrained("me/mine", recipe=[ID], token=wrong)
+    backbone = db.DiffusionBackbone.from_pretrained("me/mine", recipe=[ID], token=GRANTED)
+    assert backbone.provenance["repo"] == "me/mine"
+    x = torch.zeros(1, 3, 64, 64)
+    copy = deepcopy(backbone)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    expected = copy(x, prompt="a cat")  # fetches the text encoder, with the token
+    stored = pickle.dumps(backbone)
+    assert GRANTED.encode() not in stored
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    shutil.rmtree(prompts.cache_folder())
+    with pytest.raises(ConnectionError, match="private"):
+        pickle.loads(stored)(x, prompt="a cat")
+    assert torch.equal(backbone(x, prompt="a cat")[0], expected[0])
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(ConnectionError, match="private"):  # nor does it outlive the call
+        db.create_model("hf-hub:me/mine", recipe=[ID])
+
+
+def test_local_files_only_asks_nobody(hub, tiny_folder, tmp_path):
+    hub.add("me/mine", tiny_folder("sd15"))
+    keywords = {"recipe": [ID], "cache_dir": tmp_path / "elsewhere"}
+    with pytest.raises(ConnectionError, match=r"me/mine: local_files_only=True; revision 'main' of it is not in the"):
+        db.DiffusionBackbone.from_pretrained("me/mine", local_files_only=True, **keywords)
+    assert not hub.requests
+    first = db.DiffusionBackbone.from_pretrained("me/mine", **keywords)
+    hub.forget()
+    assert equal(db.DiffusionBackbone.from_pretrained("me/mine", local_files_only=True, **keywords), first)
+    assert not hub.requests
+    assert not Path(constants.HF_HUB_CACHE).exists()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def hub(monkeypatch):
     """torch.hub with this repository where it looks for its copy of a GitHub repository."""
-    monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *args, **kwargs: str(ROOT))
+    monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *_, **__: str(ROOT))
     return torch.hub
 
 
@@ -53,10 +53,10 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_missing_dependency_is_named():
     process = run(
-        f"import sys; sys.modules['wrapt'] = None\nimport torch; torch.hub.load({str(ROOT)!r}, 'tinysd_gdf', "
+        f"import sys; sys.modules['yaml'] = None\nimport torch; torch.hub.load({str(ROOT)!r}, 'tinysd_gdf', "
         "source='local')"
     )
-    assert "Missing dependencies: wrapt" in process.stderr
+    assert "Missing dependencies: yaml" in process.stderr
 
 
 def test_a_clone_that_is_not_installed_works():
@@ -69,7 +69,8 @@ import torch
 backbone = torch.hub.load({str(ROOT)!r}, "tinysd_gdf", source="local")
 assert {str(ROOT)!r} not in sys.path
 backbone = pickle.loads(pickle.dumps(backbone))
-print([tuple(level.shape) for level in backbone(torch.zeros(1, 3, 64, 64), prompt="a cat")], backbone.feature_info.channels())
+print([tuple(level.shape) for level in backbone(torch.zeros(1, 3, 64, 64), prompt="a cat")], end=" ")
+print(backbone.feature_info.channels())
 """)
     assert process.stdout == "[(1, 48, 8, 8), (1, 96, 4, 4), (1, 224, 2, 2)] [48, 96, 224]\n", process.stderr
 

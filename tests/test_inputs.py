@@ -1,4 +1,4 @@
-"""Images as frameworks hand them over: each format gives the features of the same pixels, and a wrong one is noticed."""
+"""Images as frameworks hand them over: each format gives the features of the same pixels; a wrong one is noticed."""
 
 from __future__ import annotations
 

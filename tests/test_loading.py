@@ -251,6 +251,27 @@ def test_a_single_file_without_a_part_is_refused(without, error, said, declared_
         db.create_model("sd15_gdf", checkpoint_path=file)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored", "warned"), [("float32", 16, True), ("float16", 16, False), ("float32", 32, False)]
+)
+def test_a_single_file_of_16_bits_warns_where_more_are_used(
+    dtype, stored, warned, declared_tiny, tiny_folder, tmp_path, caplog
+):
+    declared_tiny("sd15_gdf")
+    file = original.write("sd15", tiny_folder("sd15"), tmp_path / "model.safetensors")
+    if stored == 16:
+        edit(file, lambda state: state.update({name: tensor.half() for name, tensor in state.items()}))
+    db.create_model("sd15_gdf", checkpoint_path=file, dtype=dtype)
+    assert (f"{file} has the weights of unet in 16 bits only" in caplog.text) == warned
+
+
+def test_a_single_file_of_a_transformer_is_refused(tmp_path):
+    file = tmp_path / "sd3.safetensors"
+    save_file({"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=rf"{file} is a single file in the original layout, which is read for U-Nets"):
+        db.create_model("sd3_medium", recipe=["vit-block2-out"], checkpoint_path=file)
+
+
 def test_a_denoiser_file_needs_a_base(tiny_folder, tmp_path):
     tuned = tiny.build("sd15", seed=1)["unet"]
     tuned.save_pretrained(tmp_path)
@@ -506,7 +527,7 @@ def test_a_text_encoder_of_another_kind_is_refused(copy):
 
 
 BROKEN = {
-    "empty": (lambda data: b"", r"is empty; delete it and download or write it again"),
+    "empty": (lambda _: b"", r"is empty; delete it and download or write it again"),
     "header cut short": (
         lambda data: data[:100],
         r"\(100 bytes\) is cut short or not in the safetensors format; delete it",
@@ -516,11 +537,11 @@ BROKEN = {
         r"\(\d+ bytes\) is cut short or not in the safetensors format; delete it",
     ),
     "a web page": (
-        lambda data: b"<html>" * 50,
+        lambda _: b"<html>" * 50,
         r"\(300 bytes\) is cut short or not in the safetensors format; delete it",
     ),
     "a git-lfs pointer": (
-        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
         r"is a git-lfs pointer.*run `git lfs pull`",
     ),
 }
@@ -599,7 +620,7 @@ def test_a_missing_shard_is_named(tmp_path):
     [shard] = folder.glob("unet/*-00002-of-*.safetensors")
     shard.unlink()
     with pytest.raises(
-        FileNotFoundError, match=rf"index\.json lists \d+ shards, and unet/{shard.name} is not there; download it again"
+        FileNotFoundError, match=rf"index\.json needs unet/{shard.name}, which is not there; download or save it again"
     ):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 

@@ -15,9 +15,8 @@ from torch import nn
 
 import diffusion_backbones as db
 from diffusion_backbones.backbone import out_of_memory
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import FAMILIES, architecture
 from diffusion_backbones.ops import quantization
-from diffusion_backbones.spec.configs import package_configs
 from diffusion_backbones.surgery import memory_budget
 
 ROOT = Path(__file__).parent.parent
@@ -48,21 +47,38 @@ def fails(module: nn.Module, error: Exception):
     return module.register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError("std::bad_alloc"),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried "
-                                                "to allocate 9 bytes.")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_an_error_of_the_device_says_what_takes_less(backbone, x, error):
     batch = x.repeat(4, 1, 1, 1)
     expected = backbone(x)
     cases = [
-        (backbone.encoder.encoder.mid_block, {}, r"its image encoder ran out .* 4 images of 128 x 192 .* in float32.* "
-                                                 r"2 images at a time, or with "
-         r"dtype='bfloat16', or with images of half the side, 64 x 96"),
-        (backbone.denoiser.mid_block, {"ensemble": 3}, r"its denoiser ran out .* 3 noise draws of 4 images of 128 x "
-                                                       r"192 .* chunk=6, or with dtype="),
-        (backbone.denoiser.mid_block, {"ensemble": 3, "chunk": 6}, r"its denoiser ran out .* with 4 images of .* "
-                                                                   r"chunk=2, or with dtype="),
-    ]  # fmt: skip
+        (
+            backbone.encoder.encoder.mid_block,
+            {},
+            r"its image encoder ran out .* 4 images of 128 x 192 .* in float32.* "
+            r"2 images at a time, or with "
+            r"dtype='bfloat16', or with images of half the side, 64 x 96",
+        ),
+        (
+            backbone.denoiser.mid_block,
+            {"ensemble": 3},
+            r"its denoiser ran out .* 3 noise draws of 4 images of 128 x "
+            r"192 .* chunk=6, or with dtype=",
+        ),
+        (
+            backbone.denoiser.mid_block,
+            {"ensemble": 3, "chunk": 6},
+            r"its denoiser ran out .* with 4 images of .* "
+            r"chunk=2, or with dtype=",
+        ),
+    ]
     for module, call, message in cases:
         handle = fails(module, error)
         with pytest.raises(torch.OutOfMemoryError, match=message) as raised:
@@ -147,12 +163,15 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, backbone, x):
 def test_the_least_that_is_needed_is_really_needed(backbone, x):
     """The bound against what the encoder computes: the two largest outputs that exist at once are no smaller."""
     outputs = []
-    handles = [module.register_forward_hook(lambda module, args, out: outputs.append(args[0].nbytes + out.nbytes))
-               for module in backbone.encoder.modules() if isinstance(module, nn.Conv2d)]  # fmt: skip
+    handles = [
+        module.register_forward_hook(lambda module, args, out: outputs.append(args[0].nbytes + out.nbytes))
+        for module in backbone.encoder.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
     backbone.encode(x)
     for handle in handles:
         handle.remove()
-    assert max(outputs) >= 2 * backbone._widest * 128 * 192 * 4
+    assert max(outputs) >= 2 * out_of_memory.widest_map(backbone) * 128 * 192 * 4
 
 
 # Eight bits.
@@ -243,8 +262,7 @@ def test_every_family_runs_in_eight_bits(family):
     checkpoint = next(
         checkpoint for checkpoint in map(db.get_checkpoint, db.list_checkpoints()) if checkpoint.family == family
     )
-    configs = package_configs(checkpoint)
-    sites = FAMILIES[family].catalogue(configs, checkpoint.name).all()
+    sites = list(architecture(checkpoint).sites())
     last = [site.id for site in sites if site.layout in ("map", "tokens") and site.id.endswith("-out")][-1]
     backbone = db.create_model(checkpoint.name, recipe=[last], device="meta", weight_dtype="int8")
     d = backbone.size_divisibility
@@ -262,12 +280,18 @@ def test_random_weights_and_meta_in_eight_bits():
     assert db.create_model("tinysd_gdf", device="meta", weight_dtype="int8").denoiser.conv_in.weight.is_meta
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    ({"weight_dtype": "int4"}, ValueError, "weight_dtype must be 'int8' or None, which is dtype, got 'int4'"),
-    ({"weight_dtype": torch.float16}, ValueError, "weight_dtype must be"),
-    ({"weight_dtype": "int8", "trainable": True}, TypeError, "weight_dtype='int8' rounds the weights, and "
-                                                             "trainable=True needs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"weight_dtype": "int4"}, ValueError, "weight_dtype must be 'int8' or None, which is dtype, got 'int4'"),
+        ({"weight_dtype": torch.float16}, ValueError, "weight_dtype must be"),
+        (
+            {"weight_dtype": "int8", "trainable": True},
+            TypeError,
+            "weight_dtype='int8' rounds the weights, and trainable=True needs",
+        ),
+    ],
+)
 def test_what_eight_bits_cannot(call, error, message):
     with pytest.raises(error, match=message):
         db.create_model("tinysd_gdf", **call)

@@ -38,15 +38,18 @@ def retinanet(backbone, channels, strides):
         type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0], strides=strides
     )
     assigner = dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0)
-    return MODELS.build(ConfigDict(
+    sampler, nms = dict(type="PseudoSampler"), dict(type="nms", iou_threshold=0.5)
+    head = dict(type="RetinaHead", num_classes=3, in_channels=16, stacked_convs=1, feat_channels=16)
+    config = ConfigDict(
         type="RetinaNet",
         data_preprocessor=PIXELS,
         backbone=dict(type="DiffusionBackbone", **backbone),
         neck=dict(type="FPN", in_channels=channels, out_channels=16, num_outs=len(strides), add_extra_convs="on_input"),
-        bbox_head=dict(type="RetinaHead", num_classes=3, in_channels=16, stacked_convs=1, feat_channels=16, anchor_generator=anchors),
-        train_cfg=dict(assigner=assigner, sampler=dict(type="PseudoSampler"), allowed_border=-1, pos_weight=-1, debug=False),
-        test_cfg=dict(nms_pre=50, min_bbox_size=0, score_thr=0.0, nms=dict(type="nms", iou_threshold=0.5), max_per_img=3),
-    ))  # fmt: skip
+        bbox_head=dict(**head, anchor_generator=anchors),
+        train_cfg=dict(assigner=assigner, sampler=sampler, allowed_border=-1, pos_weight=-1, debug=False),
+        test_cfg=dict(nms_pre=50, min_bbox_size=0, score_thr=0.0, nms=nms, max_per_img=3),
+    )
+    return MODELS.build(config)
 
 
 def batch(*sizes):

@@ -43,17 +43,17 @@ BACKBONES = {
     "four strides": dict(name="sd15_gdf", out_strides=(4, 8, 16, 32)),
 }
 HEADS = {
-    "UPerHead": lambda c, s: dict(
+    "UPerHead": lambda c, _: dict(
         decode_head=dict(type="UPerHead", in_channels=c, in_index=list(range(len(c))), pool_scales=(1, 2))
     ),
     "FPNHead": lambda c, s: dict(
         neck=dict(type="FPN", in_channels=c, out_channels=16, num_outs=len(c)),
         decode_head=dict(type="FPNHead", in_channels=[16] * len(c), in_index=list(range(len(c))), feature_strides=s),
     ),
-    "SegformerHead": lambda c, s: dict(
+    "SegformerHead": lambda c, _: dict(
         decode_head=dict(type="SegformerHead", in_channels=c, in_index=list(range(len(c))))
     ),
-    "FCNHead": lambda c, s: dict(
+    "FCNHead": lambda c, _: dict(
         decode_head=dict(type="FCNHead", in_channels=c[-1], in_index=-1),
         auxiliary_head=dict(type="FCNHead", in_channels=c[0], in_index=0, num_convs=1, concat_input=False),
     ),
@@ -340,12 +340,20 @@ def test_a_config_trains(path, tiny_folder, tmp_path):
     channels = db.create_model(cfg.model.backbone.name, checkpoint_path=folder).feature_info.channels()
     auxiliary = channels[cfg.model.auxiliary_head.in_index]
     shrink(cfg.model, 16)
-    cfg.merge_from_dict(dict(
-        model=dict(backbone=dict(checkpoint_path=str(folder), dtype="float32"), decode_head=dict(in_channels=channels, channels=16),
-                   auxiliary_head=dict(in_channels=auxiliary, channels=16)),
-        train_cfg=dict(max_iters=1, val_interval=1), default_hooks=dict(logger=dict(interval=1)),
-        work_dir=str(tmp_path / "work"), experiment_name=f"{path.stem}_{tmp_path.name}",
-    ))  # fmt: skip
+    small = dict(
+        backbone=dict(checkpoint_path=str(folder), dtype="float32"),
+        decode_head=dict(in_channels=channels, channels=16),
+        auxiliary_head=dict(in_channels=auxiliary, channels=16),
+    )
+    cfg.merge_from_dict(
+        dict(
+            model=small,
+            train_cfg=dict(max_iters=1, val_interval=1),
+            default_hooks=dict(logger=dict(interval=1)),
+            work_dir=str(tmp_path / "work"),
+            experiment_name=f"{path.stem}_{tmp_path.name}",
+        )
+    )
     write(ade20k if "ade20k" in path.stem else cityscapes, tmp_path / "data")
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         shrink(loader, 16)

@@ -31,9 +31,18 @@ def test_every_activation_is_that_of_the_stock_network(name, timestep, size, tin
     )
     oracle = Oracle(tiny.build(name)["unet"], plain=True)
     oracle(z_t, timestep)
-    for id, act in backbone.forward_activations(x, [site.id for site in sites]).items():
-        torch.testing.assert_close(act, oracle[id], rtol=1e-4, atol=1e-4, msg=lambda text, id=id: f"{id}: {text}")
-        assert act.shape[1 if backbone.catalogue[id].layout != "tokens" else 2] == backbone.catalogue[id].channels, id
+    for activation, act in backbone.forward_activations(x, [site.id for site in sites]).items():
+        torch.testing.assert_close(
+            act,
+            oracle[activation],
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda text, activation=activation: f"{activation}: {text}",
+        )
+        assert (
+            act.shape[1 if backbone.catalogue[activation].layout != "tokens" else 2]
+            == backbone.catalogue[activation].channels
+        ), activation
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,9 +73,9 @@ def test_nothing_conditions_it(tiny_folder):
 
 @pytest.mark.parametrize("name", ["ddpm_cifar10_32", "flux_schnell", "pixart_sigma_1024", "dit_xl_256", "sd3_medium"])
 def test_a_folder_says_itself_what_it_is(name, tiny_folder):
-    id = "mid-vit-out" if name.startswith("ddpm") else "vit-block1-out"
-    backbone = db.create_model(f"local-dir:{tiny_folder(name)}", recipe=[id])
+    activation = "mid-vit-out" if name.startswith("ddpm") else "vit-block1-out"
+    backbone = db.create_model(f"local-dir:{tiny_folder(name)}", recipe=[activation])
     assert backbone.declaration.checkpoint.family == db.get_checkpoint(name).family
-    expected = db.create_model(name, recipe=[id], checkpoint_path=tiny_folder(name))
+    expected = db.create_model(name, recipe=[activation], checkpoint_path=tiny_folder(name))
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     assert torch.equal(backbone(x)[0], expected(x)[0])

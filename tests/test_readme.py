@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from snippets import blocks, promised
 
 import diffusion_backbones as db
-from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.spec.activations import parse
-from diffusion_backbones.spec.configs import package_configs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -119,7 +118,7 @@ def test_the_declaration_shown_is_the_one_registered():
 
 
 def test_the_table_of_levels_is_that_of_stable_diffusion():
-    catalogue = FAMILIES["unet"].catalogue(package_configs(db.get_checkpoint("sd15")), "sd15")
+    catalogue = tiny.denoiser_catalogue("sd15")
     row = r"^\| `(.*?)` \| (\d+)@(\d+) \| (?:(\d) repeats, )?(none|1 block).*? \| (?:`(.*?)` (\d+)@(\d+)|none) \|$"
     rows = re.findall(row, (ROOT / "docs/activations.md").read_text(), flags=re.MULTILINE)
     assert len(rows) == 9
@@ -134,7 +133,7 @@ def test_the_table_of_levels_is_that_of_stable_diffusion():
 
 
 def test_every_kind_of_activation_is_documented():
-    catalogue = FAMILIES["unet"].catalogue(package_configs(db.get_checkpoint("sd15")), "sd15")
+    catalogue = tiny.denoiser_catalogue("sd15")
     text = (ROOT / "docs/activations.md").read_text()
     for kind in {parse(site.id).kind for site in catalogue.all()}:
         assert re.search(rf"\b{kind}\b", text), f"{kind} is not in docs/activations.md"

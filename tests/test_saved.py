@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import stat
 import subprocess
@@ -20,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
-from diffusion_backbones.factory import save_pretrained
 from diffusion_backbones.ops import safetensors_io
 
 X = torch.linspace(-1, 1, 3 * 40 * 64).view(1, 3, 40, 64).cos()
@@ -194,7 +195,7 @@ def test_provenance_survives_a_second_save(loaded, tmp_path):
     assert json.loads((tmp_path / "second" / "config.json").read_text())["provenance"] == backbone.provenance
 
 
-def test_a_checkpoint_that_nobody_declared_round_trips(tiny_folder, loaded, tmp_path):
+def test_a_checkpoint_that_nobody_declared_round_trips(tiny_folder, tmp_path):
     backbone = db.create_model(f"local-dir:{tiny_folder('sd15')}", recipe=["up-level1-repeat2-res-out", "mid-vit-out"])
     again = back(backbone.save_pretrained(tmp_path / "saved"))
     assert again.declaration == backbone.declaration
@@ -306,7 +307,7 @@ def test_missing_and_broken_weights_are_named(folder):
 def test_a_name_with_another_recipe_is_refused(folder):
     with pytest.raises(
         ValueError,
-        match=rf"{folder} was saved from sd15_gdf, whose recipe is another than that of sd15_legacy; use "
+        match=rf"{folder} was saved from sd15_gdf, whose recipe differs from that of sd15_legacy; use "
         r"create_model\('local-dir:",
     ):
         db.create_model("sd15_legacy", checkpoint_path=folder)
@@ -352,7 +353,7 @@ def test_the_config_is_written_last(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion_backbones.reports.backbone_card.card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loaded("sd15_gdf").save_pretrained(tmp_path / "saved")
-    assert not save_pretrained.is_saved(db.factory.Folder(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
 
 
 def test_random_weights_can_be_saved(tmp_path):
@@ -370,7 +371,7 @@ def test_seeds_stand_for_the_noise(loaded, tmp_path):
     assert torch.equal(back(folder).canvas, backbone.canvas)
 
 
-def test_a_saved_sibling_of_another_size_keeps_its_architecture(tmp_path, loaded):
+def test_a_saved_sibling_of_another_size_keeps_its_architecture(tmp_path):
     folder = tiny.folder("sd15", tmp_path / "wide")
     network = tiny.build("sd15")["vae"]
     wide = type(network).from_config(dict(network.config) | {"block_out_channels": [16, 16, 32, 32]})
@@ -378,3 +379,221 @@ def test_a_saved_sibling_of_another_size_keeps_its_architecture(tmp_path, loaded
     backbone = db.create_model("sd15_gdf", checkpoint_path=folder)
     assert backbone.encoder.encoder.conv_in.out_channels == 16
     assert_same(back(backbone.save_pretrained(tmp_path / "saved")), backbone)
+
+
+# In shards.
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def shards_of(folder: Path) -> dict[str, list[str]]:
+    """Shard -> names of its tensors, as the index says."""
+    found: dict[str, list[str]] = {}
+    for name, shard in json.loads((folder / INDEX).read_text())["weight_map"].items():
+        found.setdefault(shard, []).append(name)
+    return found
+
+
+@pytest.fixture
+def sharded(loaded, tmp_path):
+    """A folder of five shards, to be damaged."""
+    return loaded("sd15_gdf").save_pretrained(tmp_path / "sharded", max_shard_size="2MB")
+
+
+def test_large_weights_are_saved_in_shards(loaded, once, sharded):
+    shards = shards_of(sharded)
+    assert sorted(shards) == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
+    assert {path.name for path in sharded.iterdir()} == FILES - {"model.safetensors"} | {INDEX, *shards}
+    whole, stored = load_file(once / "model.safetensors"), {}
+    for shard, names in shards.items():
+        tensors = load_file(sharded / shard)
+        assert set(tensors) == set(names)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 2_000_000
+        with safe_open(sharded / shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        stored |= tensors
+    assert all(torch.equal(stored.pop(name), tensor) for name, tensor in whole.items())
+    assert not stored
+    size = sum(tensor.nbytes for tensor in whole.values())
+    assert json.loads((sharded / INDEX).read_text())["metadata"]["total_size"] == size
+    assert (sharded / "config.json").read_text() == (once / "config.json").read_text()
+    backbone = loaded("sd15_gdf")
+    assert_same(back(sharded), backbone)
+    assert_same(db.create_model("sd15_gdf", checkpoint_path=sharded), backbone)
+    half = back(sharded, dtype="float16")
+    assert_same_state(half, loaded("sd15_gdf", dtype="float16"))
+
+
+def test_only_shards_with_needed_tensors_are_read(loaded, tmp_path):
+    folder = loaded("sd15_gdf").save_pretrained(tmp_path / "saved", max_shard_size="500KB")
+    one = loaded("sd15_gdf", out_indices=[-1])
+    spare = [shard for shard, names in shards_of(folder).items() if not set(names) & set(one.state_dict())]
+    assert spare
+    for shard in spare:
+        (folder / shard).unlink()
+    assert_same(back(folder, out_indices=[-1]), one)
+    with pytest.raises(FileNotFoundError, match=rf"{folder}: {INDEX} needs {spare[0]}, which is not there"):
+        back(folder)
+
+
+def test_broken_shards_are_named(sharded):
+    first, second = sorted(shards_of(sharded))[:2]
+    data = (sharded / first).read_bytes()
+    (sharded / first).write_bytes(data[:-1000])
+    with pytest.raises(ValueError, match=rf"{sharded}/{first} \({len(data) - 1000} bytes\) is cut short"):
+        back(sharded)
+    state = load_file(sharded / second)
+    (sharded / first).write_bytes(data)
+    safetensors_io.write(sharded / second, dict(list(state.items())[1:]), {})
+    with pytest.raises(ValueError, match=rf"missing from .*{second}.*: {next(iter(state)).partition('.')[2]}"):
+        back(sharded)
+    for text, said in [("{", "is not JSON"), ('{"weight_map": ["a"]}', "needs a 'weight_map' from tensors to files")]:
+        (sharded / INDEX).write_text(text)
+        with pytest.raises(ValueError, match=rf"{sharded}: {INDEX} .*{said}"):
+            back(sharded)
+
+
+def test_a_folder_that_is_saved_again_is_no_mixture(loaded, sharded):
+    """Every change between one file, few shards and many; what others put there stays."""
+    foreign = {"model-00001-of-00099.safetensors": b"another's", "notes.txt": b"a note"}
+    for name, data in foreign.items():
+        (sharded / name).write_bytes(data)
+    for i, size in enumerate(("500KB", "5MB", "5GB", "4MB", "5GB", "5GB")):
+        backbone = loaded("sd15_gdf", timestep=i, out_indices=[-1] if i % 2 else None)
+        with torch.no_grad():
+            backbone.denoiser.conv_in.weight.add_(i)
+        backbone.save_pretrained(sharded, max_shard_size=size)
+        weights = {INDEX, *shards_of(sharded)} if size != "5GB" else {"model.safetensors"}
+        assert {path.name for path in sharded.iterdir()} == {"config.json", "README.md"} | foreign.keys() | weights
+        assert_same(back(sharded), backbone)
+    assert all((sharded / name).read_bytes() == data for name, data in foreign.items())
+
+
+def test_weights_of_others_are_not_removed(loaded, tmp_path):
+    """Shards of another library, with an index of its own: they stay, and are not taken for ours."""
+    theirs = {INDEX: b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}'}
+    theirs["model-00001-of-00001.safetensors"] = b"another's"
+    for name, data in theirs.items():
+        (tmp_path / name).write_bytes(data)
+    backbone = loaded("sd15_gdf")
+    backbone.save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_bytes() == data for name, data in theirs.items())
+    assert_same(back(tmp_path), backbone)
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes(b"another's")
+    (tmp_path / "saved").mkdir()
+    index = {"metadata": {"library_name": "diffusion_backbones"}, "weight_map": {"a": "../outside.safetensors"}}
+    (tmp_path / "saved" / INDEX).write_text(json.dumps(index))
+    assert_same(back(backbone.save_pretrained(tmp_path / "saved")), backbone)
+    assert outside.read_bytes() == b"another's"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import diffusion_backbones as db
+old, *folders = map(Path, sys.argv[1:])
+backbone = db.create_model(f"local-dir:{old}", out_indices=[-1])
+changes = 0
+def until(limit, change):
+    def changed(*args, **kwargs):
+        global changes
+        if changes == limit:
+            os._exit(9)
+        changes += 1
+        return change(*args, **kwargs)
+    return changed
+for i, folder in enumerate(folders):
+    if (child := os.fork()) == 0:
+        Path.replace, Path.unlink = until(i, Path.replace), until(i, Path.unlink)
+        backbone.save_pretrained(folder, max_shard_size="2MB")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_save_that_is_killed_between_two_files_leaves_nothing_that_can_be_read(loaded, sharded, tmp_path):
+    """Before each change of the folder in turn: either it is as it was, or it says that it is not whole; never a
+    mixture of the two saves. Saving again makes it whole, and leaves no shard of the killed one.
+    """
+    new, before = loaded("sd15_gdf", out_indices=[-1]), loaded("sd15_gdf")
+    folders = [shutil.copytree(sharded, tmp_path / str(i), copy_function=os.link) for i in range(30)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(sharded), *map(str, folders)], capture_output=True, text=True, check=True
+    )
+    codes = [int(line) for line in done.stdout.split()]
+    killed = codes.index(0)
+    assert set(codes[:killed]) == {9}
+    assert killed >= 1 + 5 + 2  # the config, five shards, and at least a new shard and the index
+    assert_same(back(folders[0]), before)
+    assert_same(back(folders[killed]), new)
+    for folder in folders[1:killed]:
+        if (folder / "config.json").exists():
+            assert_same(back(folder), new)  # whole, and killed when temporary files were removed
+            continue
+        with pytest.raises(
+            ValueError, match=rf"{folder} has weights and no config\.json, which save_pretrained writes"
+        ):
+            back(folder)
+        with pytest.raises(ValueError, match="saving was interrupted"):
+            db.create_model("sd15_gdf", checkpoint_path=folder)
+    for folder in folders[1:killed:4]:
+        new.save_pretrained(folder)
+        assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == FILES
+        assert_same(back(folder), new)
+
+
+def test_tensors_that_share_memory_are_saved_each(loaded, tmp_path):
+    backbone = loaded("sd15_gdf")
+    by_shape: dict[torch.Size, list[str]] = {}
+    for name, tensor in backbone.denoiser.named_parameters():
+        by_shape.setdefault(tensor.shape, []).append(name)
+    one, other = next(names for names in by_shape.values() if len(names) > 1)[:2]
+    path, _, leaf = other.rpartition(".")
+    setattr(backbone.denoiser.get_submodule(path), leaf, backbone.denoiser.get_parameter(one))
+    embeds = backbone.conditioning.prompt_embeds
+    backbone.conditioning.prompt_embeds = torch.cat([embeds, embeds], dim=1)[:, : embeds.shape[1]]  # a view
+    for size in ("5GB", "500KB"):
+        again = back(backbone.save_pretrained(tmp_path / size, max_shard_size=size))
+        assert_same(again, backbone)
+        assert torch.equal(again.denoiser.get_parameter(one), again.denoiser.get_parameter(other))
+
+
+@pytest.mark.parametrize("size", ["much", "5XB", 0, -1])
+def test_a_size_of_shards_that_cannot_be_is_refused(size, loaded, tmp_path):
+    with pytest.raises(ValueError, match=rf"max_shard_size must be a number of bytes, or a string .* got {size!r}"):
+        loaded("sd15_gdf").save_pretrained(tmp_path / "saved", max_shard_size=size)
+    assert not (tmp_path / "saved").exists()
+
+
+# from_pretrained.
+
+
+def test_from_pretrained_reads_a_folder(loaded, once, sharded):
+    for folder in (once, str(once), sharded):
+        assert_same(db.DiffusionBackbone.from_pretrained(folder), loaded("sd15_gdf"))
+    few = db.DiffusionBackbone.from_pretrained(once, out_indices=[-1], dtype="float16", cache_dir=None)
+    assert_same(few, loaded("sd15_gdf", out_indices=[-1], dtype="float16"))
+    assert isinstance(few, db.DiffusionBackbone)
+
+
+def test_from_pretrained_refuses_what_it_cannot_read(once, tiny_folder):
+    with pytest.raises(TypeError, match=rf"revision='v1' is for repositories on the hub, and {once} is a folder"):
+        db.DiffusionBackbone.from_pretrained(once, revision="v1")
+    with pytest.raises(TypeError, match="create_model has no keyword 'out_indexes'. Did you mean out_indices"):
+        db.DiffusionBackbone.from_pretrained(once, out_indexes=[1])
+    for nothing in ("sd15_gdf", "/no/such/folder", "a/b/c", Path("me/mine")):
+        with pytest.raises(FileNotFoundError, match=rf"'{nothing}' is neither a folder nor 'owner/repo' on the hub"):
+            db.DiffusionBackbone.from_pretrained(nothing)
+    with pytest.raises(TypeError, match="is not a saved backbone"):
+        db.DiffusionBackbone.from_pretrained(tiny_folder("sd15"))
+
+
+def test_copies_and_pickles_are_saved_alike(once, tmp_path):
+    backbone = back(once)
+    assert not [name for name in backbone.__dict__ if "hub" in name], "huggingface_hub left something in the module"
+    for i, again in enumerate((copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone)))):
+        assert_same(back(again.save_pretrained(tmp_path / str(i))), backbone)

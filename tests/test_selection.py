@@ -15,11 +15,13 @@ from click.testing import CliRunner
 
 import diffusion_backbones as db
 from diffusion_backbones.cli.program import main
+from diffusion_backbones.reports import costs
 from diffusion_backbones.selection import choose, data, rules, run, tasks
-from diffusion_backbones.selection.compare import Evidence
+from diffusion_backbones.selection.choose import Budget
+from diffusion_backbones.selection.compare import FeatureCache
 from diffusion_backbones.selection.measure import candidates, measure
+from diffusion_backbones.selection.prefix_cost import prefix_costs
 from diffusion_backbones.selection.properties import Moments, Redundancy, cosine_basis
-from diffusion_backbones.selection.reach import reach
 
 SIZE, SIDE = 256, 32
 
@@ -101,8 +103,8 @@ def test_granularity_is_half_a_wavelength_in_pixels():
 
 
 def test_locality_and_massive_channels():
-    near = moments(lambda draws, channels: smooth(1, 32).expand(draws, -1, -1, -1))
-    far = moments(lambda draws, channels: torch.randn(1, 32, SIDE, SIDE).expand(draws, -1, -1, -1))
+    near = moments(lambda draws, _: smooth(1, 32).expand(draws, -1, -1, -1))
+    far = moments(lambda draws, _: torch.randn(1, 32, SIDE, SIDE).expand(draws, -1, -1, -1))
     assert near.locality > 0.3 > far.locality
     assert near.similarity[0][1] > near.similarity[8][1]
     assert near.similarity[0][0] == 16  # pixels between neighbours of the grid of 16 x 16
@@ -151,15 +153,15 @@ def images():
 
 
 def test_visiting_gives_what_forward_gives_and_keeps_nothing(whole, images):
-    ids = [site.id for site in candidates(whole.catalogue[id] for id in whole.catalogue)]
+    ids = [site.id for site in candidates(whole.catalogue[name] for name in whole.catalogue)]
     seen = {}
     whole.visit_activations(images[0][None], ids, lambda site, act: seen.__setitem__(site.id, act))
     expected = whole.forward_activations(images[0][None], ids, as_maps=True)
     assert list(seen) == ids
-    assert all(torch.equal(seen[id], expected[id]) for id in ids)
+    assert all(torch.equal(seen[name], expected[name]) for name in ids)
     alive: list[int] = []
 
-    def count(site, act):
+    def count(*_):
         alive.append(sum(store.__len__() for store in [whole.recorder._store.acts]))
 
     whole.visit_activations(images[0][None], ids, count)
@@ -170,24 +172,24 @@ def test_visiting_gives_what_forward_gives_and_keeps_nothing(whole, images):
         whole.visit_activations(images[0][None], ["mid-vit-block0-self-map"], count)
 
 
-def test_reach_agrees_with_the_costs_of_a_backbone_that_is_cut_there():
+def test_prefix_costs_agree_with_those_of_a_backbone_that_is_cut_there():
     backbone = db.create_model("sd15", recipe=["unet-out"], device="meta")
-    found = reach(backbone, ["up-level3-repeat0-vit-block0-self-k", "unet-out"], 512)
-    published = db.costs.published()["sd15_gdf"]
+    found = prefix_costs(backbone, ["up-level3-repeat0-vit-block0-self-k", "unet-out"], 512)
+    published = costs.published()["sd15_gdf"]
     assert found["up-level3-repeat0-vit-block0-self-k"].gflops == pytest.approx(
         published["denoiser_gflops"], rel=2e-3
     )  # a cut layer skips its queries
     assert found["up-level3-repeat0-vit-block0-self-k"].parameters == pytest.approx(published["parameters"], rel=1e-3)
     assert found["unet-out"].parameters == published["parameters_total"]
     with pytest.raises(ValueError, match="device='meta'"):
-        reach(db.create_model("tinysd_gdf"), [], 512)
+        prefix_costs(db.create_model("tinysd_gdf"), [], 512)
 
 
 def test_noise_grows_towards_the_output_of_a_trained_network(whole, images):
     """Section 4.1 of the paper, on the weights in the package."""
     ids = ["up-level1-repeat1-res-out", "up-level3-repeat0-res-out", "up-level3-repeat2-vit-out", "unet-out"]
     found = measure(whole, images[:8], ids)
-    noise = [found.properties[id].noise for id in ids]
+    noise = [found.properties[name].noise for name in ids]
     assert noise == sorted(noise)
     assert noise[-1] > 0.5 > 0.2 > noise[0]
     assert found.redundancy.diagonal().tolist() == pytest.approx([1] * 4)
@@ -223,17 +225,17 @@ def test_the_papers_rules(tmp_path):
     assert rules.apply(rules.load(own), dict.fromkeys(ids, like))[ids[3]].startswith("mine: granularity is ")
     own.write_text("- {name: all, ids: ['*'], because: I say so}")
     with pytest.raises(ValueError, match=r"drop all 4 activations \(all\); raise a threshold"):
-        rules.check(rules.by_name(rules.load(own), ids))  # known before anything is measured
+        rules.check_some_kept(rules.by_name(rules.load(own), ids))  # known before anything is measured
     own.write_text("- {name: all, ids: ['*'], because: I say so, below: {massive: 1000}}")
-    rules.check(rules.by_name(rules.load(own), ids))
+    rules.check_some_kept(rules.by_name(rules.load(own), ids))
     with pytest.raises(ValueError, match=r"drop all 4 activations \(all\); raise a threshold"):
-        rules.check(rules.apply(rules.load(own), dict.fromkeys(ids, like)))
+        rules.check_some_kept(rules.apply(rules.load(own), dict.fromkeys(ids, like)))
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("- {name: a, ids: ['*'], because: b, above: {nois: 1}}", r"no property 'nois'. Did you mean noise"),
+        ("- {name: a, ids: ['*'], because: b, above: {nois: 1}}", r"unknown property 'nois'. Did you mean noise"),
         (
             "- {name: a, ids: ['*'], because: b, abov: {noise: 1}}",
             r"rule 'a' has no setting 'abov'. Did you mean above",
@@ -288,12 +290,12 @@ def test_points_are_found_in_known_warps():
         )
         assert min(torch.corrcoef(torch.stack([a[c], b[c]]))[0, 1] for c in range(3)) > 0.9
     task = tasks.Keypoints(matches)
-    colours = np.stack([task.reduce(i, torch.nn.functional.avg_pool2d(look, 4)) for i, look in enumerate(task.looks)])
-    noise = np.stack([task.reduce(i, torch.randn(2, 8, 32, 32)) for i in range(len(task.looks))])
+    colours = np.stack([task.reduce(i, torch.nn.functional.avg_pool2d(view, 4)) for i, view in enumerate(task.views)])
+    noise = np.stack([task.reduce(i, torch.randn(2, 8, 32, 32)) for i in range(len(task.views))])
     assert task.score([colours]).mean() > 3 * task.score([noise]).mean()
 
 
-def test_data_that_cannot_be_compared_is_refused(tmp_path, photo):
+def test_data_that_cannot_be_compared_is_refused():
     images, masks, _ = blobs()
     with pytest.raises(ValueError, match="at least 4, got 3"):
         tasks.Segmentation(images[:3], masks[:3])
@@ -360,7 +362,7 @@ def test_a_folder_of_photographs(tmp_path):
         ({"source_points": "here"}, "pairs.json, pair 1: source_points must be numbers, 2 for each, got 'here'"),
         ({"source_points": [[1, 2, 3]]}, "pairs.json, pair 1: source_points must be numbers, 2 for each"),
         ({"target_box": [1, 2]}, "pairs.json, pair 1: target_box must be numbers, 4 for each"),
-        ({"target": "nowhere.jpg"}, "nowhere.jpg is missing, which a pair names"),
+        ({"target": "nowhere.jpg"}, "nowhere.jpg, which a pair names, is missing"),
     ],
 )
 def test_pairs_that_are_none(tmp_path, change, error):
@@ -382,37 +384,38 @@ def test_pairs_that_are_none(tmp_path, change, error):
 
 def test_the_choice_is_greedy_within_its_budget(whole):
     sites = [
-        whole.catalogue[id]
-        for id in ("up-level1-repeat0-res-out", "up-level2-repeat0-res-out", "up-level3-repeat0-res-out")
+        whole.catalogue[name]
+        for name in ("up-level1-repeat0-res-out", "up-level2-repeat0-res-out", "up-level3-repeat0-res-out")
     ]
     worth = dict(zip([s.id for s in sites], (3.0, 2.0, 1.0), strict=True))
 
     def score(ids):
-        return np.array([sum(worth[id] for id in ids)] * 3)
+        return np.array([sum(worth[name] for name in ids)] * 3)
 
     alone = {site.id: score([site.id]) for site in sites}
     assert [step.gain for step in choose.choose(sites, alone, score)] == [3, 2, 1]
-    narrow = choose.choose(sites, alone, score, channels=sites[0].channels + sites[2].channels)
+    assert len(choose.choose(sites, alone, score, Budget(max_activations=2))) == 2
+    narrow = choose.choose(sites, alone, score, Budget(channels=sites[0].channels + sites[2].channels))
     assert [step.id for step in narrow] == [sites[0].id, sites[2].id]
-    early = choose.choose(sites, alone, score, cost=lambda choice: max(float(s.id[8]) for s in choice), budget=2)
+    early = choose.choose(sites, alone, score, Budget(gflops=2, costs={site.id: float(site.id[8]) for site in sites}))
     assert [step.id for step in early] == [sites[0].id, sites[1].id]
     worth[sites[1].id] = worth[sites[2].id] = 0
-    assert len(choose.choose(sites, alone, score)) == 1
+    assert len(choose.choose(sites, alone, score, Budget(max_activations=2))) == 1
     with pytest.raises(ValueError, match="no activation fits the budget; of 3 the narrowest has 48 channels"):
-        choose.choose(sites, alone, score, channels=3)
+        choose.choose(sites, alone, score, Budget(channels=3))
 
 
 def test_what_is_too_wide_keeps_nothing_from_its_turn(whole):
     """The best four of a stride are tried of those that fit, and not of all."""
     sites = [
-        whole.catalogue[id]
-        for id in whole.catalogue
-        if whole.catalogue[id].layout == "tokens" and whole.catalogue[id].stride == 16
+        site
+        for site in (whole.catalogue[name] for name in whole.catalogue)
+        if site.layout == "tokens" and site.stride == 16
     ]
     narrow = min(site.channels for site in sites)
     alone = {site.id: np.full(3, float(site.channels)) for site in sites}
     assert sum(site.channels > narrow for site in sites) > choose.PER_STRIDE
-    [step] = choose.choose(sites, alone, lambda ids: alone[ids[0]], channels=narrow)
+    [step] = choose.choose(sites, alone, lambda ids: alone[ids[0]], Budget(channels=narrow))
     assert step.score == narrow
 
 
@@ -443,7 +446,7 @@ def test_from_the_command_to_a_recipe(tmp_path):
     assert 1 <= len(chosen) <= 2
     assert float(chosen[0]["mIoU"]) == max(float(row["mIoU"]) for row in rows if row["mIoU"])
     backbone = db.create_model("tinysd", pretrained=True, recipe=out / "recipe.yaml")
-    assert sorted(id for level in backbone.declaration.recipe.levels for id in level.activations) == sorted(
+    assert sorted(name for level in backbone.declaration.recipe.levels for name in level.activations) == sorted(
         row["id"] for row in chosen
     )
     assert sum(backbone.feature_info.channels()) <= 300
@@ -459,34 +462,36 @@ def test_from_the_command_to_a_recipe(tmp_path):
     told = (out / "measured.json").stat().st_mtime_ns
     other = CliRunner().invoke(main, [*command, *places[:2]])
     assert other.exit_code == 1
-    assert "holds what another data" in other.output
+    assert "holds features with another data" in other.output
     assert (out / "measured.json").stat().st_mtime_ns == told  # and nothing of the first was lost, nor measured in vain
 
 
-def test_only_what_is_missing_is_looked_at(whole, tmp_path):
-    task, looks = tasks.Keypoints(tasks.warped(data.scenes(64).images[:4])), []
-    Evidence(tmp_path, {}).gather(whole, task, ["mid-vit-out"], lambda items: looks.append(list(items)) or looks[-1])
-    evidence = Evidence(tmp_path, {})
-    before = evidence["mid-vit-out"].copy()
-    evidence.gather(whole, task, ["mid-vit-out"], lambda items: looks.append(list(items)) or looks[-1])
-    evidence.gather(whole, task, ["mid-vit-out", "unet-out"], lambda items: looks.append(list(items)) or looks[-1])
-    assert [len(some) for some in looks] == [4, 0, 4]
-    assert np.array_equal(evidence["mid-vit-out"], before)
-    assert len(evidence["unet-out"]) == 4
+def test_only_missing_views_are_computed(whole, tmp_path):
+    task, computed = tasks.Keypoints(tasks.warped(data.scenes(64).images[:4])), []
+    FeatureCache(tmp_path, {}).gather(
+        whole, task, ["mid-vit-out"], lambda items: computed.append(list(items)) or computed[-1]
+    )
+    cache = FeatureCache(tmp_path, {})
+    before = cache["mid-vit-out"].copy()
+    cache.gather(whole, task, ["mid-vit-out"], lambda items: computed.append(list(items)) or computed[-1])
+    cache.gather(whole, task, ["mid-vit-out", "unet-out"], lambda items: computed.append(list(items)) or computed[-1])
+    assert [len(some) for some in computed] == [4, 0, 4]
+    assert np.array_equal(cache["mid-vit-out"], before)
+    assert len(cache["unet-out"]) == 4
 
 
-def test_evidence_of_something_else_is_not_mixed(tmp_path):
-    Evidence(tmp_path, {"size": 64})._mark(["mid-vit-out"], 3)
-    assert Evidence(tmp_path, {"size": 64}).looked == {"mid-vit-out": 3}
-    with pytest.raises(ValueError, match="what another size gave"):
-        Evidence(tmp_path, {"size": 128})
+def test_features_of_something_else_are_not_mixed(tmp_path):
+    FeatureCache(tmp_path, {"size": 64})._mark(["mid-vit-out"], 3)
+    assert FeatureCache(tmp_path, {"size": 64}).looked == {"mid-vit-out": 3}
+    with pytest.raises(ValueError, match="features with another size"):
+        FeatureCache(tmp_path, {"size": 128})
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["tinysdd"], "no checkpoint 'tinysdd', and no folder. Did you mean tinysd?"),
-        (["tinysd", "--size", "100"], "100 is no multiple of 64, which tinysd needs; 64 is"),
+        (["tinysdd"], "'tinysdd' is neither a checkpoint nor a folder. Did you mean tinysd?"),
+        (["tinysd", "--size", "100"], "tinysd needs a multiple of 64, such as 64, got 100"),
         (["tinysd", "--masks", "."], "--masks and --keypoints need --images"),
         ([".", "--random-weights"], "goes neither with a folder nor with --checkpoint-path"),
         (
@@ -506,7 +511,7 @@ def test_wrong_usage_is_told_before_the_work(tmp_path, arguments, error):
 @pytest.mark.parametrize(
     ("n", "arguments", "error"),
     [
-        (3, [], "4 images are the least that this can be measured on, a few dozen are better; got 3"),
+        (3, [], "properties are measured on at least 4 images, better on a few dozen; got 3"),
         (3, ["--masks", "masks"], "give at least 4, got 3"),
         (6, ["--max-channels", "3"], "no activation fits the budget; of 67 the narrowest has 320 channels"),
         (6, ["--max-gflops", "0.00001"], "no activation fits the budget; of 67"),
@@ -536,7 +541,7 @@ def test_a_selection_is_what_it_writes(tmp_path):
     at_most = float(re.search(r"at most (\S+) GB on the disk", said[0]).group(1)) * 1e9
     assert 0.5 * at_most < kept < 1.05 * at_most  # told before it began, by rules that nothing was measured for
     assert re.search(
-        r"8 images x 2 noise draws and 4 looks: \S+ TFLOPs in the denoiser, \S+ in the image encoder", said[0]
+        r"8 images x 2 noise draws and 4 views: \S+ TFLOPs in the denoiser, \S+ in the image encoder", said[0]
     )
     curves = list(csv.DictReader((tmp_path / "curves.csv").open()))
     mine = [row for row in curves if row["id"] == chosen.steps[0].id]
@@ -555,4 +560,4 @@ def test_a_selection_is_what_it_writes(tmp_path):
     assert free.steps[0].score == max(float(score.mean()) for score in free.scores.values()) >= chosen.steps[0].score
     assert before == {
         path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()
-    }  # nothing was looked at again
+    }  # nothing was computed again

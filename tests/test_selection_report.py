@@ -19,10 +19,9 @@ from PIL import Image
 
 import diffusion_backbones as db
 from diffusion_backbones.cli.program import main
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import architecture
 from diffusion_backbones.selection import data, measure, paper, pictures, report, run, tasks
 from diffusion_backbones.spec import registry
-from diffusion_backbones.spec.configs import package_configs
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -102,7 +101,7 @@ def test_choosing_a_mark_tells_all_about_it(page, selected):
     assert site.id in told
     assert site.path in told
     assert selection.dropped[site.id] in told
-    assert f"{selection.reach[site.id].parameters:,}" in told
+    assert f"{selection.prefix_costs[site.id].parameters:,}" in told
     found = selection.measured.properties[site.id]
     assert page.locator(".details svg").count() == 2  # noise by frequency, similarity by distance
     assert page.locator(".details circle").count() == len(found.noise_curve) + len(found.similarity)
@@ -181,8 +180,8 @@ def test_a_transformer_is_drawn_as_blocks(tmp_path):
 
 def test_a_u_net_is_drawn_as_a_u():
     known = registry.get_checkpoint("sd15")
-    catalogue = FAMILIES[known.family].activations(package_configs(known), "sd15")
-    sites = measure.candidates(catalogue[id] for id in catalogue)
+    catalogue = architecture(known).catalogue
+    sites = measure.candidates(catalogue[name] for name in catalogue)
     boxes = {box.title: (box.row, box.column) for box in report.boxes(sites)}
     assert boxes["down level 0"] == (2, 1)
     assert boxes["up level 3"] == (2, 2)
@@ -262,7 +261,7 @@ def test_a_folder_is_selected_from_by_the_command(finetune, tmp_path):
     ("arguments", "error"),
     [
         (["EMPTY"], "holds no denoiser that is known here"),
-        (["nowhere"], "there is no checkpoint 'nowhere', and no folder"),
+        (["nowhere"], "'nowhere' is neither a checkpoint nor a folder"),
         (["tinysd", "--ids", "up-levl1-*", "--size", "64"], r"no activation that can be a level matches 'up-levl1-*'"),
         (["tinysd", "--ids", "*-self-v", "--size", "64"], "the rules drop all 16 activations (increment)"),
     ],
@@ -284,9 +283,10 @@ def test_what_cannot_be_selected_from_is_said(tmp_path, arguments, error):
 def test_the_tables_of_the_paper_have_its_rows(table):
     for name in table["checkpoints"]:
         known = registry.get_checkpoint(name)
-        catalogue = FAMILIES[known.family].activations(package_configs(known), name)
+        catalogue = architecture(known).catalogue
         assert (
-            len(measure.matching(measure.candidates(catalogue[id] for id in catalogue), table["ids"])) == table["rows"]
+            len(measure.matching(measure.candidates(catalogue[name] for name in catalogue), table["ids"]))
+            == table["rows"]
         )
 
 

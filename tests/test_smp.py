@@ -193,7 +193,7 @@ def test_what_no_backbone_can_be_is_refused(frozen, keywords, message):
 
 
 def test_what_cannot_be_registered_is_refused(frozen):
-    with pytest.raises(TypeError, match="as create_model makes it, got 'sd15_gdf'"):
+    with pytest.raises(TypeError, match="takes a backbone from create_model, got 'sd15_gdf'"):
         register("sd15_gdf")
     for name in ("tu-mine", "timm-mine"):
         with pytest.raises(ValueError, match=rf"in timm, got '{name}'; choose another"):

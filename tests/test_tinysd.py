@@ -215,10 +215,11 @@ def test_the_wheel_works_somewhere_else(tmp_path):
         archive.extractall(tmp_path / "site")
     code = """
 import diffusion_backbones as db
-from diffusion_backbones.scenes import load_scenes
+from diffusion_backbones.evaluation.scenes import load_scenes
 from torchvision.transforms.functional import to_tensor
 image = load_scenes().scenes[0].image
-print(db.__file__, [tuple(m.shape) for m in db.create_model("tinysd_gdf", pretrained=True)(to_tensor(image)[None] * 2 - 1)])
+maps = db.create_model("tinysd_gdf", pretrained=True)(to_tensor(image)[None] * 2 - 1)
+print(db.__file__, [tuple(m.shape) for m in maps])
 """
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     out = subprocess.run(

@@ -163,13 +163,17 @@ def test_a_detector_without_our_normalisation_is_an_error(tiny_folder):
 
 def test_bad_levels_are_refused(tiny_folder):
     backbone = db.create_model("sd15_gdf", checkpoint_path=tiny_folder("sd15"))
-    with pytest.raises(ValueError, match=r"aux=3 is no level: sd15_gdf has 0: 16 channels at stride 8, .*out_strides"):
+    with pytest.raises(
+        ValueError, match=r"aux=3 is not a level: sd15_gdf has 0: 16 channels at stride 8, .*out_strides"
+    ):
         NamedLevels(backbone, out=-1, aux=3)
     with pytest.raises(ValueError, match="different positions from -3 to 2"):
         PyramidFPN(backbone, levels=[0, 3])
     with pytest.raises(ValueError, match="'pool', 'p6p7' or None, got 'p6'"):
         PyramidFPN(backbone, extra="p6")
-    with pytest.raises(ValueError, match=r"strides that grow, got \[16, 8\] from levels=\[1, 0\].*choose"):
+    with pytest.raises(
+        ValueError, match=r"strides of an FPN's levels must grow, got \[16, 8\] from levels=\[1, 0\].*choose"
+    ):
         PyramidFPN(backbone, levels=[1, 0])
     double = db.create_model(
         "sd15",

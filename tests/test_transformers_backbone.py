@@ -121,9 +121,7 @@ def check_frozen(model):
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_from(
-    kind, make, tmp_path, tiny_folder, monkeypatch
-):
+def test_saved_and_loaded_it_is_the_same_to_the_bit_without_the_weights_it_came_from(kind, make, tmp_path, monkeypatch):
     backbone, x = make(kind), images()
     maps = backbone(x)
     model = AutoBackbone.from_config(DiffusionBackboneConfig.from_backbone(backbone))
@@ -266,7 +264,7 @@ def test_a_config_is_json_and_its_copies_share_the_backbone(make, tmp_path):
 
 
 def test_adapters_are_no_part_of_a_config(make):
-    with pytest.raises(ValueError, match=r"trainable=True or False, and this backbone is trainable='lora'; save it"):
+    with pytest.raises(ValueError, match=r"trainable=True or False, and this backbone has trainable='lora'; save it"):
         DiffusionBackboneConfig.from_backbone(make(trainable="lora"))
 
 

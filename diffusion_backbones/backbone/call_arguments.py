@@ -1,8 +1,9 @@
-"""What one call says: checked, and turned into the tensors that the denoiser is run on."""
+"""What one call says: parsed once, checked, and with the recipe's settings for what it leaves out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,60 +11,110 @@ from torch import Tensor
 
 from diffusion_backbones.families.base import EMBEDDINGS
 from diffusion_backbones.ops.describe import shape
-from diffusion_backbones.spec.input_format import InputFormat, check_range
+from diffusion_backbones.ops.pixel_values import check_range
+from diffusion_backbones.spec.input_format import InputFormat
+from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.validation import check_count, closest
 
 FOLDED = ("prompt", *EMBEDDINGS, "timestep")
 """What is constant in a folded backbone."""
-CALL = (*FOLDED, "noise", "generator", "ensemble", "chunk", "latents")
+KEYWORDS = (*FOLDED, "noise", "generator", "ensemble", "chunk", "latents")
 
 
-def check_keywords(call: dict[str, Any], name: str, folded: bool = False) -> None:
-    """Drop keywords that are None, as timm does.
+@dataclass(frozen=True)
+class Call:
+    """The settings of one call.
 
-    Raises:
-        TypeError: An unknown keyword; the closest is named. One that a folded backbone has no weights for.
-        ValueError: An ensemble or chunk of less than one.
+    Attributes:
+        noise: ``"fixed"``, ``"random"``, ``"none"``, or a tensor (C, h, w) or (B, C, h, w).
+        timestep: What the network receives, a number or one per image.
+        ensemble: Number of noise draws.
+        chunk: How many noisy latents the denoiser is run on at once; None for all.
+        generator: For random noise.
+        latents: (B, C, h, w) clean latents in place of the image.
+        prompt: A string, or one per image; None for the recipe's.
+        embeddings: Tensors in place of the recipe's embedded prompt, by name.
     """
-    for key in [key for key, value in call.items() if value is None]:
-        del call[key]
-    for key in call:
-        if key not in CALL:
-            raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, CALL)} It takes: {', '.join(CALL)}.")
-    if fixed := [key for key in call if key in FOLDED and folded]:
+
+    noise: Any
+    timestep: Any
+    ensemble: int
+    chunk: int | None
+    generator: torch.Generator | None = None
+    latents: Any = None
+    prompt: str | Sequence[str] | None = None
+    embeddings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], recipe: Recipe, chunk: int | None, name: str, folded: bool) -> Call:
+        """The keywords of a call; those that are None count as not given, as in timm.
+
+        Args:
+            given: Keyword -> value.
+            recipe: Says what is not given.
+            chunk: The backbone's default.
+            name: Of the backbone, for errors.
+            folded: Whether the backbone has no weights for another prompt or timestep.
+
+        Raises:
+            TypeError: An unknown keyword; the closest is named. One that a folded backbone has no weights for. Both a
+                prompt and its embeddings.
+            ValueError: An ensemble or chunk of less than one.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        _check_keywords(given, name, folded)
+        noise = given.get("noise", recipe.noise)
+        draws = recipe.ensemble if isinstance(noise, str) and noise != "none" else 1
+        return cls(
+            noise=noise,
+            timestep=given.get("timestep", recipe.timestep),
+            ensemble=given.get("ensemble", draws),
+            chunk=given.get("chunk", chunk),
+            generator=given.get("generator"),
+            latents=given.get("latents"),
+            prompt=given.get("prompt"),
+            embeddings={key: given[key] for key in EMBEDDINGS if key in given},
+        )
+
+
+def _check_keywords(given: Mapping[str, Any], name: str, folded: bool) -> None:
+    for key in given:
+        if key not in KEYWORDS:
+            known = ", ".join(KEYWORDS)
+            raise TypeError(f"a call of {name} takes no {key!r}.{closest(key, KEYWORDS)} It takes: {known}.")
+    if fixed := [key for key in given if key in FOLDED and folded]:
         raise TypeError(
-            f"{name} was built with fold=True, which keeps no weights for another prompt or timestep, so a call "
-            f"cannot change {', '.join(fixed)}; "
-            "build it without fold=True, or with the prompt= and timestep= that it is to have"
+            f"{name} was built with fold=True, which keeps no weights for another prompt or timestep, so a call cannot "
+            f"change {', '.join(fixed)}; build it without fold=True, or with the prompt= and timestep= that it is to "
+            "have"
         )
     for key in ("ensemble", "chunk"):
-        check_count(key, call.get(key, 1))
+        check_count(key, given.get(key, 1))
+    if "prompt" in given and (embeddings := [key for key in EMBEDDINGS if key in given]):
+        raise TypeError(f"give either prompt= or {', '.join(embeddings)}, not both")
 
 
-def check_image(x: Any, format: InputFormat) -> None:
+def check_image(x: Any, input_format: InputFormat) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty; warn if
     it is out of range.
 
     Integers are taken where pixels are 0 to 255.
     """
-    low, high = format.range()
+    low, high = input_format.range()
     expected = f"expected (B, 3, H, W) floating point in [{low:.4g}, {high:.4g}]"
     if not isinstance(x, Tensor):
-        several = (
-            "a batch is one tensor: stack images of one size, and pass those of several sizes one by one, or "
-            "resized or padded to one"
-        )
-        advice = (
-            several
-            if isinstance(x, (list, tuple))
-            else "turn a PIL image into a tensor with timm's create_transform or torchvision"
-        )
+        if isinstance(x, (list, tuple)):
+            advice = (
+                "a batch is one tensor: stack images of one size, and pass those of several sizes one by one, or "
+                "resized or padded to one"
+            )
+        else:
+            advice = "turn a PIL image into a tensor with timm's create_transform or torchvision"
         raise TypeError(f"{expected}, got {type(x).__name__}; {advice}")
     if x.ndim != 4 or x.shape[1] != 3:
         hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
-        raise ValueError(
-            f"{expected}, got {shape(x)}{hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ''}"
-        )
+        hint = hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ""
+        raise ValueError(f"{expected}, got {shape(x)}{hint}")
     if not x.is_floating_point() and not (x.dtype == torch.uint8 and (low, high) == (0, 255)):
         raise TypeError(
             f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')"
@@ -74,7 +125,7 @@ def check_image(x: Any, format: InputFormat) -> None:
         return
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{expected}, got NaN or infinite values")
-    check_range(x, format)
+    check_range(x, input_format)
 
 
 def check_latents(
@@ -90,14 +141,8 @@ def check_latents(
         ValueError: ``z`` has another shape, or ``size`` cannot be.
     """
     step = divisibility // stride
-    if (
-        not isinstance(z, Tensor)
-        or z.ndim != 4
-        or z.shape[1] != channels
-        or z.shape[-2] % step
-        or z.shape[-1] % step
-        or 0 in z.shape
-    ):
+    fits = isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] == channels and 0 not in z.shape
+    if not fits or z.shape[-2] % step or z.shape[-1] % step:
         raise ValueError(
             f"latents must be (B, {channels}, h, w) with h and w multiples of {step}, as encode() gives them; got "
             f"{shape(z)}"
@@ -113,11 +158,11 @@ def check_latents(
     return int(size[0]), int(size[1])
 
 
-def prompts(prompt: Any, b: int) -> list[str]:
+def check_prompts(prompt: Any, b: int) -> list[str]:
     """One prompt, or one per image.
 
     Raises:
-        TypeError: No string and no list of strings.
+        TypeError: Neither a string nor a list of strings.
         ValueError: Another number than 1 or ``b``.
     """
     some = [prompt] if isinstance(prompt, str) else prompt
@@ -128,7 +173,7 @@ def prompts(prompt: Any, b: int) -> list[str]:
     return list(some)
 
 
-def condition(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, name: str) -> dict[str, Tensor]:
+def merge_conditioning(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, name: str) -> dict[str, Tensor]:
     """The backbone's conditioning with a call's own in place, every tensor with a batch axis of ``b``.
 
     Args:
@@ -146,11 +191,8 @@ def condition(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, na
         like = own[key]
         tensor = torch.as_tensor(tensor)
         batched = tensor if tensor.ndim == like.ndim else tensor[None]
-        if (
-            batched.ndim != like.ndim
-            or (like.ndim > 1 and batched.shape[-1] != like.shape[-1])
-            or len(batched) not in (1, b)
-        ):
+        same_channels = like.ndim <= 1 or batched.shape[-1] == like.shape[-1]
+        if batched.ndim != like.ndim or not same_channels or len(batched) not in (1, b):
             raise ValueError(f"{key} must be {tuple(like.shape[1:])} or ({b}, ...), got {shape(tensor)}")
         tensors[key] = batched.to(like)
     return {key: t.expand(b, *t.shape[1:]) for key, t in tensors.items()}

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from diffusion_backbones.families import Configs, Family
-    from diffusion_backbones.spec.declaration import Declaration
-    from diffusion_backbones.spec.input_format import InputFormat
-    from diffusion_backbones.spec.levels import LevelInfo
+from diffusion_backbones.backbone.state import BackboneState
 
 
-class TimmInterface(nn.Module):
+class TimmMixin(BackboneState):
     """timm's names for what a backbone does. Nothing here computes anything itself."""
 
     num_classes, in_chans = 0, 3
-    declaration: Declaration
-    encoder: nn.Module
-    denoiser: nn.Module
-    configs: Configs
-    levels: tuple[LevelInfo, ...]
-    out_strides: tuple[int, ...] | None
-    input_format: InputFormat
-    provenance: dict[str, str]
-    pretrained_cfg: dict[str, Any]
-    weight_dtype: str | None
-    latent_stride: int
-    compiled: bool | str = False
-
-    @property
-    @abstractmethod
-    def family(self) -> Family:
-        """The kind of network."""
-
-    @abstractmethod
-    def forward(self, x: Tensor | None = None, indices: int | Sequence[int] | None = None, **call: Any) -> list[Tensor]:
-        """An image batch -> its feature pyramid."""
 
     def forward_features(self, x: Tensor, **call: Any) -> Tensor:
         """The coarsest map, (B, num_features, h, w)."""
-        return self.forward(x, 1, **call)[0]
+        coarsest: Tensor = self.forward(x, 1, **call)[0]
+        return coarsest
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """There is no head.
@@ -85,6 +60,7 @@ class TimmInterface(nn.Module):
         return out if intermediates_only else (maps[-1], out)
 
     def get_classifier(self) -> nn.Module:
+        """An identity: there is no classifier."""
         return nn.Identity()
 
     def reset_classifier(self, num_classes: int = 0, global_pool: str | None = None) -> None:
@@ -111,7 +87,7 @@ class TimmInterface(nn.Module):
         return self._depth
 
     def _depth(self, name: str) -> int:
-        return self.family.depth(name.removeprefix("denoiser.")) if name.startswith("denoiser.") else 0
+        return self.architecture.depth(name.removeprefix("denoiser.")) if name.startswith("denoiser.") else 0
 
     def no_weight_decay(self) -> set[str]:
         """For timm's optimisers: a learned prompt, as they treat other learned tokens."""

@@ -1,42 +1,29 @@
-"""What the verbs of the command line share: kinds of arguments, the options that say which backbone runs, and building
-it.
-"""
+"""The kinds of arguments that verbs take, and every option that several of them share, declared once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from diffusion_backbones.spec import registry
+from diffusion_backbones.spec.validation import closest
 
 if TYPE_CHECKING:
-    import torch
     from click.shell_completion import CompletionItem
 
-    from diffusion_backbones.backbone.module import DiffusionBackbone
-
-
-class Program(click.Group):
-    """The verbs, with the library's errors told in one line, and Ctrl-C answered with 130."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:  # `| head`: click ends quietly
-            raise
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            if ctx.params["traceback"]:
-                raise
-            text = (
-                error.args[0] if isinstance(error, KeyError) and error.args else error
-            )  # str() of a KeyError is a repr
-            raise click.ClickException(" ".join(str(text).split())) from error
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("float16", "bfloat16", "float32")
+EXISTING = click.Path(exists=True, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+CENTRAL_SQUARE = "Resize the shorter side and cut out the central square, as timm does.  [default: no change]"
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
@@ -49,6 +36,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
         self.others = registry.list_checkpoints() if checkpoints else []
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is registered; an unknown one fails with the closest names."""
         if value.startswith(self.prefixes) or value in self.others:
             return value
         try:
@@ -56,7 +44,13 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
         except KeyError as error:
             self.fail(str(error.args[0]), param, ctx)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """The names that begin so, for a shell's tab key."""
         from click.shell_completion import CompletionItem
 
         return [
@@ -66,12 +60,33 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
         ]
 
 
+class Checkpoint(click.ParamType):  # type: ignore[type-arg]
+    """A checkpoint's name, or a diffusers folder, which becomes ``local-dir:FOLDER``."""
+
+    name = "checkpoint"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, or the folder as ``local-dir:``; anything else fails with the closest names."""
+        known = registry.list_checkpoints()
+        if value in known:
+            return value
+        if Path(value).is_dir():
+            return f"local-dir:{value}"
+        self.fail(
+            f"{value!r} is neither a checkpoint nor a folder.{closest(value, known)} `diffusion-backbones list "
+            "--checkpoints` lists the checkpoints.",
+            param,
+            ctx,
+        )
+
+
 class Levels(click.ParamType):  # type: ignore[type-arg]
-    """``0,2`` -> (0, 2), growing."""
+    """``2,0`` -> (0, 2), in ascending order."""
 
     name = "levels"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The positions; anything else, or one of them twice, fails."""
         parts = value.split(",")
         if not all(part.strip().isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
             self.fail(
@@ -80,118 +95,89 @@ class Levels(click.ParamType):  # type: ignore[type-arg]
         return tuple(sorted(map(int, parts)))
 
 
-encoder_option = click.option(
+def shared(*names: str, **settings: Any) -> Callable[..., Callable[[F], F]]:
+    """Declare an option that several verbs have. A verb may replace settings, such as the help text."""
+
+    def option(**changes: Any) -> Callable[[F], F]:
+        return click.option(*names, **{**settings, **changes})
+
+    return option
+
+
+device = shared(
+    "--device",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.",
+)
+dtype = shared("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+size = shared("--size", type=click.IntRange(min=1), metavar="PIXELS")
+levels = shared(
+    "--levels",
+    type=Levels(),
+    help="Only these levels, 0 being the finest: 0,2. Fewer make a shorter network.  [default: all]",
+)
+checkpoint_path = shared(
+    "--checkpoint-path",
+    type=EXISTING,
+    help="A diffusers folder, a saved backbone or a .safetensors file in place of the published weights.",
+)
+random_weights = shared(
+    "--random-weights", is_flag=True, help="Use random weights (seed 0), to try things without a download."
+)
+prompt = shared("--prompt", metavar="TEXT", help="Prompt in place of the recipe's.")
+timestep = shared("--timestep", type=int, metavar="T", help="Timestep in place of the recipe's.")
+encoder = shared(
     "--encoder",
     type=click.Choice(["tiny"]),
-    help="A distilled image encoder in place of the exact one: faster, and other features.",
+    help="Use a distilled image encoder in place of the exact one: faster, with other features.",
 )
+overwrite = shared("--overwrite", is_flag=True)
+table = shared("--csv", "table", type=NEW_FILE)
+json_output = shared("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 
 
-def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which backbone runs, and where; :func:`_build` takes them."""
-    path = click.Path(exists=True, path_type=Path)
-    options = [
-        click.option(
-            "--size",
-            type=click.IntRange(min=1),
-            metavar="PIXELS",
-            help="Resize the shorter side and cut out the central square, as timm does.  [default: no change]",
-        ),
-        click.option(
-            "--levels",
-            type=Levels(),
-            help="Only these, 0 being the finest: 0,2. Fewer make a shorter network.  [default: all]",
-        ),
-        click.option(
-            "--device",
-            metavar="NAME",
-            default="auto",
-            show_default=True,
-            help="cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.",
-        ),
-        click.option(
-            "--checkpoint-path",
-            type=path,
-            help="A diffusers folder, a saved backbone or a .safetensors file, not the published weights.",
-        ),
-        click.option(
-            "--random-weights", is_flag=True, help="Random weights (seed 0), to try things without a download."
-        ),
-        click.option("--prompt", help="In place of the recipe's."),
-        click.option("--timestep", type=int, help="In place of the recipe's."),
-        encoder_option,
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which backbone runs, and where: the values of the options of :func:`model_options`."""
+
+    levels: tuple[int, ...] | None
+    device: str
+    checkpoint_path: Path | None
+    random_weights: bool
+    prompt: str | None
+    timestep: int | None
+    encoder: str | None = None
+
+    def check(self, name: str) -> None:
+        """Raise ``UsageError`` if ``--random-weights`` contradicts the name or another option."""
+        given: Mapping[str, Any] = {"--checkpoint-path": self.checkpoint_path, "--prompt": self.prompt}
+        contradicting = [option for option, value in given.items() if value is not None]
+        if self.random_weights and (contradicting or ":" in name):
+            raise click.UsageError(
+                "--random-weights builds a registered backbone without any file, so without a text encoder, and does "
+                f"not go with {contradicting[0] if contradicting else name}."
+            )
 
 
-def _argument(context: click.Context, name: str) -> click.Parameter:
+def model_options(with_encoder: bool = True) -> Callable[[F], F]:
+    """The options that say which backbone runs, handed to the verb as one :class:`ModelOptions` named ``model``."""
+    options = [levels, device, checkpoint_path, random_weights, prompt, timestep, *([encoder] if with_encoder else [])]
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def verb(*args: Any, **given: Any) -> Any:
+            chosen = {field.name: given.pop(field.name) for field in fields(ModelOptions) if field.name in given}
+            return function(*args, **given, model=ModelOptions(**chosen))
+
+        for option in reversed(options):
+            verb = option()(verb)
+        return verb  # type: ignore[return-value]
+
+    return decorate
+
+
+def argument_of(context: click.Context, name: str) -> click.Parameter:
+    """The argument of a verb that is called so, for errors that name it."""
     return next(parameter for parameter in context.command.params if parameter.name == name)
-
-
-class Built(NamedTuple):
-    """A backbone, and a description of its weights if they are random."""
-
-    backbone: DiffusionBackbone
-    weights: Mapping[str, str] | None
-
-
-def _check_random(name: str, model: Mapping[str, Any]) -> None:
-    contradicting = [option for option in ("checkpoint_path", "prompt") if model[option] is not None]
-    if model["random_weights"] and (contradicting or ":" in name):
-        other = f"--{contradicting[0].replace('_', '-')}" if contradicting else name
-        raise click.UsageError(
-            "--random-weights builds a registered backbone without any file, so without a text encoder, and does not "
-            f"go with {other}."
-        )
-
-
-def _build(
-    name: str,
-    levels: tuple[int, ...] | None,
-    dtype: str | None,
-    *,
-    device: str,
-    checkpoint_path: Path | None,
-    random_weights: bool,
-    **settings: Any,
-) -> Built:
-    import torch
-
-    from diffusion_backbones.evaluation.visualize import UNTRAINED
-    from diffusion_backbones.factory.entry_points import create_model
-
-    where = find_device(device)
-    if random_weights:
-        torch.manual_seed(0)
-    backbone = create_model(
-        name,
-        pretrained=not random_weights,
-        checkpoint_path=checkpoint_path,
-        out_indices=levels,
-        dtype=None if where.type == "cpu" else dtype,
-        device=where,
-        **settings,
-    )
-    if random_weights:
-        click.echo(UNTRAINED, err=True)
-    described = {"random": f"seed 0 on {where.type}"} | (
-        {"encoder": settings["encoder"]} if settings.get("encoder") else {}
-    )
-    return Built(backbone, described if random_weights else None)
-
-
-def find_device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(
-            f"{name!r} cannot be used here: {str(error).splitlines()[0]}", param_hint="'--device'"
-        ) from error
-    return device

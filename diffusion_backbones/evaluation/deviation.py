@@ -1,5 +1,5 @@
-"""How far the features of one backbone are from those of another of the same shape, such as one with a tiny encoder, on
-the same images.
+"""How far the features of one backbone deviate from those of another with the same shapes, such as one with a tiny
+encoder, on the same images.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops import atomic
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """Of the latents, or of a level.
+    """Deviation of one map: the latents or one pyramid level.
 
     Args:
         level: ``latents``, or the position of the level, 0 being the finest.
-        channels, stride: Of the map.
-        error: Norm of the difference as a share of the norm of the exact map, all images together: 0 is equal.
-        cosine: Of the feature vectors at the same place, the mean over all places: 1 is equal up to length.
+        channels, stride: Shape of the map.
+        error: Norm of the difference as a share of the norm of the exact map, over all images: 0 is equal.
+        cosine: Mean cosine similarity of the feature vectors at the same place: 1 is equal up to length.
     """
 
     level: str
@@ -38,18 +38,18 @@ class Deviation:
 
 @torch.no_grad()
 def deviations(exact: DiffusionBackbone, other: DiffusionBackbone, images: Iterable[Tensor]) -> list[Deviation]:
-    """Compare two backbones that give maps of the same shapes.
+    """Compare two backbones whose maps have the same shapes.
 
     Args:
-        exact: What is compared with.
-        other: What deviates.
-        images: (B, 3, H, W) each, as the backbones take them; one after another is in memory.
+        exact: The reference.
+        other: The backbone that deviates.
+        images: (B, 3, H, W) each, as the backbones take them; only one is in memory at a time.
 
     Returns:
         The latents, then every level, fine to coarse.
 
     Raises:
-        ValueError: No images.
+        ValueError: There are no images.
     """
     sums: list[Tensor] = []
     channels: list[int] = []
@@ -74,7 +74,7 @@ def deviations(exact: DiffusionBackbone, other: DiffusionBackbone, images: Itera
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """(4,): squared difference, squared norm of ``a``, cosines, and how many places there are."""
+    """(4,): squared difference, squared norm of ``a``, sum of cosines, number of places."""
     cosines = F.cosine_similarity(a, b, dim=1)
     return torch.stack(
         [(a - b).square().sum(), a.square().sum(), cosines.sum(), cosines.new_tensor(cosines.numel())]
@@ -82,7 +82,13 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 def write(found: Sequence[Deviation], path: Path, **about: Any) -> None:
-    """Put rows into a CSV in the place of those that are ``about`` the same backbone."""
+    """Write rows to a CSV, in place of those of the same backbone.
+
+    Args:
+        found: From :func:`deviations`.
+        path: The CSV.
+        **about: Further columns; ``backbone`` says which rows are replaced.
+    """
     rows = [
         {
             **about,
@@ -92,7 +98,7 @@ def write(found: Sequence[Deviation], path: Path, **about: Any) -> None:
     ]
     before = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     kept = [row for row in before if row["backbone"] != about["backbone"]]
-    with safetensors_io.whole(path) as part, part.open("w", newline="") as file:
+    with atomic.replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(sorted([*kept, *rows], key=lambda row: str(row["backbone"])))  # stable: levels stay in order

@@ -1,9 +1,9 @@
-"""What a network takes in a process of its own: seconds until its weights are in memory, and the most memory in use
-until it ran once.
+"""The footprint of a network in a process of its own: seconds until its weights are in memory, and peak memory until it
+has run once.
 
-The backbone is read from the compact folder that ``save_pretrained`` writes, the usual pipeline from the folders of its
-components, as diffusers and transformers read them. Both map large files and return before a byte was read, so seconds
-are counted until every page is in memory.
+The backbone is loaded from the compact folder that ``save_pretrained`` writes, the usual pipeline from the folders of
+its components, by diffusers and transformers. Both map large files and return before a byte was read, so seconds are
+counted until every page is in memory.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from torch import Tensor, nn
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.factory.entry_points import create_model
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import architecture
 from diffusion_backbones.ops import truncation
 from diffusion_backbones.ops.recording import Recorder
-from diffusion_backbones.spec.configs import Configs, package_configs
 from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.surgery.plan import Plan
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one way takes.
+    """The footprint of one way.
 
     Args:
-        seconds: Until its weights are in memory.
-        weights: Bytes of them.
-        peak: Bytes in use at most until it ran once, less what importing took; None where that cannot be read.
+        seconds: Seconds until its weights are in memory.
+        weights: Bytes of the weights.
+        peak: Peak memory in bytes until it has run once, without what the imports took; None if it cannot be read.
     """
 
     seconds: float
@@ -48,9 +48,9 @@ class Footprint:
 
 
 def backbone(saved: Path, x: Tensor, dtype: str, device: str, **options: Any) -> Footprint:
-    """Of a backbone in the folder ``saved``, run on images ``x``, (B, 3, H, W) on the CPU in ``dtype``."""
+    """The footprint of a backbone in the folder ``saved``, run on images ``x`` (B, 3, H, W), which are on the CPU."""
     name = f"local-dir:{saved}"
-    create_model(name, device="meta")  # imports all that is needed, so that it counts for nothing
+    create_model(name, device="meta")  # imports everything beforehand, so that it is not counted
     with _counting(device) as count:
         built = create_model(name, dtype=dtype, device=device, **options)
         count.loaded([built])
@@ -60,24 +60,26 @@ def backbone(saved: Path, x: Tensor, dtype: str, device: str, **options: Any) ->
 
 @torch.no_grad()
 def pipeline(folder: Path, declaration: Declaration, x: Tensor, dtype: str, device: str) -> Footprint:
-    """Of all that a pipeline in ``folder`` holds, its whole denoiser run on images ``x`` and read with hooks."""
-    family, configs = FAMILIES[declaration.checkpoint.family], package_configs(declaration.checkpoint)
-    kinds = {name: type(module) for name, module in components(declaration, configs, "meta")}
-    catalogue = family.activations(configs, declaration.checkpoint.name)
-    sites = [site for site in (catalogue[id] for id in declaration.recipe.ids) if not site.encoder]
+    """The footprint of all components of the pipeline in ``folder``: its whole denoiser is run on images ``x`` and read
+    with hooks.
+    """
+    plan = Plan.of(declaration, truncate=False)
+    network, sites = plan.architecture, [site for site in plan.sites if not site.encoder]
+    kinds = {name: type(module) for name, module in components(declaration, "meta")}
     with _counting(device) as count:
         parts = {name: _read(kind, folder / name, getattr(torch, dtype)).to(device) for name, kind in kinds.items()}
         count.loaded(parts.values())
-        denoiser, x = parts[family.denoiser], x.to(device)
-        z = family.image_encoder(configs).encode(parts[family.encoder], x) if family.encoder else x
+        denoiser, x = parts[network.denoiser], x.to(device)
+        z = network.image_encoder.encode(parts[network.encoder], x) if network.encoder else x
         with torch.device(device):
-            conditioning = {
-                name: t.repeat(len(x), *[1] * (t.ndim - 1)) for name, t in family.blank_conditioning(configs).items()
-            }
-        conditioning = {name: t.to(z.dtype) if t.is_floating_point() else t for name, t in conditioning.items()}
+            blank = network.blank_conditioning()
+        conditioning = {
+            name: t.repeat(len(x), *[1] * (t.ndim - 1)).to(z.dtype if t.is_floating_point() else None)
+            for name, t in blank.items()
+        }
         timestep = torch.full((len(x),), declaration.recipe.timestep, device=device)
         with Recorder(denoiser, sites).recording(sites):
-            family.call(denoiser, z, timestep, conditioning, (x.shape[-2], x.shape[-1]))
+            network.call(denoiser, z, timestep, conditioning, (x.shape[-2], x.shape[-1]))
     return count.footprint()
 
 
@@ -90,16 +92,14 @@ def _read(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def components(declaration: Declaration, configs: Configs, device: str) -> Iterator[tuple[str, Any]]:
-    """(Name, stock network with random weights), one by one, of all that a pipeline of this checkpoint holds."""
-    family = FAMILIES[declaration.checkpoint.family]
-    builders: dict[str, Callable[[], nn.Module]] = {
-        family.denoiser: partial(family.build_denoiser, configs[family.denoiser])
-    }
-    if family.encoder:
-        builders[family.encoder] = partial(family.image_encoder(configs).build, family.encoder_config(configs))
-    for name in family.text_encoder_names(configs):
-        builders[name] = partial(_text_encoder, configs[name])
+def components(declaration: Declaration, device: str) -> Iterator[tuple[str, Any]]:
+    """The components of a checkpoint's pipeline, one by one: name, and stock network with random weights."""
+    network = architecture(declaration.checkpoint)
+    builders: dict[str, Callable[[], nn.Module]] = {network.denoiser: network.build_denoiser}
+    if network.encoder:
+        builders[network.encoder] = network.image_encoder.build
+    for name in network.text_encoders:
+        builders[name] = partial(_text_encoder, network.configs[name])
     for name, build in builders.items():
         with torch.device(device):
             yield name, build()
@@ -117,40 +117,45 @@ def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def written(built: DiffusionBackbone, dtype: str, say: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
-    """A temporary folder with a backbone as ``save_pretrained`` writes it, and one with the components of its pipeline,
-    random, in ``dtype``.
+    """Two temporary folders: the backbone as ``save_pretrained`` writes it, and the components of its pipeline with
+    random weights in ``dtype``.
+
+    Args:
+        built: The backbone.
+        dtype: Dtype of the pipeline.
+        say: Called with progress messages.
 
     Raises:
         OSError: The disk has no room for them.
     """
-    declaration, configs = built.declaration, package_configs(built.declaration.checkpoint)
+    declaration = built.declaration
     size = sum(
-        truncation.count_bytes(network.to(getattr(torch, dtype)))
-        for _, network in components(declaration, configs, "meta")
+        truncation.count_bytes(network.to(getattr(torch, dtype))) for _, network in components(declaration, "meta")
     )
     size += truncation.count_bytes(built)
     room = shutil.disk_usage(tempfile.gettempdir()).free
     if size > room:
-        raise OSError(f"{declaration.name}: {size / 1e9:.1f} GB of weights are written to be read again, and "
-                      f"{tempfile.gettempdir()} has room for "
-                      f"{room / 1e9:.1f} GB; set TMPDIR to a folder on a larger disk, or leave --load out")  # fmt: skip
-    say(f"Writing {size / 1e9:.1f} GB of random weights, to be read again.")
+        raise OSError(
+            f"{declaration.name}: {size / 1e9:.1f} GB of weights must be written, and {tempfile.gettempdir()} has room "
+            f"for {room / 1e9:.1f} GB; set TMPDIR to a folder on a larger disk, or leave --load out"
+        )
+    say(f"Writing {size / 1e9:.1f} GB of random weights, to load them.")
     with tempfile.TemporaryDirectory(prefix="diffusion_backbones_") as scratch:
         saved, pipeline = Path(scratch) / "backbone", Path(scratch) / "pipeline"
         built.save_pretrained(saved)
-        for name, network in components(declaration, configs, "cpu"):
+        for name, network in components(declaration, "cpu"):
             network.to(getattr(torch, dtype)).save_pretrained(pipeline / name)
         yield saved, pipeline
 
 
 def alone(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a function gives in a fresh process."""
+    """Call a function in a fresh process, and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 
 class _Count:
-    """Of one footprint, while it is taken."""
+    """The measurement of one footprint."""
 
     def __init__(self, device: str):
         import transformers  # noqa: F401
@@ -183,7 +188,7 @@ def _counting(device: str) -> Iterator[_Count]:
 
 
 def _memory(device: str, start: bool = False) -> int | None:
-    """Bytes in use: at the ``start`` of a measurement now, later the most since then. None where it cannot be read."""
+    """Bytes in use at the ``start`` of a measurement, later the peak since then. None if it cannot be read."""
     if torch.device(device).type == "cuda":
         if start:
             torch.cuda.reset_peak_memory_stats(device)

@@ -1,6 +1,6 @@
-"""The evaluation scenes that travel in the package: drawn objects with every pixel labelled, and matched keypoints.
+"""The evaluation scenes in the package: drawn objects with every pixel labelled, and matched keypoints.
 
-How they were made, what they may be used for and whose artwork is in them: ``data/scenes/README.md``.
+``data/scenes/README.md`` says how they were made, their licence, and whose artwork is in them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Scene:
         image: RGB.
         classes: (256, 256) uint8, an index into :attr:`SceneSet.classes` for every pixel; 0 is background.
         instances: (256, 256) uint8, 0 for background and 1, 2 ... for the objects from back to front.
-        caption: Its objects and its background in words.
+        caption: A sentence that names its objects and its background.
     """
 
     image: Image.Image
@@ -37,7 +37,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Pair:
-    """One object in two scenes with other places, sizes, backgrounds, light and neighbours.
+    """One object in two scenes, at another place and size, with another background, light and neighbours.
 
     Attributes:
         source, target: RGB images of 256 x 256 pixels.
@@ -57,15 +57,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class SceneSet:
-    """The whole set.
+    """The evaluation set.
 
     Attributes:
         classes: Names of the classes; the first is background.
         probe: Scenes to train a probe on.
         scenes: New scenes of the same objects and drawing styles.
-        identities: Scenes of objects that neither ``probe`` nor the training of ``tinysd`` had.
-        style: Scenes in a drawing style that neither of them had.
-        pairs: Matched keypoints on objects, or in a style, that training never had.
+        identities: Scenes of objects that are neither in ``probe`` nor in the training set of ``tinysd``.
+        style: Scenes in a drawing style that is in neither of them.
+        pairs: Matched keypoints on objects, or in a style, that are not in the training set.
     """
 
     classes: tuple[str, ...]
@@ -88,7 +88,7 @@ def load_scenes(folder: Path | str = FOLDER) -> SceneSet:
     folder = Path(folder)
     if not (folder / "scenes.json").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no scenes.json, so it is no set of evaluation scenes; leave folder= out for the one in "
+            f"{folder} holds no scenes.json, so it is not a set of evaluation scenes; leave folder= out for the one in "
             "the package"
         )
     index = json.loads((folder / "scenes.json").read_text())

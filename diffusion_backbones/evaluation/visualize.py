@@ -1,12 +1,10 @@
-"""Pictures of features: the photograph beside each level, whose channels are projected on their three principal
-components.
+"""Pictures of features: the photograph beside each level, whose channels are projected onto three principal components.
 
 A picture is deterministic: the same features give the same pixels.
 """
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.extraction import images
-from diffusion_backbones.reports.backbone_card import cite
+from diffusion_backbones.ops import atomic
+from diffusion_backbones.ops.pixel_values import to_symmetric
+from diffusion_backbones.reports.facts import cite
 from diffusion_backbones.spec.declaration import Declaration
 
 UNTRAINED = "untrained weights: the structure of a random network, nothing learned"
@@ -26,9 +26,7 @@ PAPER, INK, GREY, RED = (255, 255, 255), (31, 35, 40), (101, 109, 118), (188, 76
 HEIGHT, MARGIN, GAP, RADIUS = 420, 48, 28, 14
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PERCENTILE = 0.01
-"""Share of positions at either end of a component that may saturate, so that a few outliers do not take all the
-contrast.
-"""
+"""Share of positions that saturate at either end of a component, so that a few outliers do not take the contrast."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Panel:
     """One level in a picture.
 
     Args:
-        name: What is written below it.
+        name: The first line below it.
         features: (C, h, w), finite.
         stride: Pixels of the photograph per position.
     """
@@ -60,8 +58,8 @@ def pca_rgb(features: Tensor) -> Tensor:
 
     Returns:
         (h, w, 3) uint8 on the CPU. Each component is stretched so that one hundredth of the positions saturates at
-        either end, and signed so that few positions are bright and many dark: then what stands out is bright at every
-        level, and the levels look alike. Components that a map does not have are mid-grey.
+        either end, and its sign is such that few positions are bright and many dark: then what stands out is bright
+        at every level, and the levels look alike. Components that a map lacks are mid-grey.
     """
     c, h, w = features.shape
     x = features.detach().cpu().double().reshape(c, h * w).T
@@ -91,17 +89,19 @@ def panels(
     """Run a backbone on one photograph.
 
     Args:
+        backbone: The backbone, on its device.
+        photo: RGB.
         size: Shorter side and central crop in pixels, as timm's transform does; None keeps the photograph's own size.
-        positions: What the levels are called, from 0 by default.
+        positions: Numbers in the names of the levels, from 0 by default.
 
     Returns:
         A panel for each level, fine to coarse, and the photograph as the network saw it.
     """
     x = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)(photo)
-    device = next(backbone.parameters()).device
+    device = backbone.device
     with torch.inference_mode():
         pyramid = [level[0].float().cpu() for level in backbone(x[None].to(device))]
-    seen = backbone.input_format.to_symmetric(x[None])[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
+    seen = to_symmetric(x[None], backbone.input_format)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
     strides = backbone.feature_info.reduction()
     out = [
         Panel(f"level {i}", level, stride)
@@ -121,17 +121,16 @@ def picture(photo: Image.Image, panels: Sequence[Panel], title: str, about: str,
     """Lay a photograph and its levels side by side.
 
     Args:
-        photo: What the network saw, RGB.
+        photo: The image that the network saw, RGB.
         panels: Fine to coarse.
-        title, about: First and second line on top.
-        warning: A line at the bottom that cannot be overlooked.
+        title, about: First and second line at the top.
+        warning: A conspicuous line at the bottom.
 
     Returns:
         An RGB image; all panels have the photograph's shape and one height.
     """
-    width = min(
-        max(round(HEIGHT * photo.width / photo.height), 300), 3 * HEIGHT
-    )  # captions need some, and panoramas take no more
+    fitting = round(HEIGHT * photo.width / photo.height)
+    width = min(max(fitting, 300), 3 * HEIGHT)  # captions need some, and panoramas get no more
     height = max(round(width * photo.height / photo.width), 1)
     captions = [
         ("photograph", f"{photo.width} x {photo.height} pixels"),
@@ -158,26 +157,21 @@ def picture(photo: Image.Image, panels: Sequence[Panel], title: str, about: str,
 
 
 def write(picture: Image.Image, path: Path) -> None:
-    """Save a picture so that it is there whole or not at all; its folder is made if it is not there.
+    """Save a picture atomically; its folder is made if it does not exist.
 
     Raises:
         OSError: It cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic.replacing(path) as part:
             picture.save(part, FORMATS[path.suffix.lower()], quality=95)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _enlarge(panel: Panel, photo: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """A level as large as the photograph's panel, every position a rectangle of one colour over the pixels that it
-    stands for.
+    """A level as large as the photograph's panel: every position is a rectangle of one colour over its pixels.
 
     The last row and column may reach beyond the photograph and are cut there.
     """
@@ -212,5 +206,5 @@ def _text(
 
 
 def _plain(text: str) -> str:
-    """Without accents, which Pillow's own font does not have."""
+    """The text without accents, which Pillow's own font lacks."""
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))

@@ -1,10 +1,10 @@
-"""The folder that features go to: its settings, its manifest, and which images are finished in it."""
+"""The folder that features are written to: its settings, its manifest, and which of its images are finished."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,27 +19,29 @@ from tqdm import tqdm
 
 from diffusion_backbones._version import __version__
 from diffusion_backbones.extraction.images import ImageFile
-from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops import atomic, safetensors_io
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "safetensors", "pillow")
+HEADER = b'{"__metadata__":{'
+"""How the header of a ``.safetensors`` file with metadata begins."""
 REFRESH = 30.0
 """Seconds after which a running extraction writes its manifest again."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the features of an image depend on; what shares a folder shares these.
+    """All that the features of an image depend on. The features in one folder have the same settings.
 
     Args:
-        backbone: Name, without tag.
-        tag: Which weights of that name, or empty.
-        weights: Where they came from, see ``DiffusionBackbone.provenance``.
-        recipe_digest: Of the recipe, which prompt, timestep and noise are part of.
-        prompt, timestep: Once more by themselves, so that a difference can be named.
+        backbone: Name of the backbone, without tag.
+        tag: Tag of its weights, or empty.
+        weights: Where the weights came from, see ``DiffusionBackbone.provenance``.
+        recipe_digest: Digest of the recipe, which includes prompt, timestep and noise.
+        prompt, timestep: The recipe's, repeated so that an error can name the difference.
         levels: Names of the tensors, fine to coarse.
-        size: Side of the squares that images are resized and cropped to, or None for their own size.
-        dtype: Of the tensors.
+        size: Side in pixels of the squares that images are resized and cropped to, or None for their own size.
+        dtype: Dtype of the tensors, such as ``float16``.
     """
 
     backbone: str
@@ -54,24 +56,25 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that every file of these settings carries."""
+        """Twelve hexadecimal digits, which every file with these settings carries."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def as_json(self) -> dict[str, Any]:
+        """The settings as JSON holds them, with lists for tuples."""
         return {**asdict(self), "levels": list(self.levels)}
 
 
 class Folder:
-    """An output folder, its manifest, and which images are finished in it.
+    """An output folder, its manifest, and which of its images are finished.
 
     Args:
         path: The folder.
-        settings: What its features are made by.
-        about: What else the manifest says.
-        overwrite: Whether it may hold something else.
+        settings: Settings of its features.
+        about: Further entries of the manifest.
+        overwrite: Whether features with other settings may be replaced.
 
     Raises:
-        ValueError: It was made by other settings, or its manifest is not whole.
+        ValueError: The folder holds features with other settings, or its manifest is incomplete.
     """
 
     def __init__(self, path: Path, settings: Settings, about: Mapping[str, Any], overwrite: bool):
@@ -83,19 +86,19 @@ class Folder:
         differences = _differences(before, settings.as_json()) if before else []
         if differences and not overwrite:
             raise ValueError(
-                f"{path} holds features made by other settings: {'; '.join(differences)}. Choose another folder, or "
+                f"{path} holds features with other settings: {'; '.join(differences)}. Choose another folder, or "
                 "--overwrite."
             )
         if differences:
             tqdm.write(
-                f"{path} was made by other settings; whatever this call does not replace is still of those",
+                f"{path} was made with other settings; whatever this call does not replace keeps those",
                 file=sys.stderr,
             )
         elif before:
             self.images = before["images"]
 
     def _read(self) -> dict[str, Any]:
-        """The manifest that is there, or nothing."""
+        """The manifest on disk, or an empty one."""
         path = self.path / MANIFEST
         if not path.is_file():
             return {}
@@ -106,16 +109,16 @@ class Folder:
             if self.overwrite:
                 return {}
             raise ValueError(
-                f"{path} is not whole ({error!r}), so nothing says how {self.path} was made. Choose another folder, "
+                f"{path} is incomplete ({error!r}), so the settings of {self.path} are unknown. Choose another folder, "
                 "or --overwrite."
             ) from error
 
     def target(self, file: ImageFile) -> Path:
-        """Where an image's features go."""
+        """The file of an image's features."""
         return self.path / f"{file.name}.safetensors"
 
     def finished(self, file: ImageFile) -> bool:
-        """Whether the features are there, whole, by these settings."""
+        """Whether the image's features exist, are complete, and have these settings."""
         try:
             with safe_open(self.target(file), framework="pt") as opened:
                 return (opened.metadata() or {}).get("settings") == self.settings.digest
@@ -123,36 +126,36 @@ class Folder:
             return False
 
     def begin(self, files: Sequence[ImageFile], waiting: Sequence[ImageFile]) -> None:
-        """Make the folder, clear what a killed run left half-written, and write the first manifest.
+        """Make the folder, remove half-written files of a killed run, and write the first manifest.
 
         Raises:
-            ValueError: A file is in the way, and no manifest says that this program made it.
-            OSError: Something cannot be written.
+            ValueError: A file is in the way, and there is no manifest to show that this program made it.
+            OSError: The folder or the manifest cannot be written.
         """
         foreign = [
             self.target(file) for file in waiting if self.is_new and not self.overwrite and self.target(file).exists()
         ]
         if foreign:
             raise ValueError(
-                f"{foreign[0]} is in the way, and {self.path} has no {MANIFEST} that says how it was made. Choose "
+                f"{foreign[0]} is in the way, and {self.path} has no {MANIFEST} to say how it was made. Choose "
                 "another folder, or --overwrite."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{self.path} cannot be made: {error}") from error
-        for part in [*self.path.rglob(".*.part"), *self.path.rglob(".tmp??????")]:  # ours, and safetensors' own
-            part.unlink()
+        for path in filter(_is_left_over, self.path.rglob(".*")):
+            path.unlink()
         self.images |= {file.name: {"status": "done"} for file in files} | {
             file.name: {"status": "waiting"} for file in waiting
         }
         self.write_manifest()
 
     def write(self, file: ImageFile, maps: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an image's maps (C, h, w), so that they are there whole or not at all.
+        """Write an image's maps (C, h, w) atomically: all of them or none.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: The file cannot be written.
         """
         path = self.target(file)
         try:
@@ -162,12 +165,17 @@ class Folder:
             raise OSError(f"{path} cannot be written: {error}") from error
 
     def note(self, file: ImageFile, error: str | None) -> None:
-        """Remember what became of an image; the manifest on disk follows every now and then."""
+        """Record the status of an image; the manifest on disk is written again after :data:`REFRESH` seconds."""
         self.images[file.name] = {"status": "done"} if error is None else {"status": "failed", "error": error}
         if time.monotonic() - self.written > REFRESH:
             self.write_manifest()
 
     def write_manifest(self) -> None:
+        """Write the manifest as it is now.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         manifest = {
             "library_name": "diffusion_backbones",
             **self.settings.as_json(),
@@ -176,14 +184,23 @@ class Folder:
             "images": self.images,
         }
         path = self.path / MANIFEST
-        part = path.with_name(f".{MANIFEST}.{os.getpid()}.part")
         try:
-            part.write_text(json.dumps(manifest, indent=1) + "\n")
-            os.replace(part, path)
+            atomic.write_text(path, json.dumps(manifest, indent=1) + "\n")
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise OSError(f"{path} cannot be written: {error}") from error
         self.written = time.monotonic()
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed run left a file half-written: one of ours, or one that safetensors was about to rename to one of
+    ours.
+    """
+    if target := atomic.target_of(path):
+        return (target.name == MANIFEST or target.suffix == ".safetensors") and path.is_file()
+    if not re.fullmatch(r"\.tmp[0-9A-Za-z]{6}", path.name) or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8 + len(HEADER))[8:] == HEADER  # the header's length comes first
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Image files: finding them, opening them upright, and turning them into what a backbone takes."""
+"""Image files: find them, open them upright, and turn them into the input of a backbone."""
 
 from __future__ import annotations
 
@@ -16,27 +16,35 @@ if TYPE_CHECKING:
     from diffusion_backbones.spec.declaration import Declaration
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""What counts as an image inside a folder. A file that is named itself is taken whatever it is called."""
+"""Suffixes of the images in a folder. A file that is given by itself may have any name."""
 
 LARGE = 4
-"""From how many times the pixels that a recipe was made for on an image deserves advice."""
+"""How many times the pixels of its recipe an image may have before the user is advised to use ``--size``."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image: where it is, and the relative name under which its results are kept (``street/01.jpg``)."""
+    """One image.
+
+    Args:
+        path: Its file.
+        name: The relative name under which its results are kept: ``street/01.jpg``.
+    """
 
     path: Path
     name: str
 
 
 def find(places: Iterable[str | Path]) -> list[ImageFile]:
-    """Files as they are given, and every image below folders, sorted, hidden ones left out.
+    """The given files, and every image below the given folders, sorted and without hidden ones.
 
-    A file keeps its name, an image in a folder its path below that folder.
+    A file keeps its name, an image in a folder its path relative to that folder.
+
+    Args:
+        places: Files and folders.
 
     Raises:
-        FileNotFoundError: Nothing is at a place, or no image is in a folder.
+        FileNotFoundError: A place does not exist, or a folder holds no image.
         ValueError: Two different images would have the same name.
     """
     found: dict[str, Path] = {}
@@ -53,15 +61,14 @@ def find(places: Iterable[str | Path]) -> list[ImageFile]:
         for name, path in images.items():
             if name in found and not path.samefile(found[name]):
                 raise ValueError(
-                    f"{found[name]} and {path} would both be kept as {name!r}; give the folder above them, or call "
-                    "twice"
+                    f"{found[name]} and {path} would both be kept as {name!r}; give the folder above them, or run twice"
                 )
             found[name] = path
     return [ImageFile(path, name) for name, path in found.items()]
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """The images in a folder and in those inside it; links are followed, but never in a circle."""
+    """The images in a folder and its sub-folders; links are followed, but never in a circle."""
     seen = set()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
@@ -76,7 +83,8 @@ def load(path: str | Path) -> Image.Image:
     timm do.
 
     Raises:
-        ValueError: It is no image, is damaged, or has more than 8 bits per channel, which would be clipped to white.
+        ValueError: The file is not an image, is damaged, or has more than 8 bits per channel, which would be clipped
+            to white.
     """
     try:
         with Image.open(path) as image:
@@ -94,7 +102,7 @@ def transform(config: dict[str, Any], size: int | None, bgr: bool = False) -> Ca
         config: The backbone's ``pretrained_cfg``.
         size: The shorter side is resized to this many pixels and the central square is cut out, exactly as
             ``timm.data.create_transform`` does. None keeps the image's own size.
-        bgr: Blue comes first.
+        bgr: Whether blue comes first.
     """
     from timm.data import create_transform
     from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
@@ -110,7 +118,7 @@ def transform(config: dict[str, Any], size: int | None, bgr: bool = False) -> Ca
 
 
 def too_large(path: Path, image: Image.Image, declaration: Declaration) -> str:
-    """Advice for an image with many more pixels than the recipe was made for, or nothing."""
+    """Advice for an image with many more pixels than the recipe was made for, or an empty string."""
     side = declaration.input_size
     if image.width * image.height <= LARGE * side**2:
         return ""

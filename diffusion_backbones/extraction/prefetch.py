@@ -1,6 +1,4 @@
-"""Maps that run ahead of who takes from them, one behind the other: each works while the others do, and none gets far
-ahead.
-"""
+"""Bounded prefetching: a ``map`` that computes ahead in threads. Several can stand in a row and work at once."""
 
 from __future__ import annotations
 
@@ -18,37 +16,38 @@ B = TypeVar("B")
 
 @contextmanager
 def threads(n: int, finish: bool) -> Iterator[Executor | None]:
-    """Threads for :func:`ahead`, none for 0. When this is left, by an error too, none of them runs any longer.
+    """Threads for :func:`prefetch_map`, or None for 0. On exit, also by an error, all of them have ended.
 
-    Each does its tensor operations alone, so that they do not take the cores from the thread that computes.
+    Each runs its tensor operations on one core, so that they do not take the cores from the thread that computes.
 
     Args:
-        n: How many.
-        finish: Whether what still waits for a thread then is done or dropped. What has begun is always done.
+        n: Number of threads.
+        finish: Whether calls that still wait for a thread on exit are finished or dropped. A call that has begun is
+            always finished.
     """
     if n == 0:
         yield None
         return
-    alone = torch.get_num_threads()
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=not finish)
-        torch.set_num_threads(alone)  # this thread kept its number; those started from now on get it again
+        torch.set_num_threads(before)  # this thread kept its number; those started from now on get it again
 
 
-def ahead(pool: Executor | None, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """``map(function, items)`` in the threads of ``pool``, in order, with errors where they would be raised there.
+def prefetch_map(pool: Executor | None, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
+    """``map(function, items)`` in the threads of ``pool``: the same order, and errors at the same place.
 
-    Items are taken in the thread that takes the results, and never more than ``depth + 1`` of them are under way: so
-    who is slow stops who is before it, and memory does not grow. Without a pool it is ``map``.
+    Items are taken in the thread that consumes the results, and at most ``depth + 1`` of them are under way: a slow
+    consumer blocks its producer, so memory stays bounded. Without a pool it is ``map``.
 
     Args:
-        pool: Of :func:`threads`.
-        function: Called in its threads.
-        items: May be another map of this kind.
-        depth: How many results are worked on, or wait, while the last one is used.
+        pool: From :func:`threads`.
+        function: Called in the threads of the pool.
+        items: Any iterable, such as another map of this kind.
+        depth: Number of results that are computed, or wait, while the last one is used.
     """
     if pool is None:
         yield from map(function, items)

@@ -1,4 +1,4 @@
-"""The whole extraction: what is finished is skipped, and the rest is read, computed and written at once."""
+"""The whole extraction: finished images are skipped, the rest is read, computed and written at once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from tqdm import tqdm
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.extraction.folder import Folder, Settings
 from diffusion_backbones.extraction.images import ImageFile
-from diffusion_backbones.extraction.prefetch import ahead, threads
-from diffusion_backbones.extraction.stages import Computer, Reader, Writer, advised, batches, device_of
+from diffusion_backbones.extraction.prefetch import prefetch_map, threads
+from diffusion_backbones.extraction.stages import Computer, Reader, Writer, advised, batches
 
 MOST_WORKERS = 8
-"""Threads that read by default for a GPU, where the machine has as many cores."""
+"""Threads that read by default for a GPU, if the machine has as many cores."""
 
 
 @dataclass
 class Summary:
-    """What became of the images: how many were made now, how many had been before, and why the others failed."""
+    """The result of an extraction.
+
+    Args:
+        done: Number of images that were extracted now.
+        skipped: Number of images that an earlier run had finished.
+        failed: Name -> reason, of the others.
+    """
 
     done: int = 0
     skipped: int = 0
@@ -31,9 +37,7 @@ class Summary:
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads that read where nobody says how many: none on the CPU, whose cores the network needs itself, and several
-    beside a GPU.
-    """
+    """Default number of threads that read: none on the CPU, whose cores the network needs, and several beside a GPU."""
     return 0 if device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1)
 
 
@@ -50,52 +54,79 @@ def extract(
     weights: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Write the pyramid of every image, and skip those that an earlier call with the same settings has finished.
+    """Write the pyramid of every image, except those that an earlier call with the same settings has finished.
 
-    With ``workers``, the next batch is read and the last is written while one is computed. In memory are at most ``2 *
+    With ``workers``, the next batch is read and the last is written while one is computed. Memory holds at most ``2 *
     batch_size + workers + 1`` images and the features of two batches, however many images there are.
 
     Args:
-        backbone: On its device, in the dtype that it shall compute in.
-        files: What :func:`diffusion_backbones.extraction.images.find` gives.
-        out: Folder, made if it is not there.
+        backbone: The network, on the device and in the dtype that it shall compute in.
+        files: Images, from :func:`diffusion_backbones.extraction.images.find`.
+        out: Output folder, made if it does not exist.
         size: Shorter side and central crop in pixels, as timm's transform does; None keeps every image's own size.
-        dtype: Of what is written.
+        dtype: Dtype of the written maps.
         batch_size: Images per pass. Only neighbours of equal size share one.
-        workers: Threads that read, beside one that writes. 0 does one thing after another, without threads. By default
-            :func:`default_workers`.
-        names: Of the maps, ``level0``, ``level1`` ... by default.
-        weights: Where the weights came from, if ``backbone.provenance`` does not say it.
-        overwrite: Make every image again, and replace a folder's settings.
+        workers: Threads that read, beside one that writes; 0 does one thing after another, without threads. The
+            default is :func:`default_workers`.
+        names: Names of the maps; the default is ``level0``, ``level1`` ...
+        weights: Where the weights came from; the default is ``backbone.provenance``.
+        overwrite: Make every image again, and replace the settings of a folder.
 
     Returns:
         Counts, and the images that could not be read or do not fit memory or ``dtype``, with the reason.
 
     Raises:
-        ValueError: ``out`` holds features that were made by other settings.
-        OSError: Something cannot be written. What was finished before stays, and nothing is left half-written.
+        ValueError: ``out`` holds features with other settings.
+        OSError: A file cannot be written. Finished images stay, and no half-written file does.
     """
+    settings = _settings(backbone, names, weights, size, dtype)
+    compute = Computer(backbone, dtype)
+    about = {"recipe": backbone.declaration.recipe.to_dict(), "computed": compute.precision}
+    folder = Folder(Path(out), settings, about, overwrite)
+    waiting = [file for file in files if overwrite or not folder.finished(file)]
+    folder.begin(files, waiting)
+    summary = Summary(skipped=len(files) - len(waiting))
+    threads_that_read = default_workers(backbone.device) if workers is None else workers
+    try:
+        _run(Reader(backbone, size), compute, folder, waiting, batch_size, threads_that_read, summary)
+    finally:
+        folder.write_manifest()  # also when interrupted, so that it is current
+    return summary
+
+
+def _settings(
+    backbone: DiffusionBackbone,
+    names: Sequence[str] | None,
+    weights: Mapping[str, str] | None,
+    size: int | None,
+    dtype: torch.dtype,
+) -> Settings:
     declaration, recipe = backbone.declaration, backbone.declaration.recipe
-    workers = default_workers(device_of(backbone)) if workers is None else workers
-    names = tuple(names or (f"level{i}" for i in range(len(backbone.feature_info.channels()))))
-    settings = Settings(
+    return Settings(
         backbone=declaration.architecture,
         tag=declaration.tag,
         weights=dict(weights or backbone.provenance),
         recipe_digest=recipe.digest,
         prompt=recipe.prompt,
         timestep=recipe.timestep,
-        levels=names,
+        levels=tuple(names or (f"level{i}" for i in range(len(backbone.feature_info.channels())))),
         size=size,
         dtype=str(dtype).removeprefix("torch."),
     )
-    compute = Computer(backbone, dtype)
-    folder = Folder(Path(out), settings, {"recipe": recipe.to_dict(), "computed": compute.precision}, overwrite)
-    waiting = [file for file in files if overwrite or not folder.finished(file)]
-    summary = Summary(skipped=len(files) - len(waiting))
-    folder.begin(files, waiting)
 
-    def tell(file: ImageFile, error: str | None) -> None:
+
+def _run(
+    reader: Reader,
+    computer: Computer,
+    folder: Folder,
+    waiting: Sequence[ImageFile],
+    batch_size: int,
+    workers: int,
+    summary: Summary,
+) -> None:
+    """Read, compute and write the images, and count them in ``summary``."""
+
+    def report(file: ImageFile, error: str | None) -> None:
         if error is None:
             summary.done += 1
         else:
@@ -104,16 +135,12 @@ def extract(
         folder.note(file, error)
         bar.update()
 
-    try:
-        with (
-            tqdm(total=len(files), initial=summary.skipped, unit="image", disable=None) as bar,
-            threads(workers, finish=False) as readers,
-            threads(min(workers, 1), finish=True) as writer,  # what was computed is not lost by what comes after
-        ):
-            inputs = advised(ahead(readers, Reader(backbone, size), waiting, depth=batch_size + workers))
-            outputs = map(compute, batches(inputs, batch_size))
-            for _ in ahead(writer, Writer(backbone, folder, tell), outputs, depth=1):
-                pass
-    finally:
-        folder.write_manifest()  # also when interrupted, so that it is current
-    return summary
+    with (
+        tqdm(total=summary.skipped + len(waiting), initial=summary.skipped, unit="image", disable=None) as bar,
+        threads(workers, finish=False) as readers,
+        threads(min(workers, 1), finish=True) as writers,  # what was computed is not lost by what comes after
+    ):
+        inputs = advised(prefetch_map(readers, reader, waiting, depth=batch_size + workers))
+        outputs = map(computer, batches(inputs, batch_size))
+        for _ in prefetch_map(writers, Writer(computer.backbone, folder, report), outputs, depth=1):
+            pass

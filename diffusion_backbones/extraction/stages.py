@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.backbone.out_of_memory import ran_out
+from diffusion_backbones.backbone.out_of_memory import is_oom
 from diffusion_backbones.extraction import images
 from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.extraction.images import ImageFile
@@ -20,10 +20,15 @@ from diffusion_backbones.extraction.images import ImageFile
 
 @dataclass(frozen=True)
 class Input:
-    """An image, ready for the network: ``x`` (3, H, W), and its size (H, W) in the file; or the reason why there is
-    none.
+    """An image, ready for the network, or the reason why it cannot be read.
 
-    ``x`` is let go once it has been computed; ``size`` (H, W) stays.
+    Args:
+        file: The image's file.
+        x: (3, H, W); None if it cannot be read, or once it has been computed.
+        size: (H, W) of ``x``, which outlives it.
+        original: (H, W) in the file.
+        advice: A warning for the user, or empty.
+        error: Why it cannot be read, or empty.
     """
 
     file: ImageFile
@@ -40,8 +45,9 @@ class Output:
 
     Attributes:
         batch: Images of one size, or one that could not be read.
-        pyramid: Maps (B, C_i, h_i, w_i) on the CPU, as they are written; none if there was no image, or no memory.
-        arrived: Returns when their values are there, which on a GPU is later than when they are made.
+        pyramid: Maps (B, C_i, h_i, w_i) on the CPU, in the dtype of the files; empty if there was no image or not
+            enough memory.
+        arrived: Blocks until the values have been copied from the device.
     """
 
     batch: Sequence[Input]
@@ -50,20 +56,20 @@ class Output:
 
 
 class Reader:
-    """File -> what a backbone takes. It may be called in several threads at once.
+    """Reads a file into the input of a backbone. Several threads may call it at once.
 
     Args:
-        backbone: Whose format, and whose device: for a GPU the image is put where it can be fetched while the CPU goes
-            on.
+        backbone: Its input format is used; for a GPU the image is put into pinned memory.
         size: As in :func:`~diffusion_backbones.extraction.extract`.
     """
 
     def __init__(self, backbone: DiffusionBackbone, size: int | None):
         self.declaration, self.own_size = backbone.declaration, size is None
         self.preprocess = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)
-        self.pinned = _asynchronous(device_of(backbone))
+        self.pinned = _asynchronous(backbone.device)
 
     def __call__(self, file: ImageFile) -> Input:
+        """The input, or one with an ``error`` if the file cannot be read."""
         try:
             image = images.load(file.path)
         except ValueError as error:
@@ -76,17 +82,17 @@ class Reader:
 
 
 def advised(inputs: Iterable[Input]) -> Iterator[Input]:
-    """The same, and the first advice that there is about one of them is given."""
-    told = False
+    """Pass the inputs through and print the first warning once."""
+    warned = False
     for item in inputs:
-        if item.advice and not told:
-            told = True
+        if item.advice and not warned:
+            warned = True
             tqdm.write(item.advice, file=sys.stderr)
         yield item
 
 
 def batches(inputs: Iterable[Input], batch_size: int) -> Iterator[list[Input]]:
-    """Neighbours of equal size, at most ``batch_size`` together; an unreadable image is alone."""
+    """Group neighbours of equal size, at most ``batch_size`` of them; an unreadable image is a group of its own."""
     batch: list[Input] = []
     for item in inputs:
         if batch and (len(batch) == batch_size or item.error or batch[0].error or item.size != batch[0].size):
@@ -98,22 +104,24 @@ def batches(inputs: Iterable[Input], batch_size: int) -> Iterator[list[Input]]:
 
 
 class Computer:
-    """Batch -> pyramid. On a GPU it returns when all is on its way, so that the next batch follows without a gap.
+    """Computes the pyramid of a batch. On a GPU it returns before the result is there, so that the next batch follows
+    without a gap.
 
     Args:
-        backbone: Runs where it is.
-        dtype: Of the maps.
+        backbone: The network; it runs on its own device.
+        dtype: Dtype of the maps.
     """
 
     def __init__(self, backbone: DiffusionBackbone, dtype: torch.dtype):
-        self.backbone, self.dtype, self.device = backbone, dtype, device_of(backbone)
+        self.backbone, self.dtype, self.device = backbone, dtype, backbone.device
 
     @property
     def precision(self) -> str:
-        """What the network computes in, and where."""
-        return f"{next(self.backbone.denoiser.parameters()).dtype} on {self.device.type}".removeprefix("torch.")
+        """Dtype and device that the network computes in: ``float32 on cpu``."""
+        return f"{self.backbone.dtype} on {self.device.type}".removeprefix("torch.")
 
     def __call__(self, batch: Sequence[Input]) -> Output:
+        """The batch and its pyramid, or no pyramid if it does not fit the memory."""
         later = _asynchronous(self.device)
         done = [replace(item, x=None) for item in batch]
         try:
@@ -125,7 +133,7 @@ class Computer:
                     else []
                 )
         except (RuntimeError, MemoryError) as error:
-            if ran_out(error):
+            if is_oom(error):
                 return Output(done)
             raise
         return (
@@ -136,29 +144,27 @@ class Computer:
 
 
 class Writer:
-    """Writes a batch image by image, and tells of each what became of it.
+    """Writes a batch image by image, and reports each.
 
     Args:
-        backbone: What made the maps.
-        folder: Where they go.
-        tell: Is called with every image when its features are on disk, with None, or with the reason why they are not.
+        backbone: The network that made the maps.
+        folder: The folder they are written to.
+        report: Called with every image and None once its features are on disk, or the reason why they are not.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, folder: Folder, tell: Callable[[ImageFile, str | None], None]):
-        self.declaration, self.strides, self.device = (
-            backbone.declaration,
-            backbone.feature_info.reduction(),
-            device_of(backbone),
-        )
-        self.folder, self.tell = folder, tell
+    def __init__(self, backbone: DiffusionBackbone, folder: Folder, report: Callable[[ImageFile, str | None], None]):
+        self.declaration, self.device = backbone.declaration, backbone.device
+        self.strides = backbone.feature_info.reduction()
+        self.folder, self.report = folder, report
 
     def __call__(self, output: Output) -> None:
+        """Write the images of a batch once their values have arrived."""
         output.arrived()
         for i, item in enumerate(output.batch):
-            self.tell(item.file, self._keep(item, [level[i] for level in output.pyramid], len(output.batch)))
+            self.report(item.file, self._keep(item, [level[i] for level in output.pyramid], len(output.batch)))
 
     def _keep(self, item: Input, pyramid: Sequence[Tensor], together: int) -> str | None:
-        """Write one image's maps, (C, h, w) each, or say why not; so many images were computed together."""
+        """Write one image's maps, (C, h, w) each, or return why not. ``together`` is the batch size of that pass."""
         if item.error:
             return item.error
         if not pyramid:
@@ -190,11 +196,6 @@ class Writer:
         }
 
 
-def device_of(backbone: DiffusionBackbone) -> torch.device:
-    """Where a backbone computes."""
-    return next(backbone.parameters()).device
-
-
 def _asynchronous(device: torch.device) -> bool:
-    """Whether copies to and from a device can go on while the CPU does something else."""
+    """Whether copies to and from a device run while the CPU does something else."""
     return device.type == "cuda"

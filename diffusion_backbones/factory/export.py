@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.ops.describe import dtype_name
 from diffusion_backbones.surgery import compilation
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def export(
     check_path(path, compiled, overwrite)
     _check(backbone, size, batch, dynamic)
     onnx = path.suffix == ".onnx"
-    if compiled and not onnx and _device(backbone).type == "cpu":
+    if compiled and not onnx and backbone.device.type == "cpu":
         compilation.check_compiler("write the program itself, compiled=False or --program")
     path.parent.mkdir(parents=True, exist_ok=True)
     data = describe(backbone, size, batch, dynamic)
@@ -100,7 +101,7 @@ def export(
             torch.export.save(trace(backbone, size, batch, dynamic), part, extra_files={METADATA: json.dumps(data)})
         else:
             fixed = not dynamic and batch is not None  # then weights are packed as the processor reads them fastest
-            configs = {"freezing": True} if fixed else compilation.settings(True, _device(backbone))
+            configs = {"freezing": True} if fixed else compilation.settings(True, backbone.device)
             program = trace(backbone, size, batch, dynamic)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(part), inductor_configs={**configs, "aot_inductor.metadata": data}
@@ -122,9 +123,7 @@ def trace(
         ValueError: The network cannot be exported so.
     """
     height, width = _size(backbone, size)
-    x = torch.zeros(
-        batch or 2, 3, height, width, device=_device(backbone), dtype=next(backbone.denoiser.parameters()).dtype
-    )
+    x = torch.zeros(batch or 2, 3, height, width, device=backbone.device, dtype=backbone.dtype)
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=MOST["batch"])}
     if dynamic:
         d = backbone.size_divisibility
@@ -155,20 +154,20 @@ def describe(
     info = backbone.feature_info
     return {
         "name": backbone.declaration.name,
-        "input": f"(B, 3, H, W) {_dtype(backbone)}, {'BGR' if backbone.input_format.bgr else 'RGB'} in [{low:.4g}, "
-        f"{high:.4g}]",
+        "input": f"(B, 3, H, W) {dtype_name(backbone.dtype)}, {'BGR' if backbone.input_format.bgr else 'RGB'} in "
+        f"[{low:.4g}, {high:.4g}]",
         "batch": str(batch) if batch else f"1 to {MOST['batch']}",
         "size": f"H and W multiples of {d} from {2 * d} to {MOST['pixels']}" if dynamic else f"{height} x {width}",
         "channels": " ".join(map(str, info.channels())),
         "strides": " ".join(map(str, info.reduction())),
-        "device": _device(backbone).type,
+        "device": backbone.device.type,
         "fixed": f"weights, levels, prompt {recipe.prompt!r}, timestep {recipe.timestep}, noise {recipe.noise!r}",
         "made_with": f"diffusion_backbones {diffusion_backbones.__version__}, torch {torch.__version__}",
     }
 
 
 def check_path(path: Path, compiled: bool = True, overwrite: bool = False) -> None:
-    """Whether a file can be asked for, before a backbone is built for it; arguments and errors as for :func:`export`."""
+    """Check the path before a backbone is built for it; arguments and errors as for :func:`export`."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path.name!r} ends in none of {', '.join(SUFFIXES)}: .pt2 is for PyTorch, .onnx for ONNX")
     if path.suffix == ".onnx" and not compiled:
@@ -183,12 +182,12 @@ def check_path(path: Path, compiled: bool = True, overwrite: bool = False) -> No
 
 def _check(backbone: DiffusionBackbone, size: Sequence[int] | None, batch: int | None, dynamic: bool) -> None:
     name = backbone.declaration.name
-    if not backbone.family.one_graph:
+    if not backbone.architecture.compilable:
         raise ValueError(
             f"{name} cannot be exported: its network reads the lengths of texts on the host in every call, so it is "
             "no single graph"
         )
-    if _device(backbone).type == "meta":
+    if backbone.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and has no weights to export; build it on another")
     if backbone.declaration.recipe.noise == "random":
         raise ValueError(
@@ -206,14 +205,6 @@ def _check(backbone: DiffusionBackbone, size: Sequence[int] | None, batch: int |
 def _size(backbone: DiffusionBackbone, size: Sequence[int] | None) -> tuple[int, int]:
     side = backbone.declaration.input_size
     return (size[0], size[1]) if size else (side, side)
-
-
-def _device(backbone: DiffusionBackbone) -> torch.device:
-    return next(backbone.denoiser.parameters()).device
-
-
-def _dtype(backbone: DiffusionBackbone) -> str:
-    return str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
 
 
 def _first(error: BaseException) -> str:

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusion_backbones.families import Family
+from diffusion_backbones.families import Architecture
+from diffusion_backbones.families.image_encoders import get_image_encoder
 from diffusion_backbones.loading import hub
 from diffusion_backbones.loading.source import Source, WithComponent
 from diffusion_backbones.spec.checkpoint import Checkpoint, TinyEncoder
-from diffusion_backbones.spec.configs import CONFIGS, Config, Configs
+from diffusion_backbones.spec.configs import CONFIGS, Config
 from diffusion_backbones.spec.registry import get_checkpoint, list_checkpoints
 from diffusion_backbones.spec.validation import closest
 
@@ -40,31 +41,27 @@ def find(checkpoint: Checkpoint, encoder: str) -> TinyEncoder:
     return checkpoint.tiny_encoder
 
 
-def fitted(config: Config, family: Family, configs: Configs, name: str) -> dict[str, Any]:
-    """A tiny encoder's config for the place of the encoder in ``configs``, whose scaling it takes over: recipes that do
+def fitted(config: Config, network: Architecture) -> dict[str, Any]:
+    """A tiny encoder's config for the place of a network's own encoder, whose scaling it takes over: recipes that do
     not scale their latents need it.
 
     Raises:
         ValueError: It gives other latents, as for a fine-tune with another autoencoder.
     """
-    from diffusion_backbones.families.image_encoders import kind
-
-    own = family.encoder_config(configs)
-    given, wanted = (
-        (config["latent_channels"], kind(config).stride(config)),
-        (own.get("latent_channels", 4), kind(own).stride(own)),
-    )
+    own = network.image_encoder
+    given = (config["latent_channels"], get_image_encoder(config).stride)
+    wanted = (own.config.get("latent_channels", 4), own.stride)
     if given != wanted:
         says = [f"{channels} channels at stride {stride}" for channels, stride in (given, wanted)]
         raise ValueError(
-            f"the tiny encoder of {name} gives latents of {says[0]}, and those of these weights have {says[1]}; leave "
-            "encoder= out"
+            f"the tiny encoder of {network.name} gives latents of {says[0]}, and those of these weights have "
+            f"{says[1]}; leave encoder= out"
         )
-    shift, factor = kind(own).scaling(own)
+    shift, factor = own.scaling
     return {**config, "shift_factor": shift, "scaling_factor": factor}
 
 
-def source(tiny: TinyEncoder, base: Source, family: Family, cache_dir: str | Path | None) -> WithComponent:
+def source(tiny: TinyEncoder, base: Source, family: type[Architecture], cache_dir: str | Path | None) -> WithComponent:
     """A source with the weights of a tiny encoder for those of its own.
 
     Raises:

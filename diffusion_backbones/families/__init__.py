@@ -1,9 +1,10 @@
-"""One file per kind of network: how it is built, cut, conditioned and called. No model names here."""
+"""One file per family of networks: how it is built, cut, conditioned and called. No checkpoint's name is known here."""
 
 from __future__ import annotations
 
-from diffusion_backbones.families.base import Family
+from diffusion_backbones.families.base import Architecture
 from diffusion_backbones.families.transformer.auraflow import AuraFlow
+from diffusion_backbones.families.transformer.chroma import Chroma
 from diffusion_backbones.families.transformer.dit import DiT
 from diffusion_backbones.families.transformer.flux import Flux
 from diffusion_backbones.families.transformer.flux2 import Flux2
@@ -17,24 +18,37 @@ from diffusion_backbones.families.transformer.z_image import ZImage
 from diffusion_backbones.families.unet.deepfloyd import DeepFloyd
 from diffusion_backbones.families.unet.latent import UNet
 from diffusion_backbones.families.unet.pixel import PixelUNet
-from diffusion_backbones.spec.configs import Config, Configs, left_out
+from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.configs import Configs, package_configs
 
-FAMILIES: dict[str, Family] = {
-    "unet": UNet(),
-    "dit": DiT(),
-    "pixart": PixArt(),
-    "sd3": SD3(),
-    "flux": Flux(),
-    "hunyuan": Hunyuan(),
-    "auraflow": AuraFlow(),
-    "sana": Sana(),
-    "qwen": Qwen(),
-    "flux2": Flux2(),
-    "lumina": Lumina(),
-    "z_image": ZImage(),
-    "pixel": PixelUNet(),
-    "deepfloyd": DeepFloyd(),
+FAMILIES: dict[str, type[Architecture]] = {
+    "unet": UNet,
+    "dit": DiT,
+    "pixart": PixArt,
+    "sd3": SD3,
+    "flux": Flux,
+    "hunyuan": Hunyuan,
+    "auraflow": AuraFlow,
+    "sana": Sana,
+    "qwen": Qwen,
+    "flux2": Flux2,
+    "lumina": Lumina,
+    "z_image": ZImage,
+    "chroma": Chroma,
+    "pixel": PixelUNet,
+    "deepfloyd": DeepFloyd,
 }
 """Every family by the name that :class:`~diffusion_backbones.spec.checkpoint.Checkpoint` uses."""
 
-__all__ = ["FAMILIES", "Config", "Configs", "Family", "left_out"]
+
+def architecture(checkpoint: Checkpoint, configs: Configs | None = None) -> Architecture:
+    """A checkpoint's family bound to configs, by default to those that travel with the package."""
+    return FAMILIES[checkpoint.family](configs or package_configs(checkpoint), checkpoint.name)
+
+
+def family_name(network: Architecture) -> str:
+    """The name of an architecture's family in :data:`FAMILIES`."""
+    return next(name for name, family in FAMILIES.items() if family is type(network))
+
+
+__all__ = ["FAMILIES", "Architecture", "architecture", "family_name"]

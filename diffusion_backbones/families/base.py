@@ -1,21 +1,26 @@
-"""What the shared code asks of a family of networks."""
+"""What the shared code asks of an architecture: one kind of network, with the configs of one checkpoint."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs, is_flow
+from diffusion_backbones.families.image_encoders import ImageEncoder, get_image_encoder
+from diffusion_backbones.ops.execution_order import ExecutionOrder
+from diffusion_backbones.spec.activations import Catalogue, Port, Site
+from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from diffusion_backbones.families.image_encoders import ImageEncoder
     from diffusion_backbones.ops.noise import ForwardProcess
-    from diffusion_backbones.spec.recipe import Recipe
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a conditioning tensor -> its shape, without the batch axis."""
 
 LoadText = Callable[[str], tuple[Any, Any]]
 """Component name of a text encoder -> (tokenizer, model), loaded on first use."""
@@ -29,55 +34,189 @@ EMBEDDINGS = (
     "class_labels",
     "guidance",
 )
+"""Every tensor that a denoiser may be conditioned on, under the names of diffusers' pipelines."""
 TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
 """Those that a prompt is embedded in."""
 
 
-class Family(ABC):
-    """How one kind of diffusion network is built, cut, conditioned and called.
+class Architecture(ABC):
+    """A family of networks, bound to the configs of one checkpoint: how its network is built, cut, conditioned, called.
 
-    Methods that take configs are arithmetic: they neither build a network nor import torch.
+    A family is a subclass in one file, with everything that is particular to it: where its activations are, in which
+    order its parts run, how prompts become tensors, and a tiny config for tests. Properties are arithmetic on the
+    configs: they neither build a network nor import torch.
+
+    Args:
+        configs: Component name -> its upstream config; None for a component that is left out.
+        name: What to call the network in errors, usually the checkpoint's name.
 
     Attributes:
         denoiser: Component name of the denoiser, as in a diffusers folder.
         encoder: Component name of the image encoder, or "" for networks that work on pixels.
-        networks: Class names that its denoisers have in their configs.
+        networks: Class names that its denoisers have in their configs; the first is diffusers' class that is built.
+        order: In which order the parts of the network run, and what may stand in for a part that is cut off.
+        stages: Part of the denoiser -> its position from input (0) to output; numbered parts add their number.
         registers: Learned tokens that stand before those of the text.
-        reads_pipeline: Whether ``model_index.json`` matters, which names the pipeline's class.
-        one_graph: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
+        needs_model_index: Whether ``model_index.json`` matters, which names the pipeline's class.
+        compilable: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
             exported.
     """
 
-    denoiser: str
-    encoder: str
-    networks: tuple[str, ...]
-    registers = 0
-    reads_pipeline = False
-    one_graph = True
+    denoiser: ClassVar[str]
+    encoder: ClassVar[str]
+    networks: ClassVar[tuple[str, ...]]
+    order: ClassVar[ExecutionOrder]
+    stages: ClassVar[Mapping[str, int]]
+    registers: ClassVar[int] = 0
+    needs_model_index: ClassVar[bool] = False
+    compilable: ClassVar[bool] = True
+
+    def __init__(self, configs: Configs, name: str = "the network"):
+        self.configs, self.name = configs, name
+
+    # What a family says about networks that are not bound yet.
+
+    @classmethod
+    def matches(cls, config: Config) -> bool:
+        """Whether a denoiser's config is one of this family's."""
+        return config.get("_class_name") in cls.networks
+
+    @classmethod
+    def depth(cls, path: str) -> int:
+        """Position of a denoiser parameter from input (0) to output, for layer-wise learning rates."""
+        stage, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        return cls.stages.get(stage, 0) + (int(number) if stage in cls.stages and number.isdigit() else 0)
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        """Shrink the widths of a checkpoint's configs in place, for tests. Depths, kinds of blocks and flags stay."""
+
+    # What it is: arithmetic on the configs.
+
+    @property
+    def config(self) -> Config:
+        """The denoiser's config."""
+        config: Config = self.configs[self.denoiser]
+        return config
+
+    @property
+    def encoder_config(self) -> Config:
+        """The image encoder's config, empty where there is no encoder."""
+        config: Config = self.configs[self.encoder] if self.encoder else {}
+        return config
+
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """What turns an image into the latents that the denoiser works on."""
+        return get_image_encoder(self.encoder_config)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """Every activation, the image encoder's first, then the denoiser's, in forward order."""
+        return Catalogue([*self.image_encoder.sites, *self.sites()], self.name, self.find_module)
 
     @abstractmethod
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        """Every activation of the network with these configs; ``network`` is its name in errors."""
+    def sites(self) -> Iterable[Site]:
+        """Every activation of the denoiser, in forward order."""
 
+    @property
     @abstractmethod
-    def size_divisibility(self, configs: Configs) -> int:
+    def size_divisibility(self) -> int:
         """What height and width in pixels are padded to a multiple of."""
 
+    @property
     @abstractmethod
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape, without batch, of every tensor that conditions the denoiser, under diffusers' pipeline names."""
 
+    @property
     @abstractmethod
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
+    def text_encoders(self) -> tuple[str, ...]:
         """Component names of the text encoders, empty for class-conditional and unconditional networks."""
 
-    @abstractmethod
-    def build_denoiser(self, config: Config) -> nn.Module:
-        """The stock, whole network with PyTorch's initialisation, on the current default device."""
+    @property
+    def text_tokens(self) -> int:
+        """Keys of a ``cross-map``: the tokens of the text, 0 without one."""
+        return self.conditioning_shapes.get("prompt_embeds", (0,))[0]
 
-    @abstractmethod
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.config.get("in_channels", 4))
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent position."""
+        return self.image_encoder.stride
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the square images that the denoiser's config states."""
+        side = self.config.get("sample_size") or 64
+        return int(side if isinstance(side, int) else max(side)) * self.latent_stride
+
+    @property
+    def forward_process(self) -> ForwardProcess:
+        """How noise is mixed into clean latents."""
+        from diffusion_backbones.ops.noise import RectifiedFlow, VariancePreserving  # torch
+
+        scheduler = self.configs["scheduler"]
+        return RectifiedFlow() if is_flow(scheduler) else VariancePreserving.from_config(scheduler)
+
+    def without(self, components: Iterable[str]) -> Architecture:
+        """The same network with some components left out, as in a diffusers pipeline that was loaded without them."""
+        return type(self)(drop_components(self.configs, components), self.name) if components else self
+
+    def image_token_slice(self, length: int, tokens: int, stride: int) -> Port | None:
+        """Where an image is in a sequence that a module returns; None if it is not there.
+
+        Args:
+            length: Of the sequence, with the longest text that there can be.
+            tokens: Of the image, one for ``stride`` x ``stride`` pixels.
+        """
+        return {self.text_tokens + self.registers + tokens: Port(tokens="last"), tokens: Port()}.get(length)
+
+    def find_module(self, path: str) -> Site:
+        """The site of a stock module path that no activation id names; it is built on ``meta`` to see what it gives.
+
+        Raises:
+            KeyError: The network has no such module.
+            ValueError: What the module gives is neither a map nor image tokens.
+        """
+        from diffusion_backbones.families.meta_trace import site  # torch
+
+        return site(self, path)
+
+    # The network: these take torch.
+
+    def build_denoiser(self) -> nn.Module:
+        """The stock, whole network with PyTorch's initialization, on the current default device."""
+        import torch
+
+        with torch.device("cpu"):  # diffusers imports PyTorch's compiler, and that of PyTorch 2.6 fails on meta
+            import diffusers
+
+        network = getattr(diffusers, self.networks[0])
+        known = inspect.signature(network).parameters  # older configs also hold the settings of a more general class
+        denoiser: nn.Module = network(**{key: value for key, value in self.config.items() if key in known})
+        return denoiser
+
     def truncate(self, denoiser: nn.Module, paths: list[str]) -> nn.Module:
-        """Cut the network behind the last of the module ``paths``; see :mod:`diffusion_backbones.ops.truncation`."""
+        """Cut a network behind the last of the module ``paths``; see :mod:`diffusion_backbones.ops.truncation`."""
+        from diffusion_backbones.ops.truncation import truncate  # torch
+
+        return truncate(denoiser, paths, self.order)
+
+    def fill_buffers(self, denoiser: nn.Module, device: torch.device) -> None:  # noqa: B027  (most have none)
+        """Compute, on ``device``, what a network that was built on ``meta`` has in no file."""
+
+    def blank_conditioning(self) -> dict[str, Tensor]:
+        """What conditions a network without weights, (1, ...) each, on the default device: zeros."""
+        import torch
+
+        return {name: torch.zeros(1, *shape) for name, shape in self.conditioning_shapes.items()}
 
     @abstractmethod
     def call(
@@ -94,47 +233,17 @@ class Family(ABC):
             denoiser: A network of this family, possibly truncated.
             z: (B, C, h, w) noisy latents.
             timestep: (B,) what the network receives.
-            conditioning: Tensors of :meth:`conditioning_shapes` with a leading batch axis.
+            conditioning: Tensors of :attr:`conditioning_shapes` with a leading batch axis.
             size: Height and width in pixels of the image before padding.
         """
 
     @abstractmethod
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        """Prompts -> the tensors of :meth:`conditioning_shapes`, one row per prompt, float32.
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        """Prompts -> the tensors of :attr:`conditioning_shapes`, one row per prompt, float32.
 
         Raises:
             ValueError: A prompt is longer than the text encoder's limit.
         """
-
-    @abstractmethod
-    def depth(self, path: str) -> int:
-        """Position of a denoiser parameter from input (0) to output, for layer-wise learning rates."""
-
-    # What almost every family shares.
-
-    def activations(self, configs: Configs, network: str) -> Catalogue:
-        """Those of the image encoder and those of :meth:`catalogue`."""
-        return Catalogue(
-            [*self.image_encoder(configs).sites(self.encoder_config(configs)), *self.catalogue(configs, network).all()],
-            network,
-        )
-
-    def levels(self, configs: Configs, recipe: Recipe, catalogue: Catalogue) -> list[tuple[Site, ...]]:
-        """The sites of every level of a recipe, fine to coarse.
-
-        Raises:
-            KeyError: The network lacks an id.
-        """
-        tokens = self.text_tokens(configs)
-        return [tuple(catalogue[id].over_text(tokens) for id in level.activations) for level in recipe.levels]
-
-    def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
-        """What conditions a network without weights, (1, ...) each, on the default device: zeros, as nothing was
-        encoded.
-        """
-        import torch
-
-        return {name: torch.zeros(1, *shape) for name, shape in self.conditioning_shapes(configs).items()}
 
     def activation(
         self,
@@ -155,10 +264,17 @@ class Family(ABC):
             grid: Height and width of the site's map of the padded image.
             average: Average attention maps over heads.
         """
-        if site.port == "map":
+        if site.port.side == "map":
             return self.attention(denoiser, site, recorded, conditioning, grid, average)
-        x = recorded[0][:, -grid[0] * grid[1] :] if "[:, T:" in site.port else recorded[0]
-        return x if site.part is None else x[..., site.part * site.channels : (site.part + 1) * site.channels]
+        x = self.image_tokens(site.port, recorded[0], conditioning, grid[0] * grid[1])
+        part = site.port.part
+        return x if part is None else x[..., part * site.channels : (part + 1) * site.channels]
+
+    def image_tokens(self, port: Port, x: Tensor, conditioning: Mapping[str, Tensor], tokens: int) -> Tensor:
+        """What of a recorded tensor belongs to the image, by the port that it was recorded at."""
+        if port.tokens == "all":
+            return x
+        return x[:, :tokens] if port.tokens == "first" else x[:, -tokens:]
 
     def attention(
         self,
@@ -169,62 +285,10 @@ class Family(ABC):
         grid: tuple[int, int],
         average: bool,
     ) -> Tensor:
-        """An attention map as the network applies it: (B, heads, h·w, keys), or (B, h·w, keys) if averaged. Arguments
-        as for :meth:`activation`.
+        """An attention map as the network applies it: (B, heads, h·w, keys), or (B, h·w, keys) if averaged.
+
+        Arguments as for :meth:`activation`.
         """
-        from diffusion_backbones.ops.attention_maps import attention_map
+        from diffusion_backbones.ops.attention_maps import attention_map  # torch
 
         return attention_map(denoiser.get_submodule(site.path), recorded[0], recorded[1], average)
-
-    def fill_buffers(self, denoiser: nn.Module, device: torch.device) -> None:  # noqa: B027  (most have none)
-        """Compute, on ``device``, what a network that was built on ``meta`` has in no file."""
-
-    def text_tokens(self, configs: Configs) -> int:
-        """Keys of a ``cross-map``: the tokens of the text, 0 without one."""
-        return self.conditioning_shapes(configs).get("prompt_embeds", (0,))[0]
-
-    def image_rows(self, configs: Configs, length: int, tokens: int, stride: int) -> str | None:
-        """Where an image is in a sequence, as the end of a :class:`Site`'s port: ``""`` if it is all of it, None if it
-        is not there.
-
-        Args:
-            length: Of the sequence, with the longest text that there can be.
-            tokens: Of the image, one for ``stride`` x ``stride`` pixels.
-        """
-        return {self.text_tokens(configs) + self.registers + tokens: "[:, T:]", tokens: ""}.get(length)
-
-    def recognises(self, config: Config) -> bool:
-        """Whether a denoiser's config is one of this family's."""
-        return config.get("_class_name") in self.networks
-
-    def encoder_config(self, configs: Configs) -> Config:
-        """The image encoder's config, empty where there is no encoder."""
-        config: Config = configs[self.encoder] if self.encoder else {}
-        return config
-
-    def image_encoder(self, configs: Configs) -> ImageEncoder:
-        """The kind of image encoder in front of the denoiser."""
-        from diffusion_backbones.families.image_encoders import kind
-
-        return kind(self.encoder_config(configs))
-
-    def forward_process(self, configs: Configs) -> ForwardProcess:
-        """How noise is mixed into clean latents."""
-        from diffusion_backbones.ops.noise import RectifiedFlow, VariancePreserving
-
-        scheduler = configs["scheduler"]
-        return RectifiedFlow() if is_flow(scheduler) else VariancePreserving.from_config(scheduler)
-
-    def latent_channels(self, configs: Configs) -> int:
-        """Channels of what the denoiser receives."""
-        channels: int = configs[self.denoiser].get("in_channels", 4)
-        return channels
-
-    def latent_stride(self, configs: Configs) -> int:
-        """Pixels per latent position."""
-        return self.image_encoder(configs).stride(self.encoder_config(configs))
-
-    def native_size(self, configs: Configs) -> int:
-        """Side in pixels of the square images that the denoiser's config states."""
-        side = configs[self.denoiser].get("sample_size") or 64
-        return int(side if isinstance(side, int) else max(side)) * self.latent_stride(configs)

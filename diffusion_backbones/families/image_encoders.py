@@ -1,172 +1,150 @@
-"""Image encoders: what turns an image into the latents that a denoiser works on."""
+"""Image encoders: what turns an image into the latents that a denoiser works on, by their class in diffusers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.activations import OUT, Site
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class ImageEncoder(Protocol):
-    """An image encoder as the backbone uses it."""
+class ImageEncoder:
+    """An image encoder with its config. By itself it is none: the denoiser works on pixels.
 
-    reading: str
-    """What the latents are, for the cards."""
+    Args:
+        config: Its upstream config, empty for pixels.
 
-    def build(self, config: Config) -> nn.Module:
-        """The stock encoder with everything that decodes still in it, on the current default device."""
+    Attributes:
+        network: Its class in diffusers.
+        latent_description: What the latents are, for the cards.
+    """
 
-    def truncate(self, encoder: nn.Module) -> nn.Module:
-        """Remove, in place, what only decoding needs."""
+    network: ClassVar[str] = ""
+    latent_description: ClassVar[str] = "the image itself"
 
-    def encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, H / stride, W / stride), before :meth:`scaling`."""
+    def __init__(self, config: Config):
+        self.config = config
 
-    def scaling(self, config: Config) -> tuple[float, float]:
-        """(shift, factor): the denoiser was trained on (z - shift) * factor."""
-
-    def stride(self, config: Config) -> int:
+    @property
+    def stride(self) -> int:
         """Pixels per latent position."""
+        return 1
 
-    def sites(self, config: Config) -> list[Site]:
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """(shift, factor): the denoiser was trained on (z - shift) * factor."""
+        return 0.0, 1.0
+
+    @property
+    def sites(self) -> list[Site]:
         """The maps that it computes on the way and that have an id, fine to coarse."""
+        return []
 
-
-class Pixels:
-    """No encoder: the denoiser works on the image."""
-
-    reading = "the image itself"
-
-    def build(self, config: Config) -> nn.Module:
+    def build(self) -> nn.Module:
+        """The whole stock autoencoder, decoder included, on the current default device."""
         from torch import nn
 
         return nn.Identity()
 
-    def truncate(self, encoder: nn.Module) -> nn.Module:
-        return encoder
+    def truncate(self, encoder: Any) -> nn.Module:
+        """Remove, in place, what only decoding needs."""
+        kept: nn.Module = encoder
+        return kept
 
-    def encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
+    def encode(self, encoder: Any, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, H / stride, W / stride), before :attr:`scaling`."""
         return x
 
-    def scaling(self, config: Config) -> tuple[float, float]:
-        return 0.0, 1.0
 
-    def stride(self, config: Config) -> int:
-        return 1
+class Autoencoder(ImageEncoder):
+    """The encoder half of one of diffusers' autoencoders."""
 
-    def sites(self, config: Config) -> list[Site]:
-        return []
+    def build(self) -> nn.Module:
+        import diffusers
 
-
-class DCEncoder:
-    """The encoder half of diffusers' ``AutoencoderDC``, which gives latents and no distribution."""
-
-    reading = "as the encoder gives them"
-
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import AutoencoderDC
-
-        vae: nn.Module = AutoencoderDC.from_config(config)
-        return vae
+        autoencoder: nn.Module = getattr(diffusers, self.network).from_config(self.config)
+        return autoencoder
 
     def truncate(self, encoder: Any) -> nn.Module:
         encoder.decoder = None
-        kept: nn.Module = encoder
-        return kept
+        return super().truncate(encoder)
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         z: Tensor = encoder.encode(x, return_dict=False)[0]
         return z
 
-    def scaling(self, config: Config) -> tuple[float, float]:
-        return 0.0, config["scaling_factor"]
 
-    def stride(self, config: Config) -> int:
-        return _halved(config["encoder_block_out_channels"])
+class AutoencoderDC(Autoencoder):
+    """diffusers' deep-compression autoencoder, which gives latents and no distribution."""
 
-    def sites(self, config: Config) -> list[Site]:
-        return []
+    network = "AutoencoderDC"
+    latent_description = "as the encoder gives them"
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        return 0.0, self.config["scaling_factor"]
+
+    @property
+    def stride(self) -> int:
+        return _halved(self.config["encoder_block_out_channels"])
 
 
-class KLEncoder:
-    """The encoder half of diffusers' ``AutoencoderKL``; the posterior is read at its mode, so the same image gives the
-    same latents.
-    """
+class AutoencoderKL(Autoencoder):
+    """diffusers' KL autoencoder; the posterior is read at its mode, so the same image gives the same latents."""
 
-    reading = "the mode of the posterior"
+    network = "AutoencoderKL"
+    latent_description = "the mode of the posterior"
 
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import AutoencoderKL
+    @property
+    def scaling(self) -> tuple[float, float]:
+        # diffusers' default for configs written before the key existed, as SD 1.x's is
+        return self.config.get("shift_factor") or 0.0, self.config.get("scaling_factor") or 0.18215
 
-        vae: nn.Module = AutoencoderKL.from_config(config)
-        return vae
+    @property
+    def stride(self) -> int:
+        return _halved(self.config["block_out_channels"])
+
+    @property
+    def sites(self) -> list[Site]:
+        """Residual blocks at stride 1, 2, 4 ... and what takes one to the next."""
+        sites, widths = [], self.config["block_out_channels"]
+        for level, width in enumerate(widths):
+            name, path, stride = f"encoder-level{level}", f"encoder.down_blocks.{level}", 2**level
+            for repeat in range(self.config.get("layers_per_block", 1)):
+                at = (f"{name}-repeat{repeat}-res-out", f"{path}.resnets.{repeat}")
+                sites.append(Site(*at, OUT, width, stride, "map", encoder=True))
+            if level < len(widths) - 1:
+                at = (f"{name}-downsampler-out", f"{path}.downsamplers.0")
+                sites.append(Site(*at, OUT, width, 2 * stride, "map", encoder=True))
+        return sites
 
     def truncate(self, encoder: Any) -> nn.Module:
-        encoder.decoder = None
         encoder.post_quant_conv = None
-        kept: nn.Module = encoder
-        return kept
+        return super().truncate(encoder)
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
         z: Tensor = encoder.encode(x, return_dict=False)[0].mode()
         return z
 
-    def scaling(self, config: Config) -> tuple[float, float]:
-        # diffusers' default for configs written before the key existed, as SD 1.x's is
-        return config.get("shift_factor") or 0.0, config.get("scaling_factor") or 0.18215
 
-    def stride(self, config: Config) -> int:
-        return _halved(config["block_out_channels"])
+class Flux2VAE(AutoencoderKL):
+    """FLUX.2's KL autoencoder: latents are gathered into patches, then standardized by running statistics."""
 
-    def sites(self, config: Config) -> list[Site]:
-        """Residual blocks at stride 1, 2, 4 ... and what takes one to the next."""
-        sites, widths = [], config["block_out_channels"]
-        for level, width in enumerate(widths):
-            name, path, stride = f"encoder-level{level}", f"encoder.down_blocks.{level}", 2**level
-            for repeat in range(config.get("layers_per_block", 1)):
-                sites.append(
-                    Site(
-                        f"{name}-repeat{repeat}-res-out",
-                        f"{path}.resnets.{repeat}",
-                        "out",
-                        width,
-                        stride,
-                        "map",
-                        encoder=True,
-                    )
-                )
-            if level < len(widths) - 1:
-                sites.append(
-                    Site(
-                        f"{name}-downsampler-out",
-                        f"{path}.downsamplers.0",
-                        "out",
-                        width,
-                        2 * stride,
-                        "map",
-                        encoder=True,
-                    )
-                )
-        return sites
+    network = "AutoencoderKLFlux2"
+    latent_description = "the mode of the posterior in patches, standardised channel by channel"
 
+    @property
+    def scaling(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
-class PatchKLEncoder(KLEncoder):
-    """The encoder half of diffusers' ``AutoencoderKLFlux2``: latents are gathered into patches, then standardised by
-    running statistics.
-    """
-
-    reading = "the mode of the posterior in patches, standardised channel by channel"
-
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import AutoencoderKLFlux2
-
-        vae: nn.Module = AutoencoderKLFlux2.from_config(config)
-        return vae
+    @property
+    def stride(self) -> int:
+        """Of patches: noise is mixed into latents that are already gathered, 128 channels at 16 pixels."""
+        return super().stride * int(self.config.get("patch_size", (2, 2))[0])
 
     def truncate(self, encoder: Any) -> nn.Module:
         encoder.bn.num_batches_tracked = None
@@ -178,24 +156,25 @@ class PatchKLEncoder(KLEncoder):
         z = F.pixel_unshuffle(super().encode(encoder, x), encoder.config.patch_size[0])
         return F.batch_norm(z, encoder.bn.running_mean, encoder.bn.running_var, eps=encoder.bn.eps)
 
-    def scaling(self, config: Config) -> tuple[float, float]:
+
+class QwenImageVAE(AutoencoderKL):
+    """Qwen-Image's KL autoencoder, which is one for video: an image is its first frame."""
+
+    network = "AutoencoderKLQwenImage"
+    latent_description = "the mode of the posterior, standardised channel by channel"
+
+    @property
+    def scaling(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def stride(self, config: Config) -> int:
-        """Of patches: noise is mixed into latents that are already gathered, 128 channels at 16 pixels."""
-        return super().stride(config) * int(config.get("patch_size", (2, 2))[0])
+    @property
+    def stride(self) -> int:
+        return int(2 ** len(self.config["temperal_downsample"]))
 
-
-class FrameKLEncoder(KLEncoder):
-    """The encoder half of diffusers' ``AutoencoderKLQwenImage``, which is one for video: an image is its first frame."""
-
-    reading = "the mode of the posterior, standardised channel by channel"
-
-    def build(self, config: Config) -> nn.Module:
-        from diffusers import AutoencoderKLQwenImage
-
-        vae: nn.Module = AutoencoderKLQwenImage.from_config(config)
-        return vae
+    @property
+    def sites(self) -> list[Site]:
+        """None: its maps have an axis of frames."""
+        return []
 
     def truncate(self, encoder: Any) -> nn.Module:
         """Also remove what looks at later frames."""
@@ -211,78 +190,57 @@ class FrameKLEncoder(KLEncoder):
         mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
         return (z - mean) / std
 
-    def scaling(self, config: Config) -> tuple[float, float]:
-        return 0.0, 1.0
 
-    def stride(self, config: Config) -> int:
-        return int(2 ** len(config["temperal_downsample"]))
-
-    def sites(self, config: Config) -> list[Site]:
-        """None: its maps have an axis of frames."""
-        return []
-
-
-class DistilledEncoder:
-    """The encoder half of diffusers' ``AutoencoderTiny``, which is distilled to give latents scaled as a denoiser takes
-    them.
+class TinyAutoencoder(Autoencoder):
+    """diffusers' ``AutoencoderTiny`` (TAESD and its kin), distilled to give latents scaled as a denoiser takes them.
 
     They are brought back to those of the encoder that it stands for, so that all that follows is as behind that one.
-    Its config has the scaling of that encoder, where :func:`diffusion_backbones.factory.tiny_encoder.config` put it;
-    published ones say 1 and 0.
+    Its config has the scaling of that encoder, where :func:`diffusion_backbones.factory.tiny_encoder.fitted` put it;
+    published ones say 1 and 0. No recipe reads its maps, and no id names them.
     """
 
-    reading = "as the tiny encoder gives them"
+    network = "AutoencoderTiny"
+    latent_description = "as the tiny encoder gives them"
 
-    def build(self, config: Config) -> nn.Module:
+    @property
+    def scaling(self) -> tuple[float, float]:
+        return self.config.get("shift_factor", 0.0), self.config.get("scaling_factor", 1.0)
+
+    @property
+    def stride(self) -> int:
+        return _halved(self.config["encoder_block_out_channels"])
+
+    def build(self) -> nn.Module:
         from diffusers import AutoencoderTiny
 
         derived = "block_out_channels"  # diffusers writes it into files, and complains when it reads it there
-        vae: nn.Module = AutoencoderTiny.from_config({key: value for key, value in config.items() if key != derived})
-        return vae
-
-    def truncate(self, encoder: Any) -> nn.Module:
-        encoder.decoder = None
-        kept: nn.Module = encoder
-        return kept
+        autoencoder: nn.Module = AutoencoderTiny.from_config({k: v for k, v in self.config.items() if k != derived})
+        return autoencoder
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:
-        shift, factor = self.scaling(encoder.config)
-        z: Tensor = encoder.encode(channels_innermost(x), return_dict=False)[0]
+        shift, factor = self.scaling
+        z = super().encode(encoder, channels_innermost(x))
         return (z / factor + shift).contiguous()
 
-    def scaling(self, config: Config) -> tuple[float, float]:
-        return config.get("shift_factor", 0.0), config.get("scaling_factor", 1.0)
 
-    def stride(self, config: Config) -> int:
-        return _halved(config["encoder_block_out_channels"])
-
-    def sites(self, config: Config) -> list[Site]:
-        """None: no recipe reads its maps, and no id names them."""
-        return []
-
-
-KINDS: dict[str, ImageEncoder] = {
-    "AutoencoderKL": KLEncoder(),
-    "AutoencoderKLFlux2": PatchKLEncoder(),
-    "AutoencoderKLQwenImage": FrameKLEncoder(),
-    "AutoencoderDC": DCEncoder(),
-    "AutoencoderTiny": DistilledEncoder(),
+KINDS: dict[str, type[ImageEncoder]] = {
+    kind.network: kind for kind in (AutoencoderKL, Flux2VAE, QwenImageVAE, AutoencoderDC, TinyAutoencoder)
 }
 """Class in diffusers -> how it is used."""
 
 
-def kind(config: Config) -> ImageEncoder:
-    """How the encoder with a config is used; an empty one is of networks that work on pixels.
+def get_image_encoder(config: Config) -> ImageEncoder:
+    """The encoder with a config; an empty one is of networks that work on pixels.
 
     Raises:
         ValueError: It is of a class that is not known here.
     """
     if not config:
-        return Pixels()
+        return ImageEncoder(config)
     name = config.get("_class_name")
     if name not in KINDS:
         raise ValueError(f"the image encoder is of class {name!r}, by its config.json; known are {', '.join(KINDS)}")
-    return KINDS[name]
+    return KINDS[name](config)
 
 
 def channels_innermost(x: Tensor) -> Tensor:

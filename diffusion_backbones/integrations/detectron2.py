@@ -7,7 +7,7 @@
     cfg.MODEL.BACKBONE.NAME = "build_diffusion_fpn_backbone"
     cfg.MODEL.DIFFUSION.NAME = "sd15_gdf"
 
-Every keyword of ``create_model`` that says what is computed is a key of ``MODEL.DIFFUSION``, in capitals.
+The keywords of ``create_model`` that decide what is computed are keys of ``MODEL.DIFFUSION``, in capitals.
 """
 # mypy: disable-error-code="import-not-found, import-untyped, unused-ignore"
 
@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones.factory.entry_points import OVERRIDES, create_model
+from diffusion_backbones.factory.entry_points import create_model
+from diffusion_backbones.factory.options import OVERRIDES
 from diffusion_backbones.integrations import missing
-from diffusion_backbones.spec.input_format import InputFormat, within
+from diffusion_backbones.ops.pixel_values import within
+from diffusion_backbones.spec.input_format import InputFormat
 
 try:
     from detectron2.config import CfgNode
@@ -33,20 +35,28 @@ except ImportError as error:
     itself = "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2"  # it is not on PyPI
     raise ImportError(f"{missing('detectron2', 'detectron2', error)} && {itself}") from error
 
+__all__ = [
+    "Detectron2Backbone",
+    "add_diffusion_config",
+    "build_diffusion_backbone",
+    "build_diffusion_fpn_backbone",
+    "build_retinanet_diffusion_fpn_backbone",
+]
+
 
 class Detectron2Backbone(Backbone):  # type: ignore[misc]
     """A backbone whose maps are named by their stride: ``{"s8": ..., "s16": ..., "s32": ...}``.
 
     Args:
         name, pretrained, **kwargs: As in :func:`~diffusion_backbones.create_model`; numbers, strings and lists, as
-            LazyConfig wants.
-        pixel_mean, pixel_std: What the model around it normalises pixels of 0 to 255 with, in the order of
-            ``input_format``.
-        input_format: ``"RGB"`` or ``"BGR"``, as that model's ``input_format`` and the data loader's ``INPUT.FORMAT``.
+            LazyConfig needs.
+        pixel_mean, pixel_std: Mean and deviation, for pixels of 0 to 255, by which the model around it normalises
+            images, in the order of ``input_format``.
+        input_format: ``"RGB"`` or ``"BGR"``, like that model's ``input_format`` and the data loader's
+            ``INPUT.FORMAT``.
 
     Raises:
-        ValueError: Two levels have one stride; the images are neither RGB nor BGR; and whatever ``create_model``
-            raises.
+        ValueError: Two levels have one stride, or the images are neither RGB nor BGR; also as ``create_model``.
     """
 
     def __init__(
@@ -63,8 +73,8 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
         if input_format not in ("RGB", "BGR") or not len(pixel_mean) == len(pixel_std) == 3:
             raise ValueError(
                 "the image encoder takes three channels, so INPUT.FORMAT must be 'RGB' or 'BGR', and MODEL.PIXEL_MEAN "
-                "and MODEL.PIXEL_STD three numbers "
-                f"each; got {input_format!r}, {list(pixel_mean)} and {list(pixel_std)}"
+                f"and MODEL.PIXEL_STD three numbers each; got {input_format!r}, {list(pixel_mean)} and "
+                f"{list(pixel_std)}"
             )
         bgr = input_format == "BGR"
         mean, std = ([value / 255 for value in values] for values in (pixel_mean, pixel_std))
@@ -87,47 +97,46 @@ class Detectron2Backbone(Backbone):  # type: ignore[misc]
 
     @property
     def size_divisibility(self) -> int:
-        """What images are padded to a multiple of. FPN asks for less, which does no harm: the network pads by itself."""
+        """Images are padded to a multiple of this. FPN pads to less, which does no harm: the network pads the rest."""
         return math.lcm(self.net.size_divisibility, *(shape.stride for shape in self._shapes.values()))
 
     @property
     def padding_constraints(self) -> dict[str, int]:
+        """How detectron2 pads images: to a multiple of ``size_divisibility``."""
         return {"size_divisibility": self.size_divisibility}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images as ``preprocess_image`` makes them -> their pyramid.
+        """Images from ``preprocess_image`` -> their pyramid.
 
         Args:
-            x: (B, 3, H, W), any H and W, normalised as the constructor was told.
+            x: (B, 3, H, W), any H and W, normalised by the mean and deviation of the constructor.
 
         Returns:
             Name -> (B, C, ceil(H / s), ceil(W / s)), in the dtype of ``x`` whatever that of the network.
 
         Raises:
-            ValueError: No pixel has such values under that normalisation.
+            ValueError: The values cannot come from that normalisation.
         """
-        told = self.net.input_format
+        expected = self.net.input_format
         if (
             not torch.compiler.is_compiling()
             and not x.is_meta
             and bool(torch.isfinite(x).all())
-            and not within(x, told)
+            and not within(x, expected)
         ):
-            low, high = told.range()
+            low, high = expected.range()
             raise ValueError(
-                f"the backbone was told to expect {'BGR' if told.bgr else 'RGB'} in [{low:.4g}, {high:.4g}], and the "
-                f"images reach from {x.min():.4g} to "
-                f"{x.max():.4g}. The model's INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (in a LazyConfig "
-                "input_format, pixel_mean and "
-                "pixel_std) must be those of the backbone: 'RGB', [127.5] * 3 and [127.5] * 3 unless it is given "
-                "others."
+                f"the backbone expects {'BGR' if expected.bgr else 'RGB'} in [{low:.4g}, {high:.4g}], and the images "
+                f"reach from {x.min():.4g} to {x.max():.4g}. The model's INPUT.FORMAT, MODEL.PIXEL_MEAN and "
+                "MODEL.PIXEL_STD (in a LazyConfig input_format, pixel_mean and pixel_std) must be the backbone's: "
+                "'RGB', [127.5] * 3 and [127.5] * 3 by default."
             )
         return {name: level.to(x.dtype) for name, level in zip(self._shapes, self.net(x), strict=True)}
 
 
 def add_diffusion_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.DIFFUSION``, and have images come as RGB in [-1, 1]. Another ``INPUT.FORMAT``, ``PIXEL_MEAN`` or
-    ``PIXEL_STD`` is undone.
+    """Add ``MODEL.DIFFUSION``, and set ``INPUT.FORMAT``, ``PIXEL_MEAN`` and ``PIXEL_STD`` so that images are RGB in
+    [-1, 1]. Set other values afterwards; the backbone undoes their normalisation.
     """
     optional = (
         "CHECKPOINT_PATH",
@@ -145,8 +154,8 @@ def add_diffusion_config(cfg: CfgNode) -> None:
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.5] * 3, [127.5] * 3
 
 
-def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:
-    """The backbone alone: maps s8, s16, ..."""
+def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2Backbone:  # noqa: ARG001  # detectron2's
+    """Build the backbone alone: maps s8, s16, ..."""
     keywords = {key.lower(): value for key, value in cfg.MODEL.DIFFUSION.items()}
     return Detectron2Backbone(
         **keywords, pixel_mean=cfg.MODEL.PIXEL_MEAN, pixel_std=cfg.MODEL.PIXEL_STD, input_format=cfg.INPUT.FORMAT
@@ -154,7 +163,9 @@ def build_diffusion_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Detectron2
 
 
 def build_diffusion_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """With FPN, and max pooling for one more level: p3, p4, p5, p6 for strides 8, 16, 32. For R-CNNs and semantic FPN."""
+    """Build the backbone with FPN, for R-CNNs and semantic FPN. Max pooling gives one more level: p3 to p6 for strides
+    8, 16, 32.
+    """
     bottom_up = build_diffusion_backbone(cfg, input_shape)
     names, top_block = _in_features(cfg, bottom_up), LastLevelMaxPool()
     top_block.in_feature = f"p{bottom_up.output_shape()[names[-1]].stride.bit_length() - 1}"
@@ -162,7 +173,9 @@ def build_diffusion_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def build_retinanet_diffusion_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """With FPN, and two more levels by convolutions on the coarsest map: p3 to p7 for strides 8, 16, 32."""
+    """Build the backbone with FPN, and two more levels by convolutions on the coarsest map: p3 to p7 for strides 8, 16,
+    32.
+    """
     bottom_up = build_diffusion_backbone(cfg, input_shape)
     names = _in_features(cfg, bottom_up)
     return _fpn(
@@ -184,13 +197,13 @@ def _in_features(cfg: CfgNode, bottom_up: Detectron2Backbone) -> list[str]:
     names = list(cfg.MODEL.FPN.IN_FEATURES) or list(shapes)
     if absent := [n for n in names if n not in shapes]:
         raise ValueError(
-            f"{name} gives {', '.join(shapes)}, and MODEL.FPN.IN_FEATURES asks for {', '.join(absent)}; leave it "
-            "empty or set OUT_STRIDES"
+            f"{name} returns {', '.join(shapes)}, and MODEL.FPN.IN_FEATURES names {', '.join(absent)}; leave it empty "
+            "or set OUT_STRIDES"
         )
     strides = [shapes[n].stride for n in names]
     if strides != [2 ** (strides[0].bit_length() - 1 + i) for i in range(len(strides))]:
         raise ValueError(
-            f"FPN needs strides that are powers of two and double from level to level, and {name} gives it {strides}; "
+            f"FPN needs strides that are powers of two and double from level to level, and {name} has {strides}; "
             f"{_advice(strides)}"
         )
     return names

@@ -1,4 +1,4 @@
-"""``type="DiffusionBackbone"`` for mmsegmentation, mmdetection and whatever else reads mmengine's registry.
+"""``type="DiffusionBackbone"`` for mmsegmentation, mmdetection and other libraries that read mmengine's registry.
 
 In a config::
 
@@ -26,26 +26,28 @@ except ImportError as error:
     raise missing("mmengine", "openmmlab", error) from error
 
 
+__all__ = ["OpenMMLabBackbone"]
+
+
 @MODELS.register_module(name="DiffusionBackbone")  # the root, in which mmseg's and mmdet's registries look too
 class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
-    """A backbone as OpenMMLab's necks and heads take it: a tuple of maps, fine to coarse.
+    """A backbone with the interface of OpenMMLab: it returns a tuple of maps, fine to coarse.
 
     Args:
         name, pretrained, out_indices, out_strides: As in :func:`~diffusion_backbones.create_model`.
         input_scale: Resize images by this factor, bilinearly, before the network sees them: 2 for crops of 512 pixels
             and a network of 1024. Strides are those of the resized image.
-        in_channels: OpenMMLab's name for the channels of the image. Must be 3.
-        init_cfg: ``dict(type="Pretrained", checkpoint=path)`` is OpenMMLab's way of writing ``checkpoint_path=path``.
+        in_channels: OpenMMLab's name for the channels of the image; it must be 3.
+        init_cfg: ``dict(type="Pretrained", checkpoint=path)``, OpenMMLab's way of writing ``checkpoint_path=path``.
         **kwargs: Every other keyword of ``create_model``: ``recipe``, ``prompt``, ``timestep``, ``dtype``,
             ``trainable``, ...
 
     Attributes:
-        net: The backbone. Frozen, it stays in eval mode and without gradients, whatever the runner calls.
+        net: The backbone. If frozen, it stays in eval mode and without gradients, whatever the runner calls.
 
     Raises:
-        ValueError: ``init_cfg`` is of another kind, ``input_scale`` is not positive, and whatever ``create_model``
-            raises.
-        TypeError: ``pretrained`` is no bool.
+        ValueError: ``init_cfg`` is of another kind, or ``input_scale`` is not positive; also as ``create_model``.
+        TypeError: ``pretrained`` is not a bool.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
         super().__init__()
         if not isinstance(pretrained, bool):
             raise TypeError(
-                f"pretrained must be True or False, got {pretrained!r}; weights of your own are given as "
+                f"pretrained must be True or False, got {pretrained!r}; pass weights of your own as "
                 f"checkpoint_path={pretrained!r}"
             )
         if not 0 < input_scale < math.inf:
@@ -71,9 +73,9 @@ class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
         if init_cfg is not None:
             if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
                 raise ValueError(
-                    "a backbone takes its weights whole, so init_cfg must be None (with pretrained=True for the "
-                    "published weights) or "
-                    f"dict(type='Pretrained', checkpoint='folder or .safetensors file'), got {dict(init_cfg)}"
+                    "a backbone loads all of its weights at once, so init_cfg must be None (with pretrained=True for "
+                    "the published weights) or dict(type='Pretrained', checkpoint='folder or .safetensors file'), got "
+                    f"{dict(init_cfg)}"
                 )
             if kwargs.get("checkpoint_path"):
                 raise ValueError(
@@ -90,11 +92,11 @@ class OpenMMLabBackbone(BaseModule):  # type: ignore[misc]
         """Preprocessed images -> their pyramid.
 
         Args:
-            x: (B, 3, H, W) RGB in [-1, 1], or as ``input_format`` says, any H and W.
+            x: (B, 3, H, W) RGB in [-1, 1], or in the backbone's ``input_format``, any H and W.
 
         Returns:
             Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), in the dtype of ``x`` whatever that of the network, so that
-            heads in float32 can stand on a network in float16.
+            float32 heads work on a float16 network.
         """
         if self.input_scale != 1:
             height, width = (max(1, round(s * self.input_scale)) for s in x.shape[-2:])

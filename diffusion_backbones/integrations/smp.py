@@ -4,7 +4,7 @@
 
     model = smp.FPN(register(backbone), encoder_weights=None, classes=21)
 
-smp counts levels by strides 2, 4, 8, 16 and 32; what the pyramid lacks of these is resampled without parameters. DPT
+smp expects levels at strides 2, 4, 8, 16 and 32; those that the pyramid lacks are resampled without parameters. DPT
 takes no registered encoder and needs none: ``smp.DPT("tu-sd15_gdf", out_strides=(4, 8, 16, 32),
 decoder_readout="ignore")`` goes through timm.
 """
@@ -25,43 +25,54 @@ try:
 except ImportError as error:
     raise missing("segmentation_models_pytorch", "smp", error) from error
 
+__all__ = ["Encoder", "register"]
+
 STRIDES = (2, 4, 8, 16, 32)
 
 
 def register(backbone: DiffusionBackbone, name: str | None = None) -> str:
-    """Make a backbone known to smp under a name.
+    """Register a backbone in smp under a name.
 
     Args:
-        backbone: With its weights. It is not copied: all models that are built on the name share it.
-        name: By default that of the backbone with ``diffusion-`` before it. It stands for what was registered under it
-            last.
+        backbone: A backbone with its weights. It is not copied: all models that are built on the name share it.
+        name: The name; by default the backbone's with the prefix ``diffusion-``. Registering it again replaces the
+            backbone.
 
     Returns:
-        The name, for the ``encoder_name`` of any smp model but DPT. Give ``encoder_weights=None`` with it: the weights
-        are there.
+        The name, for the ``encoder_name`` of any smp model but DPT. Pass ``encoder_weights=None`` with it, since the
+        backbone has its weights.
 
     Raises:
-        TypeError: ``backbone`` is none.
-        ValueError: smp would look for such a name in timm.
+        TypeError: ``backbone`` is not a backbone.
+        ValueError: smp would look for the name in timm.
     """
     if not isinstance(backbone, DiffusionBackbone):
-        raise TypeError(f"register takes a backbone, as create_model makes it, got {backbone!r}")
+        raise TypeError(f"register takes a backbone from create_model, got {backbone!r}")
     name = name or f"diffusion-{backbone.declaration.name}"
     if name.startswith(("tu-", "timm-")):
         raise ValueError(
-            f"smp looks for names with {name.partition('-')[0]}- before them in timm, got {name!r}; choose another"
+            f"smp looks for names that begin with {name.partition('-')[0]}- in timm, got {name!r}; choose another"
         )
     encoders[name] = {"encoder": partial(Encoder, backbone), "params": {}, "pretrained_settings": {}}
     return name
 
 
 class Encoder(nn.Module):
-    """What smp asks of an encoder.
+    """A backbone with the interface of an smp encoder.
+
+    Args:
+        backbone: The backbone, which is shared.
+        depth: Number of strides, from 2 to 5.
+        output_stride: Stride of the last map, at most.
 
     Attributes:
-        out_channels: Of every map that :meth:`forward` returns: 3 for the image, 0 at stride 2 unless the pyramid has
-            that stride, as in smp's own transformer encoders, and those of the level with the nearest stride elsewhere.
-        output_stride: Of the last map.
+        out_channels: Channels of every map that :meth:`forward` returns: 3 for the image, 0 at stride 2 unless the
+            pyramid has that stride, as in smp's own transformer encoders, and elsewhere those of the level with the
+            nearest stride.
+        output_stride: Stride of the last map.
+
+    Raises:
+        ValueError: ``depth`` is out of range.
     """
 
     def __init__(self, backbone: DiffusionBackbone, depth: int = 5, output_stride: int = 32):
@@ -78,8 +89,8 @@ class Encoder(nn.Module):
         self.out_channels = [3, *(0 if source is None else channels[source] for source in self.sources)]
         self.make_dilated(output_stride)
 
-    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
-        """Raise ``ValueError`` for anything but 3."""
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:  # noqa: ARG002  # smp's interface
+        """Raise ``ValueError`` unless ``in_channels`` is 3."""
         if in_channels != 3:
             raise ValueError(
                 f"the image encoder takes RGB, so in_channels must be 3, got {in_channels}; bring the image to three "
@@ -87,13 +98,18 @@ class Encoder(nn.Module):
             )
 
     def make_dilated(self, output_stride: int) -> None:
-        """Bring what is coarser to ``output_stride``, by resampling: there is nothing to dilate."""
+        """Resample coarser maps to ``output_stride``, since there is nothing to dilate."""
         self.strides = [min(stride, output_stride) for stride in STRIDES[: self.depth]]
         self.output_stride = self.strides[-1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> ``x`` and the maps (B, C, ceil(H / s), ceil(W / s)) at strides 2, 4, ..., in the
-        dtype of ``x``.
+        """Images -> ``x`` itself and the maps at strides 2, 4, ...
+
+        Args:
+            x: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            ``x``, then (B, C, ceil(H / s), ceil(W / s)) for every stride s, in the dtype of ``x``.
         """
         size, maps, out = (x.shape[-2], x.shape[-1]), self.backbone(x), [x]
         for source, stride in zip(self.sources, self.strides, strict=True):

@@ -1,8 +1,8 @@
-"""Every backbone in timm's registry: ``timm.create_model("sd15_gdf", features_only=True)``.
+"""Registers every backbone in timm: ``timm.create_model("sd15_gdf", features_only=True)``.
 
-Imported when timm is, whether before this package or after it. What ``timm.create_model`` returns is the backbone
-itself, so everything built on timm's registry (transformers' and OpenMMLab's ``TimmBackbone``, smp's ``tu-`` encoders)
-reaches it too.
+This module is imported together with timm, whether timm is imported before this package or after it.
+``timm.create_model`` returns the backbone itself, so everything that is built on timm's registry (``TimmBackbone`` of
+transformers and OpenMMLab, smp's ``tu-`` encoders) reaches it too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__: list[str] = []
 
 def _register(declaration: Declaration) -> None:
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
-        from diffusion_backbones.factory.entry_points import create_model
+        from diffusion_backbones.factory.entry_points import create_model  # torch and diffusers
 
         cfg = kwargs.get("pretrained_cfg")
         return create_model(_saved_in(cfg) or _full_name(declaration.architecture, cfg), pretrained, **kwargs)
@@ -37,13 +37,15 @@ def _register(declaration: Declaration) -> None:
 
 
 def _full_name(architecture: str, cfg: Any) -> str:
-    """timm splits the tag off and passes it as ``pretrained_cfg``, alone or within the configuration."""
+    """The name with its tag, which timm splits off and passes as ``pretrained_cfg``, alone or in a configuration."""
     tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
     return f"{architecture}.{tag}" if tag else architecture
 
 
 def _saved_in(cfg: Any) -> str | None:
-    """Of ``timm.create_model("local-dir:folder")`` timm passes on the architecture that is written there, and the place
+    """The place of a saved backbone, or None.
+
+    For ``timm.create_model("local-dir:folder")`` timm passes on the architecture that the folder names, and the place
     in ``pretrained_cfg``.
     """
     if not isinstance(cfg, dict) or cfg.get("source") not in ("local-dir", "hf-hub"):

@@ -1,5 +1,5 @@
-"""A backbone as transformers' own: a config, and a model that ``AutoBackbone`` builds from it, under UperNet,
-Mask2Former, DETR ...
+"""A backbone for transformers: a config, and a model that ``AutoBackbone`` builds from it, for UperNet, Mask2Former,
+DETR ...
 
 ::
 
@@ -7,8 +7,8 @@ Mask2Former, DETR ...
     segmenter = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config))
 
 ``save_pretrained`` of the whole model writes weights and architecture, and ``from_pretrained`` needs no other file.
-Importing this module registers both classes. Images must be in [-1, 1], which is what an image processor gives with
-:data:`PROCESSOR`.
+Importing this module registers both classes. Images must be in [-1, 1], as an image processor with :data:`PROCESSOR`
+returns them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.factory.entry_points import build
-from diffusion_backbones.factory.save_pretrained import Described, describe
+from diffusion_backbones.backbone.save_pretrained import describe
+from diffusion_backbones.factory.entry_points import build_described
 from diffusion_backbones.integrations import missing
+from diffusion_backbones.loading.saved_folder import SavedConfig
 
 try:
     from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -39,11 +40,13 @@ PROCESSOR = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
-"""Keywords of any transformers image processor, after which an image is in [-1, 1]. Most have ImageNet's by default."""
+"""Keywords for any transformers image processor, so that images are in [-1, 1]. Most have ImageNet's by default."""
+
+__all__ = ["PROCESSOR", "DiffusionBackboneConfig", "DiffusionBackboneModel"]
 
 
 class Held:
-    """A backbone that a config was made from. Copies of the config share it; its JSON and its pickle leave it out."""
+    """The backbone that a config was made from. Copies of the config share it; its JSON and pickle leave it out."""
 
     def __init__(self, backbone: DiffusionBackbone | None = None):
         self.backbone = backbone
@@ -56,13 +59,17 @@ class Held:
 
 
 class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
-    """What a backbone is. Made by :meth:`from_backbone`, or read from a folder.
+    """The config of a backbone, made by :meth:`from_backbone` or read from a folder.
 
     Args:
-        backbone: Name, checkpoint, recipe, strides and architecture, as
-            :func:`diffusion_backbones.factory.save_pretrained.describe` puts them.
+        backbone: Name, checkpoint, recipe, strides and architecture, from
+            :func:`diffusion_backbones.backbone.save_pretrained.describe`.
         trainable: Whether the denoiser is trained.
-        out_features, out_indices: Which maps, fine to coarse, by name (``level0`` ...) or position; by default all.
+        out_features, out_indices: The returned maps, fine to coarse, by name (``level0`` ...) or position; all by
+            default.
+
+    Raises:
+        TypeError: ``backbone`` is missing.
     """
 
     model_type = "diffusion_backbone"
@@ -77,51 +84,52 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
     ):
         if not isinstance(backbone, dict):
             raise TypeError(
-                "a DiffusionBackboneConfig is made by DiffusionBackboneConfig.from_backbone(create_model(...)), got "
+                "make a DiffusionBackboneConfig by DiffusionBackboneConfig.from_backbone(create_model(...)), got "
                 f"backbone={backbone!r}"
             )
         kwargs.pop("stage_names", None)
         super().__init__(**kwargs)
         self.backbone, self.trainable, self.num_channels, self.held = backbone, trainable, 3, Held()
-        described = Described(backbone, "backbone_config")
+        described = SavedConfig(backbone, "backbone_config")
         self.stage_names = [
             f"level{i}" for i in range(len(described.out_strides or described.declaration.recipe.levels))
         ]
-        features, indices = (
-            out_features and list(out_features),
-            out_indices if out_indices is None else list(out_indices),
-        )
+        features, indices = out_features and list(out_features), out_indices
+        if indices is not None:
+            indices = list(indices)
         if features is None and indices is None:
             features = self.stage_names
         self.set_output_features_output_indices(out_features=features, out_indices=indices)
 
     @classmethod
     def from_backbone(cls, backbone: DiffusionBackbone, **kwargs: Any) -> DiffusionBackboneConfig:
-        """The config of a backbone. Models that are built from it, or from a copy, hold this very backbone, with its
-        weights.
+        """The config of a backbone. Models built from it, or from a copy, hold this very backbone, with its weights.
 
         Args:
             backbone: From :func:`~diffusion_backbones.create_model`, with any of its keywords.
-            **kwargs: As for the class: ``out_indices`` or ``out_features``.
+            **kwargs: ``out_indices`` or ``out_features``, as for the class.
 
         Raises:
-            ValueError: Adapters or a prompt are trained.
+            ValueError: The backbone trains adapters or a prompt.
         """
         if isinstance(backbone.trainable, str):
-            said = f"a config says trainable=True or False, and this backbone is trainable={backbone.trainable!r}"
-            raise ValueError(f"{said}; save it, and read it back as one of those")
+            raise ValueError(
+                f"a config holds trainable=True or False, and this backbone has trainable={backbone.trainable!r}; save "
+                "it, and load it with one of those"
+            )
         config = cls(json.loads(json.dumps(describe(backbone))), backbone.trainable, **kwargs)
         config.held = Held(backbone)
         return config
 
     def to_dict(self) -> dict[str, Any]:
+        """The config as JSON holds it, without the backbone itself."""
         return {key: value for key, value in super().to_dict().items() if key != "held"}
 
 
 class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
-    """A backbone behind transformers' names.
+    """A backbone with the interface of transformers.
 
-    Built from a config of :meth:`DiffusionBackboneConfig.from_backbone` it holds that backbone; from one that was read
+    Built from :meth:`DiffusionBackboneConfig.from_backbone` it holds that backbone. Built from a config that was read
     from a folder it has random weights, until ``from_pretrained`` of this model or of the one around it loads them.
     """
 
@@ -133,7 +141,9 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         super().__init__(config)
         empty = torch.get_default_device().type == "meta"  # as from_pretrained builds
         held = None if empty else config.held.backbone
-        self.diffusion_backbone = held or build(Described(config.backbone, "backbone_config"), config.trainable)
+        self.diffusion_backbone = held or build_described(
+            SavedConfig(config.backbone, "backbone_config"), config.trainable
+        )
         if empty:
             self.diffusion_backbone.provenance = dict(config.backbone["provenance"])
         self.num_features = self.diffusion_backbone.feature_info.channels()
@@ -152,9 +162,9 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
-            output_hidden_states: Also give every map, as ``hidden_states``.
-            return_dict: False gives a tuple.
-            **call: The backbone's keywords of one call, such as ``prompt``.
+            output_hidden_states: Whether to return every map too, as ``hidden_states``.
+            return_dict: False returns a tuple.
+            **call: Keywords of the backbone's ``forward``, such as ``prompt``.
 
         Returns:
             ``feature_maps``, (B, C_i, ceil(H / s_i), ceil(W / s_i)) each.
@@ -176,16 +186,17 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
 
     @property
     def dtype(self) -> torch.dtype:
-        """The denoiser's; an image encoder that overflows in float16 has another."""
-        return next(p.dtype for p in self.diffusion_backbone.denoiser.parameters())
+        """The denoiser's dtype; an image encoder that overflows in float16 has another."""
+        return self.diffusion_backbone.dtype
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing is drawn again."""
+        """Leave the weights as they are: nothing is drawn again."""
 
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Called with the model itself once it is loaded, to repair what the loader does: it unfreezes every parameter,
-        leaves buffers that are in no file uninitialised, and gives views into a file, at addresses where the CPU's
-        kernels may round differently.
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
+        """Repair what the loader did; transformers calls it with the model itself once it is loaded.
+
+        The loader unfreezes every parameter, leaves buffers that are in no file uninitialised, and returns views into a
+        file, at addresses where the CPU's kernels may round differently.
         """
         if module is not self:
             return
@@ -197,7 +208,7 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         for name in self._uncomputed:
             owner, _, leaf = name.rpartition(".")
             self.get_submodule(owner).register_buffer(leaf, self.get_buffer(name).to("meta"), persistent=False)
-        self.diffusion_backbone.family.fill_buffers(self.diffusion_backbone.denoiser, self.device)
+        self.diffusion_backbone.architecture.fill_buffers(self.diffusion_backbone.denoiser, self.device)
 
 
 AutoConfig.register(DiffusionBackboneConfig.model_type, DiffusionBackboneConfig)

@@ -1,10 +1,15 @@
-"""Repositories on the Hugging Face hub: one commit of one repository, of which the needed files are downloaded."""
+"""Repositories on the Hugging Face hub: one commit of a repository, of which only the needed files are downloaded."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -25,7 +30,36 @@ from diffusion_backbones.spec.configs import Config
 log = logging.getLogger(__name__)
 
 ERRORS: tuple[type[Exception], ...] = (_HTTPError, OSError)
-"""What huggingface_hub raises when a request fails, whichever way."""
+"""What huggingface_hub raises when a request fails for any reason."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How repositories are read.
+
+    Args:
+        token: Used in place of the one that ``hf auth login`` stored; False for none.
+        local_files_only: Read the cache alone, and send no request.
+    """
+
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+_access = ContextVar("access", default=Access())  # noqa: B039  (it is frozen)
+
+
+@contextmanager
+def access(token: str | bool | None = None, local_files_only: bool = False) -> Iterator[None]:
+    """Open repositories in this block, in this thread, with a token or from the cache alone; see :class:`Access`.
+
+    They are opened several calls away, behind ``create_model``, whose keywords say what is built and not who asks.
+    """
+    before = _access.set(Access(token, local_files_only))
+    try:
+        yield
+    finally:
+        _access.reset(before)
 
 
 class HubRepo(Folder):
@@ -35,20 +69,26 @@ class HubRepo(Folder):
     Args:
         repo: ``owner/name``.
         revision: Branch, tag or commit; resolved once, so that everything comes from one commit.
-        cache_dir: huggingface_hub's cache; None is its default. Where the hub gives nothing, what is cached is used.
+        cache_dir: huggingface_hub's cache; None is its default. Cached files are used where the hub cannot be asked.
 
     Attributes:
-        commit: What ``revision`` stands for.
+        commit: The commit that ``revision`` names.
 
     Raises:
-        ConnectionError: The hub does not have it, does not give it, or cannot be reached, and nothing is cached.
+        ConnectionError: The repository does not exist or is refused, or the hub cannot be reached, and the cache has no
+            such revision.
     """
+
+    _token: str | bool | None = None
 
     def __init__(self, repo: str, revision: str = "main", cache_dir: str | Path | None = None):
         self.repo, self.revision, self.cache_dir = repo, revision, cache_dir
+        self._token = _access.get().token
         self._cached: Folder | None = None
         try:
-            info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            if _access.get().local_files_only:
+                raise OfflineModeIsEnabled("local_files_only=True")
+            info = HfApi(token=self._token).model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except ERRORS as error:
             self._cached = self._cached_part(error)
             self.commit, self._names = self._cached.path.name, self._cached.names()
@@ -70,15 +110,30 @@ class HubRepo(Folder):
         log.log(level, "%s is read from the cache: %s", self.repo, explain(self.repo, self.revision, error))
         return Folder(path)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the token, which must not get into files; an unpickled one uses that of ``hf auth login``."""
+        return {name: value for name, value in self.__dict__.items() if name != "_token"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HubRepo:
+        """The repository itself, since nothing in it changes."""
+        return self
+
     def names(self) -> list[str]:
+        """Names of all files of the repository, or of those in the cache where the hub cannot be asked."""
         return self._names
 
     def file(self, name: str) -> Path:
+        """The local path of a file, which is downloaded if it is not in the cache.
+
+        Raises:
+            ConnectionError: It cannot be downloaded.
+        """
         if self._cached:
             return self._cached.file(name)
         return self._download(name, self.commit)
 
     def json(self, name: str) -> Config:
+        """Read a JSON file; see :meth:`Folder.json`."""
         data = super().json(name)
         if not self._cached and self.revision != self.commit and not self._known(name):
             self._download(
@@ -91,11 +146,14 @@ class HubRepo(Folder):
 
     def _download(self, name: str, revision: str) -> Path:
         try:
-            return Path(hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir))
+            return Path(
+                hf_hub_download(self.repo, name, revision=revision, cache_dir=self.cache_dir, token=self._token)
+            )
         except ERRORS as error:
             raise ConnectionError(f"{name} could not be downloaded: {explain(self.repo, revision, error)}") from error
 
     def text_fingerprint(self) -> str:
+        """A string that changes with the commit."""
         return digest([self.repo, self.commit])
 
     def __str__(self) -> str:
@@ -103,7 +161,7 @@ class HubRepo(Folder):
 
 
 def explain(repo: str, revision: str, error: BaseException) -> str:
-    """What went wrong with a repository, and what to do."""
+    """Say what went wrong with a repository, and what to do."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
         return explain(repo, revision, error.__cause__)
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -120,7 +178,7 @@ def explain(repo: str, revision: str, error: BaseException) -> str:
     if status:
         return f"{repo}: the hub answered {status} ({str(error).splitlines()[0]})"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"{repo}: HF_HUB_OFFLINE is set"
+        return f"{repo}: {'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else 'local_files_only=True'}"
     return (
         f"{repo}: the hub cannot be reached ({str(error) or type(error).__name__}); connect, or give "
         "checkpoint_path= a local folder or file"
@@ -128,11 +186,11 @@ def explain(repo: str, revision: str, error: BaseException) -> str:
 
 
 def open_checkpoint(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Source:
-    """A checkpoint's repository, or the first of its mirrors that gives its files, and the denoiser it has from
-    elsewhere.
+    """A checkpoint's repository, or its first mirror that can be read; with the denoiser that it takes from another
+    repository, if it does.
 
     Raises:
-        ConnectionError: None answers; each is named with its reason, and what is known about the checkpoint is said.
+        ConnectionError: None can be read; the message gives the reason of each, and what is known about the checkpoint.
     """
     family = FAMILIES[checkpoint.family]
     base = _open_first(checkpoint, cache_dir)
@@ -142,8 +200,8 @@ def open_checkpoint(checkpoint: Checkpoint, cache_dir: str | Path | None = None)
 
 
 def replaced(base: Source, component: str, file: HubFile, cache_dir: str | Path | None) -> WithComponent:
-    """A source with the weights of one network from a file on the hub, and with the config that lies beside that file,
-    if one does.
+    """A source with the weights of one network replaced by a file on the hub, and its config by the one beside that
+    file, if there is one.
     """
     repo = HubRepo(file.repo, file.revision, cache_dir)
     beside = str(PurePosixPath(file.filename).with_name("config.json"))

@@ -1,7 +1,7 @@
-"""Prompts -> embeddings, computed once and kept on disk.
+"""Prompts -> embeddings, computed once and cached on disk.
 
 A text encoder is loaded when a prompt is seen for the first time, encodes it, and is freed. A second start reads the
-few hundred kilobytes that came out and never loads it.
+few hundred kilobytes of its embeddings and never loads it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_backbones.families import FAMILIES
+from diffusion_backbones.families import FAMILIES, Architecture, family_name
 from diffusion_backbones.loading.source import Source
 from diffusion_backbones.ops import safetensors_io
-from diffusion_backbones.spec.configs import Configs
 
 log = logging.getLogger(__name__)
 _encoding = threading.Lock()
@@ -34,34 +34,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DIFFUSION_BACKBONES_CACHE") or Path(HF_HOME) / "diffusion_backbones")
 
 
+def no_text_encoder(prompt: str) -> FileNotFoundError:
+    """The error of a prompt that nothing at hand can embed."""
+    return FileNotFoundError(
+        f"prompt={prompt!r} needs a text encoder, and this backbone has none: it was built without weights or loaded "
+        "from a folder that save_pretrained wrote. Give prompt_embeds=, or load it with pretrained=True or "
+        "checkpoint_path=."
+    )
+
+
 class Prompter:
     """Encodes prompts for one checkpoint.
 
     Args:
-        family: Name of the family.
-        configs: Configs of the checkpoint.
-        source: Where its text encoders are; None if there are none at hand.
+        network: Its architecture.
+        source: Has its text encoders; None if there are none.
         padding: ``max_length`` or ``longest``.
     """
 
-    def __init__(self, family: str, configs: Configs, source: Source | None, padding: str):
-        self.family, self.configs, self.source, self.padding = family, configs, source, padding
+    def __init__(self, network: Architecture, source: Source | None, padding: str):
+        self.network, self.source, self.padding = network, source, padding
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of version 0.1 hold the name of the family, and the configs."""
+        if "network" not in state:
+            state = {"network": FAMILIES[state["family"]](state["configs"])} | state
+        self.network, self.source, self.padding = state["network"], state["source"], state["padding"]
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """P prompts -> conditioning tensors with P rows, float32 on the CPU.
 
-        Every prompt is encoded alone, so what its row holds does not depend on the others.
+        Every prompt is encoded alone, so its row does not depend on the others.
 
         Raises:
-            FileNotFoundError: No text encoder is at hand.
-            ValueError: A prompt is too long, or they have different lengths and are not padded to one.
+            FileNotFoundError: There is no text encoder.
+            ValueError: A prompt is too long, or prompts that are not padded have different lengths.
         """
         if self.source is None:
-            raise FileNotFoundError(
-                f"prompt={prompts[0]!r} needs a text encoder, and this backbone has none: it was built without "
-                "weights or loaded from a folder that "
-                "save_pretrained wrote. Give prompt_embeds=, or load it with pretrained=True or checkpoint_path=."
-            )
+            raise no_text_encoder(prompts[0])
         fingerprint = self.source.text_fingerprint()
         rows = {prompt: self._row(fingerprint, self.source, prompt) for prompt in dict.fromkeys(prompts)}
         lengths = {prompt: row["prompt_embeds"].shape[1] for prompt, row in rows.items() if "prompt_embeds" in row}
@@ -78,15 +88,13 @@ class Prompter:
             row = _read(path)
             if row is None:
                 with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-                    row = FAMILIES[self.family].encode_prompts(self.configs, source.text, [prompt], self.padding)
+                    row = self.network.encode_prompts(source.text, [prompt], self.padding)
                 _write(path, row)
         return row
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
-        encoders = FAMILIES[self.family].text_encoder_names(self.configs)
-        key = hashlib.sha256(
-            json.dumps([fingerprint, self.family, encoders, self.padding, prompt]).encode()
-        ).hexdigest()[:32]
+        said = [fingerprint, family_name(self.network), self.network.text_encoders, self.padding, prompt]
+        key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
         return cache_folder() / "prompts" / f"{key}.safetensors"
 
 

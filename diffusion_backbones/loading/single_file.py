@@ -1,7 +1,7 @@
 """Single ``.safetensors`` files in the original latent-diffusion layout: one file with U-Net, VAE and text encoder.
 
-diffusers' own converters say which stored tensor becomes which; they are run on ``meta`` tensors, so nothing is read,
-and the renaming that they did is applied lazily.
+diffusers' own converters rename the stored tensors. They run on ``meta`` tensors, so nothing is read; the new names are
+looked up when weights are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones.families import Family
+from diffusion_backbones.families import Architecture
 from diffusion_backbones.loading.source import digest
 from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
@@ -31,14 +31,14 @@ _TEXT = {
 
 
 class SingleFile:
-    """A single-file checkpoint. The architecture is the declared one, since such a file has no config.
+    """A single-file checkpoint of a U-Net. Its configs are those that are declared, since such a file has none.
 
     Args:
         path: The file.
         configs: Component -> config of the declared checkpoint.
 
     Raises:
-        ValueError: It is no safetensors file.
+        ValueError: It is not a safetensors file.
     """
 
     def __init__(self, path: Path, configs: Configs):
@@ -46,11 +46,22 @@ class SingleFile:
         self._stored = TensorFiles([path])
         self.provenance = {"path": str(path)}
 
-    def configs(self, family: Family) -> Configs:
+    def configs(self, family: type[Architecture]) -> Configs:
+        """The declared configs.
+
+        Raises:
+            ValueError: The denoiser is not a U-Net, whose names alone are known.
+        """
+        if family.denoiser != "unet":
+            raise ValueError(
+                f"{self.path} is a single file in the original layout, which is read for U-Nets alone; give a folder "
+                f"in the diffusers layout, with {family.denoiser}/"
+            )
         return self._configs
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
-        """The weights of ``unet`` or ``vae``, under diffusers' names.
+        """The weights of ``unet`` or ``vae``, under diffusers' names; see
+        :meth:`diffusion_backbones.loading.source.Source.tensors`.
 
         Raises:
             ValueError: The file does not hold it.
@@ -76,10 +87,19 @@ class SingleFile:
         stored = {id(fake): name for name, fake in fakes.items()}
         names = {new: stored[id(t) if id(t) in stored else id(t._base)] for new, t in converted.items()}
         files = self._stored.renamed(names)
+        if not half and files.dtype(next(iter(names))).itemsize == 2:
+            log.warning(
+                "%s has the weights of %s in 16 bits only, and they are used in higher precision", self.path, component
+            )
         files.shapes = {new: tuple(t.shape) for new, t in converted.items()}  # some are stored as 1 x 1 convolutions
         return files
 
     def text(self, component: str) -> tuple[Any, Any]:
+        """Tokenizer and text model, in float32 on the CPU.
+
+        Raises:
+            FileNotFoundError: The file does not hold it.
+        """
         from diffusion_backbones.families.text import clip
 
         config = self._configs[component]
@@ -87,7 +107,7 @@ class SingleFile:
         return tokenizer, clip.text_model(config, self._text_weights(component, config), str(self.path))
 
     def _text_weights(self, component: str, config: Config) -> dict[str, Tensor]:
-        """A text encoder's weights under transformers' names, whichever of the two layouts they are stored in."""
+        """A text encoder's weights under transformers' names; the file has them in one of two layouts."""
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
         names = [name for name in self._stored.shapes if name.startswith(_TEXT[component])]
@@ -107,6 +127,7 @@ class SingleFile:
         }  # SD 2.x leaves the last one out
 
     def text_fingerprint(self) -> str:
+        """A string that changes with path, size or time of the file."""
         stat = self.path.stat()
         return digest([str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])
 

@@ -1,6 +1,6 @@
-"""Where a checkpoint's files come from: a diffusers folder, or another place with the weights of one network on top.
+"""Where a checkpoint's files come from: a diffusers folder, or another source with the weights of one network replaced.
 
-Every place answers the same questions (:class:`Source`), so nothing behind it knows which it was. Repositories are in
+Every source has the same methods (:class:`Source`), so its callers need not know its kind. Repositories are in
 :mod:`diffusion_backbones.loading.hub`, single files in :mod:`diffusion_backbones.loading.single_file`.
 """
 
@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
 
-from diffusion_backbones.families import Family
+from diffusion_backbones.families import Architecture
 from diffusion_backbones.ops.safetensors_io import PICKLE_REFUSED, PICKLES, TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
 
@@ -27,31 +27,37 @@ _SMALL = (".json", ".txt", ".model", ".jinja")  # what configs and tokenizers ar
 
 
 class Source(Protocol):
-    """A place that holds a checkpoint."""
+    """A place that holds a checkpoint: configs, weights, and text encoders with their tokenizers."""
 
     provenance: dict[str, str]
-    """Where it is, for the record: ``repo`` and ``commit``, or ``path``."""
+    """Where the checkpoint is, for the record: ``repo`` and ``commit``, or ``path``."""
 
-    def configs(self, family: Family) -> Configs:
+    def configs(self, family: type[Architecture]) -> Configs:
         """The configs of the denoiser, the image encoder and the scheduler, at least."""
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
-        """The weights of a component, unread; ``half`` prefers float16 files where there are both."""
+        """The weights of a component, unread.
+
+        Args:
+            component: Name of its folder, ``unet`` ...
+            half: Whether they are used in 16 bits. Then float16 files are preferred where there are both; otherwise a
+                warning says that there are only those.
+        """
 
     def text(self, component: str) -> tuple[Any, Any]:
-        """(tokenizer, text model) of a text encoder, on the CPU, float32, but for language models of billions of
-        parameters.
+        """Tokenizer and text model of a text encoder, on the CPU, in float32; language models of billions of parameters
+        keep the dtype of their files.
         """
 
     def text_fingerprint(self) -> str:
-        """Changes whenever the text encoders do."""
+        """A string that changes whenever the text encoders do."""
 
 
 class Folder:
     """A folder in the diffusers layout.
 
     Raises:
-        FileNotFoundError: It is not there, or is no folder.
+        FileNotFoundError: There is no such folder.
     """
 
     def __init__(self, path: str | Path):
@@ -61,7 +67,7 @@ class Folder:
             raise FileNotFoundError(f"{self.path} is not a folder")
 
     def names(self) -> list[str]:
-        """Relative names of the files in it and in its sub-folders; the layout goes no deeper."""
+        """Relative names of the files in the folder and in its sub-folders; the layout goes no deeper."""
         return [
             path.relative_to(self.path).as_posix()
             for depth in ("*", "*/*")
@@ -77,8 +83,8 @@ class Folder:
         """Read a JSON file.
 
         Raises:
-            FileNotFoundError: It is not there; what the folder holds is listed.
-            ValueError: It is no JSON object.
+            FileNotFoundError: The file is not there; the message lists what the folder holds.
+            ValueError: The file does not hold a JSON object.
         """
         names = self.names()
         if name not in names:
@@ -95,17 +101,22 @@ class Folder:
             raise ValueError(f"{self}: {name} must hold a JSON object, got {type(data).__name__}")
         return data
 
-    def holds(self, family: Family) -> bool:
-        """Whether there is a denoiser of a family."""
+    def holds(self, family: type[Architecture]) -> bool:
+        """Whether the folder has a denoiser of a family."""
         name = self._where(family.denoiser, "config.json")
-        return name in self.names() and family.recognises(self.json(name))
+        return name in self.names() and family.matches(self.json(name))
 
     def _where(self, component: str, file: str) -> str:
         """Where a component's file is: in its folder, or at the root of a repository that holds one network alone."""
         inside = f"{component}/{file}"
         return file if file in self.names() and inside not in self.names() else inside
 
-    def configs(self, family: Family) -> Configs:
+    def configs(self, family: type[Architecture]) -> Configs:
+        """The configs of the denoiser, the image encoder and the scheduler; of the pipeline where the family needs it.
+
+        Raises:
+            FileNotFoundError: One is not there.
+        """
         required = [family.denoiser, *([family.encoder] if family.encoder else [])]
         configs = {
             name: self.json(self._where(name, "config.json") if name == family.denoiser else f"{name}/config.json")
@@ -113,13 +124,19 @@ class Folder:
         }
         pipeline = (
             {"model_index": self.json("model_index.json")}
-            if family.reads_pipeline and "model_index.json" in self.names()
+            if family.needs_model_index and "model_index.json" in self.names()
             else {}
         )
         return configs | {"scheduler": self.json(self._where("scheduler", "scheduler_config.json"))} | pipeline
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
-        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), _modern)
+        """The weights of a component, unread; see :meth:`Source.tensors`.
+
+        Raises:
+            FileNotFoundError: There are none, or a shard is missing.
+            ValueError: There is only a pickle, or a file is broken.
+        """
+        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), _modern_attention)
 
     def _weights(self, component: str, stem: str, half: bool) -> list[Path]:
         names = self.names()
@@ -133,23 +150,39 @@ class Folder:
             )
         if not name.endswith(".json"):
             return [self.file(name)]
-        shards = [str(PurePosixPath(name).with_name(shard)) for shard in self._shards(name)]
-        for shard in shards:
-            if shard not in names:
-                raise FileNotFoundError(
-                    f"{self}: {name} lists {len(shards)} shards, and {shard} is not there; download it again"
-                )
-        return [self.file(shard) for shard in shards]
+        shards = {str(PurePosixPath(name).with_name(shard)) for shard in self.weight_map(name).values()}
+        return self.present(name, sorted(shards))
 
-    def _shards(self, index: str) -> list[str]:
-        try:
-            return sorted(set(self.json(index)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError) as error:
+    def weight_map(self, index: str) -> dict[str, str]:
+        """Name of a tensor -> name of the shard that holds it.
+
+        Args:
+            index: Name of an index of shards.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            ValueError: It is not such an index.
+        """
+        found = self.json(index).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
             raise ValueError(
                 f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files"
-            ) from error
+            )
+        return found
+
+    def present(self, index: str, shards: Sequence[str]) -> list[Path]:
+        """The local paths of shards, by name.
+
+        Raises:
+            FileNotFoundError: One is not there.
+        """
+        for shard in shards:
+            if shard not in self.names():
+                raise FileNotFoundError(f"{self}: {index} needs {shard}, which is not there; download or save it again")
+        return [self.file(shard) for shard in shards]
 
     def text(self, component: str) -> tuple[Any, Any]:
+        """Tokenizer and text model; see :meth:`Source.text`."""
         from diffusion_backbones.families.text import clip, language_model
 
         files = self._weights(component, "model", half=False)
@@ -173,6 +206,7 @@ class Folder:
         return AutoTokenizer.from_pretrained(files[0].parent, local_files_only=True)
 
     def text_fingerprint(self) -> str:
+        """A string that changes with path, size or time of any file of text encoders and tokenizers."""
         parts = [str(self.path.resolve())]
         for path in sorted(self.path.glob("t*/*")):  # text_encoder*, tokenizer*
             stat = path.stat()
@@ -184,15 +218,15 @@ class Folder:
 
 
 class WithComponent:
-    """Another source with the weights of one network taken from one file, as those of CleanDIFT's and PixArt's
-    denoisers are published.
+    """Another source with the weights of one network replaced by one file, as CleanDIFT's and PixArt's denoisers are
+    published.
 
     Args:
-        base: Where everything else comes from.
+        base: Source of everything else.
         component: Name of the network.
-        file: Gives the path of its weights; called when they are read.
+        file: Returns the path of its weights; called when they are read.
         provenance: Where that file comes from.
-        config: Its own config; None if it is that of ``base``.
+        config: The network's own config; None if it is that of ``base``.
     """
 
     def __init__(
@@ -206,36 +240,40 @@ class WithComponent:
         self.base, self.component, self._file, self.config = base, component, file, config
         self.provenance = base.provenance | {f"{component}_{k}": v for k, v in provenance.items()}
 
-    def configs(self, family: Family) -> Configs:
+    def configs(self, family: type[Architecture]) -> Configs:
+        """The configs of ``base``, with the network's own."""
         configs = self.base.configs(family)
         return {**configs, self.component: self.config} if self.config else configs
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
-        return (
-            TensorFiles([self._file()], _modern) if component == self.component else self.base.tensors(component, half)
-        )
+        """The weights of the file, or those of ``base``; see :meth:`Source.tensors`."""
+        if component != self.component:
+            return self.base.tensors(component, half)
+        return TensorFiles([self._file()], _modern_attention)
 
     def text(self, component: str) -> tuple[Any, Any]:
+        """Tokenizer and text model of ``base``."""
         return self.base.text(component)
 
     def text_fingerprint(self) -> str:
+        """That of ``base``."""
         return self.base.text_fingerprint()
 
 
 def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
-    """Which of a checkpoint's files holds a component's weights.
+    """Choose the file of a checkpoint that holds a component's weights.
 
     Args:
         names: All file names, relative to the checkpoint.
-        component: Sub-folder, ``unet`` ...
+        component: Name of its folder, ``unet`` ...
         stem: ``diffusion_pytorch_model`` or ``model``.
-        half: Prefer the ``fp16`` variant, otherwise the full precision one; whichever exists is taken.
+        half: Prefer the ``fp16`` variant, otherwise the one of full precision; the other is taken where it is missing.
 
     Returns:
-        One ``.safetensors`` name, or the name of the index of a sharded one.
+        The name of a ``.safetensors`` file, or of an index of shards.
 
     Raises:
-        FileNotFoundError: There is none; a pickle that is there instead is named.
+        FileNotFoundError: There is none; the message names a pickle that is there instead.
     """
     names = list(names)
     inside = [name for name in names if name.startswith(component + "/") and name.count("/") == 1]
@@ -261,8 +299,8 @@ def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
     )
 
 
-def _modern(name: str) -> str:
-    """Attention layers of old VAE files are named as before diffusers 0.18."""
+def _modern_attention(name: str) -> str:
+    """The present name of a tensor: in old VAE files, attention layers are named as before diffusers 0.18."""
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
     )

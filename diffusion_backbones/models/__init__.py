@@ -1,7 +1,8 @@
-"""Declarations of checkpoints and backbones, one file per upstream family. Importing this package registers them all."""
+"""Declarations of checkpoints and backbones, one file per upstream family. Importing this package registers all."""
 
 from diffusion_backbones.models import (
     auraflow,
+    chroma,
     cleandift,
     ddpm,
     deepfloyd,
@@ -10,6 +11,7 @@ from diffusion_backbones.models import (
     flux2,
     hunyuan,
     lumina,
+    notes,
     papers,
     pixart,
     qwen,
@@ -25,6 +27,7 @@ from diffusion_backbones.models import (
 
 __all__ = [
     "auraflow",
+    "chroma",
     "cleandift",
     "ddpm",
     "deepfloyd",
@@ -33,6 +36,7 @@ __all__ = [
     "flux2",
     "hunyuan",
     "lumina",
+    "notes",
     "papers",
     "pixart",
     "qwen",

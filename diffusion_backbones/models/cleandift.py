@@ -5,7 +5,8 @@ The repository holds U-Nets only; the VAE and the text encoder come from the Sta
 
 from dataclasses import replace
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models import notes
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.stable_diffusion import SD15, SD21
 from diffusion_backbones.spec.checkpoint import HubFile, License
 from diffusion_backbones.spec.recipe import Recipe
@@ -24,7 +25,7 @@ CLEANDIFT_SD15 = register_checkpoint(
         configs="sd15",
         denoiser=HubFile("CompVis/cleandift", "cleandift_sd15_unet.safetensors"),
         license=_LICENSE,
-        paper=papers.CLEANDIFT,
+        paper=papers["stracke2025cleandift"],
         unverified=(*SD15.unverified, _LICENSE_UNVERIFIED),
     )
 )
@@ -37,15 +38,15 @@ CLEANDIFT_SD21 = register_checkpoint(
         configs="sd21",
         denoiser=HubFile("CompVis/cleandift", "cleandift_sd21_unet.safetensors"),
         license=_LICENSE,
-        paper=papers.CLEANDIFT,
+        paper=papers["stracke2025cleandift"],
         unverified=(*SD21.unverified, _LICENSE_UNVERIFIED),
     )
 )
 
 _NOTES = (
-    "The VAE posterior is read at its mode; CleanDIFT samples it, unseeded.",
+    notes.mode_of_posterior("CleanDIFT samples it, unseeded"),
     "CleanDIFT prompts 'A photo of a {category}'; prompt= in a call does it.",
-    "CleanDIFT resizes images to squares; here the aspect ratio is kept.",
+    notes.aspect_ratio("CleanDIFT resizes images to squares"),
 )
 _TIMESTEP_UNVERIFIED = (
     "The timestep was learned in training from a start at 261; the U-Net file carries none, so 261 "
@@ -60,7 +61,7 @@ register_model(
         timestep=261,
         noise="none",
         input_size=512,
-        paper=papers.CLEANDIFT,
+        paper=papers["stracke2025cleandift"],
         source="CompVis/cleandift at b070976, src/sd_feature_extraction.py (us8, us5, us2)",
         notes=(
             *_NOTES,
@@ -81,7 +82,7 @@ register_model(
         timestep=261,
         noise="none",
         input_size=768,
-        paper=papers.CLEANDIFT,
+        paper=papers["stracke2025cleandift"],
         source="CompVis/cleandift at b070976, src/sd_feature_extraction.py (us6) and "
         "notebooks/get_correspondences.ipynb",
         notes=(*_NOTES, "CleanDIFT's notebooks compute in bfloat16."),

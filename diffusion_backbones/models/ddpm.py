@@ -1,6 +1,6 @@
 """DDPM: unconditional U-Nets on pixels, of Google. Read them with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -14,7 +14,7 @@ def _register(data: str, size: int, *unverified: str, configs: str = "") -> Chec
             title=f"DDPM {data} {size}",
             hub_id=f"google/ddpm-{data}-{size}",
             license=License("apache-2.0"),
-            paper=papers.DDPM,
+            paper=papers["ho2020ddpm"],
             input_size=size,
             family="pixel",
             configs=configs,

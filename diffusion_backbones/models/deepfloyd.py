@@ -1,6 +1,6 @@
 """DeepFloyd IF, first stage, on pixels. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -14,7 +14,7 @@ DEEPFLOYD_IF_XL = register_checkpoint(
             name="deepfloyd-if-license",
             link="https://github.com/deep-floyd/IF/blob/73332927001f82a1bf130fad0256b32a6d718fb2/LICENSE-MODEL",
         ),
-        paper=papers.DEEPFLOYD_IF,
+        paper=papers["deepfloyd2023if"],
         input_size=64,
         family="deepfloyd",
         gated=True,

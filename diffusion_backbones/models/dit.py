@@ -1,6 +1,6 @@
 """DiT-XL/2, class-conditional on ImageNet at 256 and 512 pixels."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.registry import register_checkpoint, register_model
@@ -17,7 +17,7 @@ DIT_XL_256 = register_checkpoint(
         hub_id="facebook/DiT-XL-2-256",
         revision="refs/pr/1",  # main holds pickles only; this pull request adds safetensors
         license=_LICENSE,
-        paper=papers.DIT,
+        paper=papers["peebles2023dit"],
         input_size=256,
         family="dit",
         unverified=(_DOUBT,),
@@ -30,7 +30,7 @@ DIT_XL_512 = register_checkpoint(
         title="DiT-XL/2 512",
         hub_id="facebook/DiT-XL-2-512",
         license=_LICENSE,
-        paper=papers.DIT,
+        paper=papers["peebles2023dit"],
         input_size=512,
         family="dit",
         unverified=(_DOUBT, "Whether its repository holds safetensors files was not seen; pickles are refused."),
@@ -44,7 +44,7 @@ register_model(
         levels=("vit-block13-out",),
         timestep=121,
         input_size=256,
-        paper=papers.DDAE,
+        paper=papers["xiang2023ddae"],
         source="arXiv 2303.09769: block 13 counted from 0, t = 121 on CIFAR-10",
         notes=(
             "DDAE averages the tokens of the block into one vector and trains a linear classifier on it; here they "

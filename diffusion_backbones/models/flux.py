@@ -1,6 +1,7 @@
 """FLUX.1 of Black Forest Labs."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models import notes
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.tiny_encoders import TAEF1
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
@@ -17,7 +18,7 @@ FLUX_DEV = register_checkpoint(
             name="flux-1-dev-non-commercial-license",
             link="https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
         ),
-        paper=papers.FLUX,
+        paper=papers["flux2024"],
         input_size=1024,
         tiny_encoder=TAEF1,
         family="flux",
@@ -33,7 +34,7 @@ FLUX_SCHNELL = register_checkpoint(
         hub_id="black-forest-labs/FLUX.1-schnell",
         revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
         license=License("apache-2.0"),
-        paper=papers.FLUX,
+        paper=papers["flux2024"],
         input_size=1024,
         tiny_encoder=TAEF1,
         family="flux",
@@ -43,11 +44,11 @@ FLUX_SCHNELL = register_checkpoint(
     )
 )
 
-MASSIVE = (154, 1446)
+MASSIVE_CHANNELS = (154, 1446)
 """Channels of the residual stream that dwarf all others (DiTF, eval_spair.py)."""
 _NOTES = (
     "Block k of DiTF reads the stream before it, that is the output of block k - 1, and modulates it as block k does.",
-    "The VAE posterior is read at its mode; DiTF samples it.",
+    notes.mode_of_posterior("DiTF samples it"),
     "DiTF draws its noises unseeded; here they are fixed seeded canvases.",
 )
 
@@ -58,10 +59,10 @@ register_model(
         levels=("vit-block27-out",),
         timestep=260,
         ensemble=8,
-        discard=MASSIVE,
-        normalise="adaptive",
+        discard=MASSIVE_CHANNELS,
+        normalize="adaptive",
         input_size=640,
-        paper=papers.DITF,
+        paper=papers["gan2025ditf"],
         source="arXiv 2505.18584 and its code: eval_spair.py, src/flux/model.py (k = 28, t = 0.260)",
         notes=(
             *_NOTES,
@@ -77,11 +78,11 @@ register_model(
         name="ditf_tracking",
         levels=("vit-block23-out",),
         timestep=90,
-        discard=MASSIVE,
-        normalise="adaptive",
+        discard=MASSIVE_CHANNELS,
+        normalize="adaptive",
         prompt="a photo of a image",
         input_size=960,
-        paper=papers.DITF,
+        paper=papers["gan2025ditf"],
         source="arXiv 2505.18584, README for DAVIS (k = 24, t = 0.090, one noise)",
         notes=(*_NOTES, "The README says 960 pixels, the script eval_davis.sh 480."),
         unverified=(

@@ -1,6 +1,6 @@
 """FLUX.2 of Black Forest Labs. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -20,7 +20,7 @@ FLUX2_DEV = register_checkpoint(
             name="flux-dev-non-commercial-license",
             link="https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.md",
         ),
-        paper=papers.FLUX2,
+        paper=papers["flux2"],
         input_size=1024,
         family="flux2",
         gated=True,
@@ -36,7 +36,7 @@ FLUX2_KLEIN_4B = register_checkpoint(
         hub_id="black-forest-labs/FLUX.2-klein-4B",
         revision="e7b7dc27f91deacad38e78976d1f2b499d76a294",
         license=License("apache-2.0"),
-        paper=papers.FLUX2,
+        paper=papers["flux2"],
         input_size=1024,
         family="flux2",
         encoder_float16=False,

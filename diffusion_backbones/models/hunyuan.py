@@ -1,6 +1,6 @@
 """Hunyuan-DiT of Tencent. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -15,7 +15,7 @@ HUNYUAN_DIT_12 = register_checkpoint(
             name="tencent-hunyuan-community",
             link="https://github.com/Tencent-Hunyuan/HunyuanDiT/blob/main/LICENSE.txt",
         ),
-        paper=papers.HUNYUAN_DIT,
+        paper=papers["li2024hunyuandit"],
         input_size=1024,
         family="hunyuan",
         unverified=(

@@ -1,6 +1,6 @@
 """Lumina-Image 2 of Alpha-VLLM. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -10,7 +10,7 @@ LUMINA_IMAGE_2 = register_checkpoint(
         title="Lumina-Image 2.0",
         hub_id="Alpha-VLLM/Lumina-Image-2.0",
         license=License("apache-2.0"),
-        paper=papers.LUMINA_IMAGE_2,
+        paper=papers["qin2025lumina"],
         input_size=1024,
         family="lumina",
         encoder_float16=False,

@@ -5,7 +5,7 @@ Three of the six repositories hold a transformer alone; VAE and T5 come from the
 
 from dataclasses import replace
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -26,7 +26,7 @@ PIXART_ALPHA_512 = register_checkpoint(
         hub_id="PixArt-alpha/PixArt-XL-2-512x512",
         revision="50f702106901db6d0f8b67eb88e814c56ded2692",
         license=License("openrail++"),
-        paper=papers.PIXART_ALPHA,
+        paper=papers["chen2023pixartalpha"],
         input_size=512,
         family="pixart",
         unverified=(_ALPHA_DOUBT,),
@@ -55,7 +55,7 @@ PIXART_ALPHA_1024 = register_checkpoint(
         hub_id="PixArt-alpha/PixArt-XL-2-1024-MS",
         revision="b89adadeccd9ead2adcb9fa2825d3fabec48d404",
         license=License("openrail++"),
-        paper=papers.PIXART_ALPHA,
+        paper=papers["chen2023pixartalpha"],
         input_size=1024,
         family="pixart",
         unverified=(_ALPHA_DOUBT,),
@@ -69,7 +69,7 @@ PIXART_SIGMA_1024 = register_checkpoint(
         hub_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         revision="e102b3591cc82e97071b8b4cb90d834d0c487207",
         license=License("openrail++"),
-        paper=papers.PIXART_SIGMA,
+        paper=papers["chen2024pixartsigma"],
         input_size=1024,
         family="pixart",
         encoder_float16=False,

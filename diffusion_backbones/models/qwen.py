@@ -1,6 +1,6 @@
 """Qwen-Image of Alibaba. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -10,7 +10,7 @@ QWEN_IMAGE = register_checkpoint(
         title="Qwen-Image",
         hub_id="Qwen/Qwen-Image",
         license=License("apache-2.0"),
-        paper=papers.QWEN_IMAGE,
+        paper=papers["wu2025qwenimage"],
         input_size=1024,
         family="qwen",
         unverified=(

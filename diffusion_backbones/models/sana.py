@@ -1,6 +1,6 @@
 """Sana of NVIDIA. No recipe was published for it: read it with ``recipe=``."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.registry import register_checkpoint
 
@@ -15,7 +15,7 @@ SANA_1600M_1024 = register_checkpoint(
             link="https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_diffusers/blob/main/LICENSE.txt",
             verified=False,
         ),
-        paper=papers.SANA,
+        paper=papers["xie2024sana"],
         input_size=1024,
         family="sana",
         unverified=(

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.tiny_encoders import TAESD3
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
@@ -17,7 +17,7 @@ SD3_MEDIUM = register_checkpoint(
         title="Stable Diffusion 3 medium",
         hub_id="stabilityai/stable-diffusion-3-medium-diffusers",
         license=_license("stabilityai/stable-diffusion-3-medium"),
-        paper=papers.SD3,
+        paper=papers["esser2024sd3"],
         input_size=1024,
         tiny_encoder=TAESD3,
         family="sd3",
@@ -33,7 +33,7 @@ SD35_MEDIUM = register_checkpoint(
         hub_id="stabilityai/stable-diffusion-3.5-medium",
         revision="b940f670f0eda2d07fbb75229e779da1ad11eb80",
         license=_license("stabilityai/stable-diffusion-3.5-medium"),
-        paper=papers.SD3,
+        paper=papers["esser2024sd3"],
         input_size=1024,
         tiny_encoder=TAESD3,
         family="sd3",
@@ -52,7 +52,7 @@ SD35_LARGE = register_checkpoint(
         hub_id="stabilityai/stable-diffusion-3.5-large",
         revision="ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
         license=_license("stabilityai/stable-diffusion-3.5-large"),
-        paper=papers.SD3,
+        paper=papers["esser2024sd3"],
         input_size=1024,
         tiny_encoder=TAESD3,
         family="sd3",
@@ -67,7 +67,7 @@ SD35_LARGE_TURBO = register_checkpoint(
         title="Stable Diffusion 3.5 large turbo",
         hub_id="stabilityai/stable-diffusion-3.5-large-turbo",
         license=_license("stabilityai/stable-diffusion-3.5-large-turbo"),
-        paper=papers.SD3,
+        paper=papers["esser2024sd3"],
         input_size=1024,
         tiny_encoder=TAESD3,
         family="sd3",
@@ -88,7 +88,7 @@ register_model(
         timestep=515,
         without=("text_encoder_3",),
         input_size=640,
-        paper=papers.SEG4DIFF,
+        paper=papers["kim2025seg4diff"],
         source="arXiv 2509.18096 and its code: configs/eval_ovss.yaml (block 9, 8 of 28 steps remain, 77 CLIP tokens)",
         notes=(
             "A map of attention, averaged over heads: channel i says how much a place looks at token i of the prompt, "

@@ -1,6 +1,7 @@
 """Stable Diffusion XL and the checkpoints that share its topology: SDXL-Turbo and Playground v2."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models import notes
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.tiny_encoders import TAESDXL
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
@@ -16,7 +17,7 @@ SDXL = register_checkpoint(
         license=License(
             "openrail++", link="https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
         ),
-        paper=papers.SDXL,
+        paper=papers["podell2023sdxl"],
         input_size=1024,
         tiny_encoder=TAESDXL,
         encoder_float16=False,
@@ -34,7 +35,7 @@ SDXL_TURBO = register_checkpoint(
         license=License(
             "other", name="sai-nc-community", link="https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md"
         ),
-        paper=papers.ADD,
+        paper=papers["sauer2024add"],
         input_size=512,
         tiny_encoder=TAESDXL,
         encoder_float16=False,
@@ -53,7 +54,7 @@ PGV2 = register_checkpoint(
             name="playground-v2-community",
             link="https://huggingface.co/playgroundai/playground-v2-1024px-aesthetic/blob/main/LICENSE.md",
         ),
-        paper=papers.PLAYGROUND,
+        paper=papers["playgroundv2"],
         input_size=1024,
         tiny_encoder=TAESDXL,
         encoder_float16=False,
@@ -65,14 +66,7 @@ PGV2 = register_checkpoint(
     )
 )
 
-_GDF_NOTES = (
-    "The VAE posterior is read at its mode; GDF samples it, unseeded.",
-    "Noise is one fixed seeded canvas; GDF draws it unseeded.",
-    "GDF squashes every image to a square and computes in float16; here the aspect ratio is kept, in the size "
-    "conditioning too.",
-    "GDF gives all images of a dataset one string, such as 'a photo of a horse' for Horse-21; prompt= in a call does "
-    "it.",
-)
+_GDF_NOTES = notes.gdf(size_conditioning=True)
 
 register_model(
     SDXL,
@@ -84,7 +78,7 @@ register_model(
         ),
         timestep=50,
         input_size=1024,
-        paper=papers.GDF,
+        paper=papers["meng2024gdf"],
         source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_xl_practical.json; arXiv "
         "2410.03558, appendix B",
         notes=(
@@ -108,7 +102,7 @@ register_model(
         ),
         timestep=50,
         input_size=1024,
-        paper=papers.GDF,
+        paper=papers["meng2024gdf"],
         source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_xl_legacy.json",
         notes=("The paper's baseline, not its proposal.", *_GDF_NOTES),
     ),
@@ -121,7 +115,7 @@ register_model(
         levels=("up-level0-repeat0-vit-block3-out",),
         timestep=50,
         input_size=1024,
-        paper=papers.GDF,
+        paper=papers["meng2024gdf"],
         source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_pg_amalgamation.json; arXiv "
         "2410.03558, appendix B",
         notes=(
@@ -139,7 +133,7 @@ register_model(
         levels=("up-level1-upsampler-out", "up-level1-repeat0-vit-block0-cross-q", "up-level0-repeat0-vit-block5-out"),
         timestep=50,
         input_size=1024,
-        paper=papers.GDF,
+        paper=papers["meng2024gdf"],
         source="Darkbblue/generic-diffusion-feature at e4361a6, segmentation/configs/ade_full.py and city_full.py; "
         "arXiv 2410.03558, appendix B",
         notes=(

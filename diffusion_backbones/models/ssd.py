@@ -1,6 +1,7 @@
 """Segmind's SSD-1B, a distilled Stable Diffusion XL with fewer transformer blocks."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models import notes
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.tiny_encoders import TAESDXL
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
@@ -15,7 +16,7 @@ SSD_1B = register_checkpoint(
         license=License(
             "apache-2.0", link="https://github.com/segmind/SSD-1B/blob/e7fd132c1759674f822d67b9b047b85762094213/LICENSE"
         ),
-        paper=papers.SSD,
+        paper=papers["gupta2024progressive"],
         input_size=1024,
         tiny_encoder=TAESDXL,
         encoder_float16=False,
@@ -35,15 +36,16 @@ register_model(
         timestep=50,
         seed=42,
         input_size=1024,
-        paper=papers.DIFFCUT,
+        paper=papers["couairon2024diffcut"],
         source="PaulCouairon/DiffCut at aa16df4, tools/ldm.py",
         notes=(
             "The level is the output of the encoder's last self-attention; its id is this package's extension of "
             "GDF's grammar.",
             "DiffCut draws a noise of the latent's size from seed 42; here it is cropped from a canvas of that seed, "
             "so its values differ.",
-            "DiffCut resizes every image to 1024 x 1024 and runs the U-Net in float16; here the aspect ratio is kept, "
-            "in the size conditioning too.",
+            notes.aspect_ratio(
+                "DiffCut resizes every image to 1024 x 1024 and runs the U-Net in float16", size_conditioning=True
+            ),
             "The recursive normalized cut that turns these features into segments is not part of this package.",
         ),
     ),

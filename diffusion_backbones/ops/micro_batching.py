@@ -15,7 +15,7 @@ Piece = tuple[slice, list[slice]]
 """Some images, and the draws of them that are computed together, one slice after another."""
 
 
-def pieces(ensemble: int, images: int, chunk: int | None) -> list[Piece]:
+def split(ensemble: int, images: int, chunk: int | None) -> list[Piece]:
     """Every draw of every image, at most ``chunk`` of them together: several draws of all images, or one draw of some.
 
     Args:
@@ -34,7 +34,7 @@ def _slices(n: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
-class Mean:
+class RunningMean:
     """The mean over the draws of an ensemble, which come some at a time.
 
     Args:
@@ -48,19 +48,19 @@ class Mean:
 
     def add(self, acts: dict[str, Tensor], images: int) -> None:
         """Name -> (draws · images, ...), draw by draw."""
-        for id, act in acts.items():
-            self._dtypes[id] = act.dtype
+        for name, act in acts.items():
+            self._dtypes[name] = act.dtype
             if self._ensemble > 1:  # in float32 at least, as torch takes the mean of half precision
                 act = act.view(-1, images, *act.shape[1:]).sum(0, dtype=torch.promote_types(act.dtype, torch.float32))
-            self._sums[id] = self._sums[id] + act if id in self._sums else act
+            self._sums[name] = self._sums[name] + act if name in self._sums else act
 
     def take(self) -> dict[str, Tensor]:
         """Name -> (images, ...), in the dtypes that were given."""
         if self._ensemble == 1:
             return self._sums
-        return {id: (total / self._ensemble).to(self._dtypes[id]) for id, total in self._sums.items()}
+        return {name: (total / self._ensemble).to(self._dtypes[name]) for name, total in self._sums.items()}
 
 
-def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def cat(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Name -> (images, ...), from the same for some images each."""
-    return parts[0] if len(parts) == 1 else {id: torch.cat([part[id] for part in parts]) for id in parts[0]}
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

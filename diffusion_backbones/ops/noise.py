@@ -78,7 +78,7 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """alpha = 1 - t / 1000, sigma = t / 1000: the straight line of flow matching, without any shift for the resolution."""
+    """alpha = 1 - t / 1000, sigma = t / 1000: flow matching's straight line, without a shift for the resolution."""
 
     def levels(self, timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
         """See :class:`ForwardProcess`.

@@ -42,13 +42,13 @@ def check_weight_dtype(weight_dtype: Any, trainable: Any) -> str | None:
     return name
 
 
-def names(network: nn.Module, called: Collection[str]) -> frozenset[str]:
+def quantized_names(network: nn.Module, called: Collection[str]) -> frozenset[str]:
     """Which tensors of a network's ``state_dict`` can be kept in eight bits: weights of linear and convolutional layers
     that run as such.
 
     Args:
         network: The denoiser.
-        called: As :func:`diffusion_backbones.surgery.introspection.called` says.
+        called: As :func:`diffusion_backbones.surgery.introspection.called` gives it.
     """
     layers = {path for path, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     return frozenset(f"{path}.weight" for path in layers & set(called))
@@ -62,7 +62,7 @@ def int8(weight: Tensor) -> Tensor:
     return rounded
 
 
-def round_(network: nn.Module, some: Collection[str]) -> None:
+def quantize_(network: nn.Module, some: Collection[str]) -> None:
     """Keep some parameters of a network in eight bits, in place."""
     for name in some:
         path = name.removesuffix(".weight")
@@ -70,7 +70,7 @@ def round_(network: nn.Module, some: Collection[str]) -> None:
         layer.weight = nn.Parameter(int8(layer.get_parameter("weight").detach()), requires_grad=False)
 
 
-def stored(tensor: Tensor, dtype: torch.dtype, rounded: bool) -> int:
+def stored_bytes(tensor: Tensor, dtype: torch.dtype, rounded: bool) -> int:
     """Bytes that a tensor takes in a dtype, or in eight bits."""
     if not rounded:
         return tensor.numel() * dtype.itemsize

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_backbones.ops.truncation import has
-from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.activations import MAP, OUT, Port, Site
 
 _INSTALL = threading.Lock()
 
@@ -37,15 +37,15 @@ class Recorder:
     """Records what sites of one network produce.
 
     Args:
-        sites: The activations that calls will ask for; :meth:`watch` adds more later.
+        sites: The activations that calls will ask for; :meth:`add_hooks` adds more later.
     """
 
     def __init__(self, network: nn.Module, sites: Iterable[Site]):
         self._watched: set[str] = set()
         self._store = _Store()
-        self.watch(network, sites)
+        self.add_hooks(network, sites)
 
-    def watch(self, network: nn.Module, sites: Iterable[Site]) -> None:
+    def add_hooks(self, network: nn.Module, sites: Iterable[Site]) -> None:
         """Install the hooks for ``sites`` that are not there yet."""
         with _INSTALL:
             for site in sites:
@@ -54,12 +54,14 @@ class Recorder:
                         network.get_submodule(path).register_forward_hook(functools.partial(self._record, key, port))
                         self._watched.add(key)
 
-    def _record(self, key: str, port: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _record(self, key: str, port: Port | str, _module: nn.Module, args: Any, output: Any) -> None:
         store = self._store
         if store.acts is not None and key in store.wanted:
-            store.acts[key] = (
-                args[0] if port.startswith("in") else output if isinstance(output, Tensor) else output[_index(port)]
-            )
+            port = Port.parse(port) if isinstance(port, str) else port  # pickles of version 0.1 hold text
+            if port.side == "in":
+                store.acts[key] = args[0]
+            else:
+                store.acts[key] = output if isinstance(output, Tensor) else output[port.index or 0]
 
     @contextmanager
     def recording(self, sites: Iterable[Site], acts: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
@@ -74,7 +76,7 @@ class Recorder:
             self._store.acts = None
 
 
-class Stream(dict[str, Tensor]):
+class StreamingStore(dict[str, Tensor]):
     """Gives every activation away as soon as it was recorded, and keeps none.
 
     Args:
@@ -94,12 +96,12 @@ class Stream(dict[str, Tensor]):
             del self[k]
 
     def close(self) -> None:
-        """Raise ``RuntimeError``, see :func:`read`, if the network ran and something was not recorded."""
+        """Raise ``RuntimeError``, see :func:`collect`, if the network ran and something was not recorded."""
         for site in self._waiting:
-            read(self, site)
+            collect(self, site)
 
 
-def read(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:
+def collect(acts: dict[str, Tensor], site: Site) -> tuple[Tensor, ...]:
     """What was recorded for a site: one tensor, or for an attention map what its taps gave.
 
     Raises:
@@ -121,14 +123,10 @@ def available(network: nn.Module, site: Site) -> bool:
     return all(has(network, path) for path in site.modules)
 
 
-def _taps(site: Site) -> list[tuple[str, str, str]]:
+def _taps(site: Site) -> list[tuple[str, str, Port]]:
     """(key, module path, port) of each tensor that must be recorded for a site."""
-    port = "out" if site.port == "map" else site.port
+    port = OUT if site.port == MAP else site.port
     return [(f"{path}:{port}", path, port) for path in site.modules]
-
-
-def _index(port: str) -> int:
-    return int(port[4:-1]) if port[4:-1].isdigit() else 0
 
 
 class _Tie(torch.autograd.Function):
@@ -144,7 +142,7 @@ class _Tie(torch.autograd.Function):
         return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
-def tie(act: Tensor, output: Tensor) -> Tensor:
+def keep_output_in_graph(act: Tensor, output: Tensor) -> Tensor:
     """The same activation, in a graph that also holds what the network returned.
 
     FSDP gathers a block's parameters for the backward pass when a gradient reaches the block's output. Nothing but

@@ -11,7 +11,6 @@ diffusers: loading takes no time, processes share the pages, and only the file's
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from diffusion_backbones.ops import atomic
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
@@ -52,8 +53,8 @@ class TensorFiles:
         shapes: Name -> shape.
 
     Raises:
-        FileNotFoundError: A file is not there.
-        ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; two files hold the same
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; or two files hold the same
             name.
     """
 
@@ -63,7 +64,7 @@ class TensorFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in self.paths:
             with _open(path) as file:
-                for stored in file.keys():  # noqa: SIM118  (an open file is no mapping)
+                for stored in file.keys():  # noqa: SIM118  (an open file is not a mapping)
                     name = rename(stored)
                     if name is None:
                         continue
@@ -79,12 +80,19 @@ class TensorFiles:
         return ", ".join(str(path) for path in self.paths)
 
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
-        """The same files under other names: new name -> name here. What is not listed is dropped."""
+        """The same files under other names: new name -> name here. Tensors that are not listed are dropped."""
         out = TensorFiles([])
         out.paths = self.paths
         out._where = {new: self._where[old] for new, old in names.items()}
         out.shapes = {new: self.shapes[old] for new, old in names.items()}
         return out
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored."""
+        path, stored = self._where[name]
+        with _open(path) as file:
+            found: torch.dtype = file.get_tensor(stored).dtype  # mapped, not read
+        return found
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device
@@ -97,12 +105,7 @@ class TensorFiles:
             wanted.setdefault(self._where[name][0], []).append(name)
         for path, group in wanted.items():
             copy = path.stat().st_size < MAP_FROM
-            with _open(path) as file:
-                mapped = (
-                    not copy
-                    and device.type == "cpu"
-                    and dtype in (None, file.get_tensor(self._where[group[0]][1]).dtype)
-                )
+            mapped = not copy and device.type == "cpu" and dtype in (None, self.dtype(group[0]))
             for some in _chunks(
                 group, len(group) if mapped else 32
             ):  # closing a file gives back the pages that were read
@@ -150,15 +153,15 @@ class _NoInit(TorchFunctionMode):
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Build networks on ``meta`` for :func:`load` to fill, without the initialisation that nothing could hold: a third
-    of the time.
+    """Build networks on ``meta`` for :func:`load` to fill, without initializing weights that do not exist, which takes
+    a third of the time.
     """
     with torch.device("meta"), _NoInit():
         yield
 
 
-def as_read(name: str, tensor: Tensor) -> Tensor:
-    """Keeps a tensor whole."""
+def as_read(_name: str, tensor: Tensor) -> Tensor:
+    """Keep a tensor as it is."""
     return tensor
 
 
@@ -171,17 +174,17 @@ def load(
     what: str,
     store: Store = as_read,
 ) -> None:
-    """Fill ``module`` (usually :func:`unfilled` and truncated) from files, strictly. No more than one tensor is held
+    """Fill ``module`` (usually :func:`unfilled` and truncated) from files, strictly. At most one tensor is in memory
     twice.
 
     Args:
         module: Receives exactly the tensors that its ``state_dict`` names.
-        files: Where they are.
-        full: The whole network before anything was cut off; what files hold beyond it is an error.
-        dtype: Of floating-point tensors; None keeps them as stored.
-        device: Where they go.
+        files: The files that hold them.
+        full: The whole network before anything was cut off; other tensors in the files are an error.
+        dtype: Target dtype of floating-point tensors; None keeps the stored one.
+        device: Target device.
         what: Names the network in errors.
-        store: Makes of each tensor, by its name, what is kept of it.
+        store: Turns each tensor, by its name, into what is kept of it.
 
     Raises:
         ValueError: Tensors are missing, not of this network, or of another shape; the first five are named.
@@ -192,12 +195,12 @@ def load(
 
 
 def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str, where: str) -> None:
-    """Whether the tensors that were found are those of a network.
+    """Check that the tensors that were found are those of a network.
 
     Args:
-        needed: Names that must be there.
-        found: What there is.
-        full: What there may be.
+        needed: Names that must be found.
+        found: The tensors that were found.
+        full: The tensors that may be found.
         what: Names the network in errors.
         where: Names the files in errors.
 
@@ -245,24 +248,26 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         OSError: It cannot be written: no permission, no space, no folder.
     """
+    with atomic.replacing(path) as part:
+        write_part(part, path, tensors, metadata)
+
+
+def write_part(part: Path, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Save a ``.safetensors`` file at the temporary path that :func:`~diffusion_backbones.ops.atomic.replacing` gives
+    for ``path``. Tensors that share memory are each written in full.
+
+    Raises:
+        OSError: It cannot be written; the message names ``path``.
+    """
     from safetensors.torch import save_file
 
-    with whole(path) as part:
-        part.touch()
-        mode = part.stat().st_mode  # what this user's files get; save_file's are private
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        part.chmod(mode)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to. If all goes well it takes the place of ``path`` at the end; otherwise it is removed."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    apart: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if address in memory else tensor.contiguous()
+        memory.add(address)
     try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        save_file(apart, part, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

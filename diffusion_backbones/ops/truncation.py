@@ -1,8 +1,9 @@
 """Shorten a network to what a recipe reaches.
 
 A family describes, per module class, the order in which children run and what may stand in for a child that no longer
-runs (:data:`Steps`). :func:`truncate` walks down to the last requested module, drops everything behind it, and leaves a
-network whose stock ``forward`` still runs. What it returns after the last activation is meaningless and is thrown away.
+runs (:mod:`diffusion_backbones.ops.execution_order`). :func:`truncate` walks down to the last requested module, drops
+everything behind it, and leaves a network whose stock ``forward`` still runs. What it returns after the last activation
+is meaningless and is thrown away.
 
 Stand-ins hold no parameters, so the weights of what was dropped are never read and nothing unreachable is left to
 train.
@@ -11,11 +12,13 @@ train.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusion_backbones.ops.execution_order import ExecutionOrder, Step
 
 
 class Bypass(nn.Module):
@@ -31,7 +34,7 @@ class Bypass(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Returns its first argument's first channel, repeated to ``channels`` along ``dim``: the right shape at no cost."""
+    """Returns its first argument's first channel, repeated to ``channels`` along ``dim``: the right shape for free."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
@@ -74,7 +77,7 @@ class AttentionTap(nn.Module):
 
     IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
     NORMS = {"to_q": "norm_q", "to_k": "norm_k", "add_q_proj": "norm_added_q", "add_k_proj": "norm_added_k"}
-    PLAIN = ("heads", "upcast_attention", "upcast_softmax")
+    ATTRIBUTES = ("heads", "upcast_attention", "upcast_softmax")
 
     def __init__(self, attention: nn.Module, names: Collection[str]):
         super().__init__()
@@ -82,7 +85,7 @@ class AttentionTap(nn.Module):
         for name in (*self.IMAGE, *self.TEXT):
             if name in names:
                 self.add_module(name, getattr(attention, name))
-        for name in self.PLAIN:  # what a map is computed with
+        for name in self.ATTRIBUTES:  # what a map is computed with
             setattr(self, name, getattr(attention, name, None))
         maps = {"to_q", "to_k"} <= set(names)
         for projection, norm in self.NORMS.items():
@@ -102,7 +105,7 @@ class AttentionTap(nn.Module):
 
 
 class ModulationTap(nn.Module):
-    """What is left of a transformer block of which only the modulation is read: computes that and returns its inputs."""
+    """What is left of a block whose modulation alone is read: computes that and returns the block's inputs."""
 
     def __init__(self, block: nn.Module, norm: str):
         super().__init__()
@@ -118,76 +121,46 @@ class ModulationTap(nn.Module):
         return given["encoder_hidden_states"], given["hidden_states"]
 
 
-ATTENTION = ("Attention", "FluxAttention", "Flux2Attention")
-"""Layers that an :class:`AttentionTap` can stand in for."""
-MODULATED = (
-    "FluxTransformerBlock",
-    "FluxSingleTransformerBlock",
-    "JointTransformerBlock",
-    "AuraFlowJointTransformerBlock",
-    "AuraFlowSingleTransformerBlock",
-)
-"""Blocks of text and image that a :class:`ModulationTap` can stand in for."""
-TWO_STREAMS = (*MODULATED, "Flux2TransformerBlock", "QwenImageTransformerBlock")
-"""Blocks that also compute an output for the text."""
-TEXT_HALF = ("norm2_context", "ff_context", "txt_norm2", "txt_mlp", "attn.to_add_out")
-"""What of such a block only the blocks behind it need, if an image's output is read there."""
-STAND_INS = (Bypass, Pair, StandIn)
+STAND_INS = {"Bypass": Bypass, "StandIn": StandIn, "OneToken": OneToken, "FirstToken": FirstToken, "Pair": Pair}
+"""What may stand in for a child, by the names that :class:`~diffusion_backbones.ops.execution_order.Drop` uses."""
 
 
-class Step(NamedTuple):
-    """One child in execution order.
-
-    Args:
-        name: Path of the child relative to its parent.
-        drop: What replaces it once nothing behind it is needed: a module, None for an optional child that ``forward``
-            tests for, or :data:`REMOVE` to shorten the ``ModuleList`` that holds it.
-    """
-
-    name: str
-    drop: nn.Module | object | None
-
-
-REMOVE = object()
-Steps = Mapping[str, Callable[[Any], list[Step]]]
-"""Class name -> function from a module of that class to its steps. Classes that are not listed are kept whole."""
-
-
-def truncate(module: nn.Module, paths: Collection[str], steps: Steps) -> nn.Module:
+def truncate(module: nn.Module, paths: Collection[str], order: ExecutionOrder) -> nn.Module:
     """Cut ``module`` behind the last of ``paths``, in place, and return it (or what replaces it).
 
     Args:
         module: A network on any device, ``meta`` included.
         paths: Paths of the modules whose outputs are needed, relative to ``module``. ``""`` keeps it whole.
-        steps: Execution order and stand-ins per class.
+        order: Execution order and stand-ins per class.
     """
     kind = type(module).__name__
     if "" in paths:
-        return _without_text(module) if kind in TWO_STREAMS else module
-    if (
-        kind in ATTENTION
-        and getattr(module, "group_norm", None) is None
-        and {p.split(".")[0] for p in paths} <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}
-    ):
+        return _without_text(module, order.text_half) if kind in order.two_streams else module
+    if kind in order.attention and _reads_projections_alone(module, paths):
         return AttentionTap(module, set(paths))
-    if kind in MODULATED and {p.partition(".")[2] for p in paths} == {"linear"}:
+    if kind in order.modulated and {p.partition(".")[2] for p in paths} == {"linear"}:
         return ModulationTap(module, next(iter(paths)).split(".")[0])
-    if kind not in steps:
+    if kind not in order.steps:
         return module
-    order = steps[kind](module)
-    last = max((i for i, step in enumerate(order) for p in paths if _inside(p, step.name)), default=None)
+    steps = order.steps[kind](module)
+    last = max((i for i, step in enumerate(steps) for p in paths if _inside(p, step.name)), default=None)
     if last is None:  # something that has no place in the order, so keep everything
         return module
-    name = order[last].name
+    name = steps[last].name
     inside = [p[len(name) :].lstrip(".") for p in paths if _inside(p, name)]
-    module.set_submodule(name, truncate(module.get_submodule(name), inside, steps))
-    for step in reversed(order[last + 1 :]):
+    module.set_submodule(name, truncate(module.get_submodule(name), inside, order))
+    for step in reversed(steps[last + 1 :]):
         _drop(module, step)
     return module
 
 
-def _without_text(block: nn.Module) -> nn.Module:
-    for path in TEXT_HALF:
+def _reads_projections_alone(attention: nn.Module, paths: Collection[str]) -> bool:
+    read = {path.partition(".")[0] for path in paths}
+    return getattr(attention, "group_norm", None) is None and read <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}
+
+
+def _without_text(block: nn.Module, text_half: Collection[str]) -> nn.Module:
+    for path in text_half:
         owner, _, child = path.rpartition(".")
         if getattr(block.get_submodule(owner), child, None) is not None:
             setattr(block.get_submodule(owner), child, Bypass())
@@ -201,13 +174,15 @@ def _inside(path: str, name: str) -> bool:
 def _drop(module: nn.Module, step: Step) -> None:
     parent, _, child = step.name.rpartition(".")
     owner = module.get_submodule(parent)
-    if step.drop is REMOVE:
+    if step.drop.by == "remove":
         assert isinstance(owner, nn.ModuleList)
         del owner[int(child)]
-    elif isinstance(owner, nn.ModuleList):
-        owner[int(child)] = step.drop  # type: ignore[assignment]
+        return
+    instead = None if step.drop.by == "none" else STAND_INS[step.drop.by](*step.drop.arguments)
+    if isinstance(owner, nn.ModuleList):
+        owner[int(child)] = instead  # type: ignore[assignment]
     else:
-        setattr(owner, child, step.drop)
+        setattr(owner, child, instead)
 
 
 def has(network: nn.Module, path: str) -> bool:
@@ -216,7 +191,7 @@ def has(network: nn.Module, path: str) -> bool:
         module = network.get_submodule(path)
     except AttributeError:
         return False
-    return not isinstance(module, (*STAND_INS, AttentionTap, ModulationTap))
+    return not isinstance(module, (Bypass, Pair, StandIn, AttentionTap, ModulationTap))
 
 
 def count_parameters(module: nn.Module) -> int:

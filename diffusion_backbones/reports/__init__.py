@@ -1,1 +1,1 @@
-"""What is said about backbones and checkpoints: cards, summaries, costs, measured numbers. No torch at import."""
+"""Reports on backbones and checkpoints: cards, summaries, costs, measured numbers. No torch at import."""

@@ -1,4 +1,4 @@
-"""Score activations on a task: the network looks once, and what the task needs of every activation is kept in files."""
+"""Score activations on a task: the network runs once, and what the task needs of each activation is cached in files."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.ops import atomic
 from diffusion_backbones.selection.tasks import Task
 from diffusion_backbones.spec.activations import Site
 
 DONE = "done.json"
 
 
-class Evidence:
-    """What a task keeps of activations, in a folder: a file for each, and how far the looking has come.
+class FeatureCache:
+    """The reduced features of activations in a folder: a file for each, and the number of views that it holds.
 
     Args:
-        folder: Is made if it is not there. What another network, other data or other settings have left there is an
-            error.
-        key: All that the files depend on.
+        folder: Made if it does not exist.
+        key: All that the files depend on: network, data, settings.
 
     Raises:
-        ValueError: The folder holds evidence of something else.
+        ValueError: The folder holds features with another key.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]):
@@ -40,16 +40,16 @@ class Evidence:
             if known["key"] != self.key:
                 differs = [name for name in self.key if known["key"].get(name) != self.key[name]]
                 raise ValueError(
-                    f"{folder} holds what another {', '.join(differs) or 'run'} gave; choose another folder, or "
+                    f"{folder} holds features with another {', '.join(differs) or 'key'}; choose another folder, or "
                     "remove this one"
                 )
             self.looked: dict[str, int] = known["looked"]
         else:
             self.looked = {}
 
-    def __getitem__(self, id: str) -> NDArray[np.float16]:
-        """What was kept of an activation, (looks, ...), read from its file when it is used."""
-        array: NDArray[np.float16] = np.load(self.folder / f"{id}.npy", mmap_mode="r")
+    def __getitem__(self, activation_id: str) -> NDArray[np.float16]:
+        """The reduced features of an activation, (views, ...), memory-mapped."""
+        array: NDArray[np.float16] = np.load(self.folder / f"{activation_id}.npy", mmap_mode="r")
         return array
 
     @torch.no_grad()
@@ -59,23 +59,20 @@ class Evidence:
         task: Task,
         ids: Sequence[str],
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-        seed: int = 0,
     ) -> None:
-        """Let the network look at everything that it has not looked at yet: an interrupted run goes on where it
-        stopped, other ids are added.
+        """Run the network on every view that is not cached yet. An interrupted run resumes; other ids are added.
 
         Args:
-            backbone: Computes all ``ids``; its recipe's timestep and noise hold.
-            task: What is looked at.
+            backbone: Computes all ``ids``, at its recipe's timestep and with its noise.
+            task: Gives the views, and reduces the activations.
             ids: Activation ids.
-            progress: Wraps the looks, such as ``tqdm``.
+            progress: Wraps the views, such as ``tqdm``.
         """
-        device = next(backbone.denoiser.parameters()).device
         files: dict[str, Any] = {}
-        missing = [id for id in ids if self.looked.get(id, 0) < len(task.looks)]
-        done = min((self.looked.get(id, 0) for id in missing), default=0)
+        missing = [name for name in ids if self.looked.get(name, 0) < len(task.views)]
+        done = min((self.looked.get(name, 0) for name in missing), default=0)
 
-        for index in progress(range(done, len(task.looks)) if missing else ()):
+        for index in progress(range(done, len(task.views)) if missing else ()):
 
             def keep(site: Site, act: Tensor, index: int = index) -> None:
                 kept = task.reduce(index, act)
@@ -84,24 +81,22 @@ class Evidence:
                     files[site.id] = (
                         open_memmap(path, "r+")
                         if done
-                        else open_memmap(path, "w+", np.float16, (len(task.looks), *kept.shape))
+                        else open_memmap(path, "w+", np.float16, (len(task.views), *kept.shape))
                     )
                 files[site.id][index] = kept
 
-            backbone.visit_activations(task.looks[index].to(device), missing, keep)
+            backbone.visit_activations(task.views[index].to(backbone.device), missing, keep)
             for file in files.values():
                 file.flush()
             self._mark(missing, index + 1)
 
     def _mark(self, ids: Sequence[str], looked: int) -> None:
         self.looked |= dict.fromkeys(ids, looked)
-        new = self.folder / f"{DONE}.new"
-        new.write_text(json.dumps({"looked": self.looked, "key": self.key}))
-        new.replace(self.folder / DONE)
+        atomic.write_text(self.folder / DONE, json.dumps({"looked": self.looked, "key": self.key}))
 
 
-def scores(
-    task: Task, evidence: Evidence, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+def single_scores(
+    task: Task, cache: FeatureCache, ids: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> dict[str, NDArray[np.float64]]:
-    """The score of every activation alone, one for each split."""
-    return {id: task.score([evidence[id]]) for id in progress(ids)}
+    """The score of every activation by itself, one for each split."""
+    return {name: task.score([cache[name]]) for name in progress(ids)}

@@ -1,4 +1,4 @@
-"""The images that a selection looks at, and what is known of them."""
+"""The images and the task of a selection."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.extraction import images as files
 from diffusion_backbones.selection.tasks import Keypoints, Match, Segmentation, Task, warped
 
@@ -20,9 +21,9 @@ class Data:
     """Images, and a task on them.
 
     Attributes:
-        images: (3, S, S) each, in [-1, 1], for the properties.
-        task: For the comparison.
-        source: What they are, for reports and for telling runs apart.
+        images: (3, S, S) each, in [-1, 1], on which properties are measured.
+        task: The task on which activations are compared.
+        source: Both in words, for reports and to tell runs apart.
     """
 
     images: list[Tensor]
@@ -31,14 +32,17 @@ class Data:
 
 
 def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
-    """The evaluation set in the package, resized to ``size``: its 80 probe scenes for ``masks``, its 60 pairs for
-    ``keypoints``, warps for ``warps``.
+    """The evaluation set in the package: its 80 probe scenes for ``masks``, its 60 pairs for ``keypoints``, warps of
+    the scenes for ``warps``.
+
+    Args:
+        size: Side in pixels that the images are resized to.
+        task: ``masks``, ``keypoints`` or ``warps``.
+        seed: Seed of splits and warps.
 
     Raises:
-        ValueError: Another task.
+        ValueError: The task is unknown.
     """
-    from diffusion_backbones.evaluation.scenes import load_scenes
-
     known = load_scenes()
     images = [to_tensor(scene.image, size) for scene in known.probe]
     if task == "masks":
@@ -49,32 +53,40 @@ def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
         )
     if task == "keypoints":
         pairs = [
-            _match(p.source.size, to_tensor(p.source, size), p.target.size, to_tensor(p.target, size), p.source_points, p.target_points, p.target_box)
+            _match(
+                p.source.size,
+                to_tensor(p.source, size),
+                p.target.size,
+                to_tensor(p.target, size),
+                p.source_points,
+                p.target_points,
+                p.target_box,
+            )
             for p in known.pairs
-        ]  # fmt: skip
+        ]
         return Data(images, Keypoints(pairs, seed), "the package's scenes, keypoints")
     if task == "warps":
         return Data(images, Keypoints(warped(images, seed), seed), "the package's scenes, warps")
-    raise ValueError(f"the package's scenes serve the tasks masks, keypoints and warps, not {task!r}")
+    raise ValueError(f"task must be 'masks', 'keypoints' or 'warps' for the package's scenes, got {task!r}")
 
 
 def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | None = None, seed: int = 0) -> Data:
     """A user's own images: with masks a segmentation probe, with pairs matched keypoints, with neither known warps.
 
     Args:
-        images: A folder; every image is resized to its shorter side and its central square cut out.
+        images: A folder; the shorter side of every image is resized, and its central square cut out.
         size: Side of that square in pixels.
         masks: A folder with a ``.png`` for every image, of the same relative name and size; pixels are classes from 0,
             255 is ignored.
         pairs: A JSON list of objects with ``source`` and ``target``, paths relative to ``images``; ``source_points``
-            and ``target_points``, equally long lists of [x, y] in pixels of the files; and, if wanted, ``target_box``
+            and ``target_points``, equally long lists of [x, y] in pixels of the files; and optionally ``target_box``
             [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each once.
-        seed: Of splits and warps.
+        seed: Seed of splits and warps.
 
     Raises:
-        FileNotFoundError: No images, or a mask or an image of a pair is missing.
-        ValueError: Both masks and pairs, a mask of another size than its image or with more than one channel, points
-            that are none, or what the task cannot use.
+        FileNotFoundError: There are no images, or a mask or an image of a pair is missing.
+        ValueError: Both masks and pairs are given, a mask has another size than its image or several channels, points
+            are not numbers, or the task cannot use the data.
     """
     if masks and pairs:
         raise ValueError("compare on masks or on keypoints, one at a time")
@@ -104,14 +116,14 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     return out
 
 
-def _square(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
+def _square(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
     scale, left, top = _geometry(image.size, size)
     box = (left / scale, top / scale, (left + size) / scale, (top + size) / scale)
-    return image.resize((size, size), filter, box)
+    return image.resize((size, size), resampling, box)
 
 
 def _geometry(shape: tuple[int, int], size: int) -> tuple[float, float, float]:
-    """Scale from the file to the square, and what of the resized image is left of it and above."""
+    """Scale from the file to the square, and the margins of the resized image to its left and above it."""
     width, height = shape
     scale = size / min(width, height)
     return scale, (width * scale - size) / 2, (height * scale - size) / 2
@@ -164,7 +176,7 @@ class _Squares:
         if name not in self.opened:
             path = self.folder / name
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, which a pair names")
+                raise FileNotFoundError(f"{path}, which a pair names, is missing")
             image = files.load(path)
             self.opened[name] = image.size, to_tensor(image, self.size)
         return self.opened[name]
@@ -197,7 +209,7 @@ def _match(
     target_points: Any,
     box: Any,
 ) -> Match:
-    """Points go where their pixels go; those that are cut off are left out, in both images."""
+    """Move points with their pixels, and leave out those that are cut off in either image."""
     moved, size = [], target.shape[-1]
     for shape, points in ((source_shape, source_points), (target_shape, target_points)):
         scale, left, top = _geometry(shape, size)

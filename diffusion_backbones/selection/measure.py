@@ -1,4 +1,4 @@
-"""Every activation of a network on a few images: its properties, in one pass for an image and its noise draws."""
+"""Measure the properties of every activation of a network on a few images, in one pass for an image and its draws."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.ops import atomic
 from diffusion_backbones.selection.properties import Moments, Properties, Redundancy
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.validation import closest
 
 FEWEST = 4
-"""Images that properties can be told from: fewer do not tell a place's share from an image's."""
+"""Least number of images: fewer do not separate the share of the place from that of the image."""
 EVERY = 120.0
-"""Seconds after which the sums are written down, so that a killed run loses no more. Those of a large network are
-gigabytes.
-"""
+"""Seconds after which the sums are saved, so that a killed run loses no more; a large network has gigabytes of them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the images say of a network.
+    """The properties of a network's activations.
 
     Attributes:
-        properties: By activation id, in forward order.
+        properties: Id -> properties, in forward order.
         redundancy: (N, N) linear CKA between them, in that order.
-        images, draws: How many were looked at.
+        images, draws: Number of images, and of noise draws for each.
     """
 
     properties: dict[str, Properties]
@@ -42,17 +41,15 @@ class Measured:
 
 
 def candidates(sites: Iterable[Site]) -> list[Site]:
-    """Of a network's activations those that can stand in a level by themselves: maps and tokens of the denoiser, no
-    attention maps.
-    """
+    """The activations that can be a level by themselves: maps and tokens of the denoiser, without attention maps."""
     return [site for site in sites if not site.encoder and site.layout in ("map", "tokens")]
 
 
 def matching(sites: Iterable[Site], patterns: Sequence[str]) -> list[Site]:
-    """Those whose id matches one of some shell-style patterns.
+    """The sites whose id matches one of the shell-style patterns.
 
     Raises:
-        ValueError: A pattern that matches none; the closest ids are named.
+        ValueError: A pattern matches none; the error names the closest ids.
     """
     sites = list(sites)
     for pattern in patterns:
@@ -78,26 +75,26 @@ def measure(
     """The properties of activations, streamed: one image at a time, and of its activations one at a time.
 
     Args:
-        backbone: A network that computes all ``ids``, at the timestep that they are to be judged at.
+        backbone: A network that computes all ``ids``, at the timestep of interest.
         images: (3, S, S) each, all of one size, a multiple of the backbone's ``size_divisibility``, in [-1, 1]; at
             least four.
         ids: Activation ids; see :func:`candidates`.
         draws: Noise draws for every image, at least 2.
-        seed: Of the noise.
+        seed: Seed of the noise.
         progress: Wraps the images, such as ``tqdm``.
-        state: A file for the sums so far, written every :data:`EVERY` seconds: a run that was killed goes on from it.
-        key: Of the run; a state with another one is not used.
+        state: A file for the sums so far, written every :data:`EVERY` seconds; a killed run resumes from it.
+        key: Key of the run; a state with another key is not used.
 
     Raises:
-        ValueError: Too few images or draws, images of other sizes, or no ids.
-        KeyError: An id that the network does not compute.
+        ValueError: There are too few images or draws, images of different sizes, or no ids.
+        KeyError: The network does not compute an id.
     """
-    check(images, backbone.size_divisibility, minimum=FEWEST)
+    check_images(images, backbone.size_divisibility, minimum=FEWEST)
     if not ids:
         raise ValueError("no activation ids to measure")
     size = images[0].shape[-1]
-    device = next(backbone.denoiser.parameters()).device
-    sums = _Sums({id: Moments(size, seed) for id in ids}, Redundancy(), torch.Generator().manual_seed(seed))
+    device = backbone.device
+    sums = _Sums({name: Moments(size, seed) for name in ids}, Redundancy(), torch.Generator().manual_seed(seed))
     if state:
         sums.restore(state, key, device)
     written = time.monotonic()
@@ -106,20 +103,21 @@ def measure(
         noise = torch.randn((draws, *z.shape[1:]), generator=sums.generator).to(z)
         places: dict[str, Tensor] = {}
 
-        def look(site: Site, act: Tensor, places: dict[str, Tensor] = places) -> None:
+        def add(site: Site, act: Tensor, places: dict[str, Tensor] = places) -> None:
             places[site.id] = sums.moments[site.id].add(act)
 
-        backbone.visit_activations(None, ids, look, latents=z.expand(draws, -1, -1, -1), noise=noise)
-        sums.redundancy.add([places[id] for id in ids])
+        backbone.visit_activations(None, ids, add, latents=z.expand(draws, -1, -1, -1), noise=noise)
+        sums.redundancy.add([places[name] for name in ids])
         if state and time.monotonic() - written > EVERY and sums.images < len(images):
             sums.save(state, key)
             written = time.monotonic()
-    return Measured({id: sums.moments[id].properties() for id in ids}, sums.redundancy.matrix(), len(images), draws)
+    properties = {name: sums.moments[name].properties() for name in ids}
+    return Measured(properties, sums.redundancy.matrix(), len(images), draws)
 
 
 @dataclass
 class _Sums:
-    """All that is carried from one image to the next; a file can hold it."""
+    """The running sums over images; they can be saved to a file."""
 
     moments: dict[str, Moments]
     redundancy: Redundancy
@@ -131,45 +129,42 @@ class _Sums:
 
     def save(self, path: Path, key: str) -> None:
         moments = {
-            id: {"sums": moment.sums, "images": moment.images, "draws": moment.draws}
-            for id, moment in self.moments.items()
+            name: {"sums": moment.sums, "images": moment.images, "draws": moment.draws}
+            for name, moment in self.moments.items()
         }
-        new = path.with_suffix(".new")
-        torch.save(
-            {
-                "key": key,
-                "moments": moments,
-                "redundancy": self.redundancy.total,
-                "generator": self.generator.get_state(),
-            },
-            new,
-        )
-        new.replace(path)
+        state = {
+            "key": key,
+            "moments": moments,
+            "redundancy": self.redundancy.total,
+            "generator": self.generator.get_state(),
+        }
+        with atomic.replacing(path) as part:
+            torch.save(state, part)
 
     def restore(self, path: Path, key: str, device: torch.device) -> None:
-        """Go on from a file, if there is one of this run."""
+        """Resume from a file, if there is one with this key."""
         if not path.is_file():
             return
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved["key"] != key:
             return
-        for id, moment in self.moments.items():
-            vars(moment).update(saved["moments"][id])
+        for name, moment in self.moments.items():
+            vars(moment).update(saved["moments"][name])
         self.redundancy = Redundancy(saved["redundancy"])
         self.generator.set_state(saved["generator"].cpu())
 
 
-def check(images: Sequence[Tensor], divisibility: int, minimum: int) -> None:
-    """Raise ``ValueError`` unless there are ``minimum`` images, all square, of one size and a multiple of
+def check_images(images: Sequence[Tensor], divisibility: int, minimum: int) -> None:
+    """Raise ``ValueError`` unless there are ``minimum`` images, all square, of one size, a multiple of
     ``divisibility``.
     """
     if len(images) < minimum:
         raise ValueError(
-            f"{minimum} images are the least that this can be measured on, a few dozen are better; got {len(images)}"
+            f"properties are measured on at least {minimum} images, better on a few dozen; got {len(images)}"
         )
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        raise ValueError(f"images must be of one size, got {', '.join(map(str, sorted(shapes)))}")
+        raise ValueError(f"images must have one size, got {', '.join(map(str, sorted(shapes)))}")
     (shape,) = shapes
     if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2] or shape[1] % divisibility:
         raise ValueError(f"images must be (3, S, S) with S a multiple of {divisibility}, got {shape}")

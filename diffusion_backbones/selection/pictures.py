@@ -1,6 +1,4 @@
-"""Pictures of activations, as the paper's own figures show them: three principal components as colours, the same ones
-for a few images.
-"""
+"""Pictures of activations, as in the paper's figures: three principal components as colours, shared by a few images."""
 
 from __future__ import annotations
 
@@ -19,13 +17,13 @@ from diffusion_backbones.evaluation.visualize import pca_rgb
 from diffusion_backbones.spec.activations import Site
 
 SHOWN = 3
-"""Images that are shown, the first ones."""
+"""Number of images that are shown, the first ones."""
 SIDE = 32
-"""Places along a side of a picture, at most; finer activations are averaged."""
+"""Most places along a side of a picture; finer activations are averaged."""
 
 
 def strip(act: Tensor) -> Image.Image:
-    """Maps of several images side by side, as many pixels as places; a colour means the same in all of them.
+    """The maps of several images side by side, one pixel for each place; a colour means the same in all of them.
 
     Args:
         act: (N, C, h, w), finite.
@@ -39,13 +37,14 @@ def strip(act: Tensor) -> Image.Image:
 def paint(
     backbone: DiffusionBackbone, images: Sequence[Tensor], ids: Sequence[str], folder: Path, key: dict[str, Any]
 ) -> None:
-    """A strip for every activation, ``folder/ID.png``, from one run of the network. What a run with the same ``key``
-    has painted stays.
+    """Paint a strip for every activation, ``folder/ID.png``, in one run of the network; those of a run with the same
+    ``key`` are kept.
 
     Args:
+        backbone: Computes all ``ids``.
         images: (3, S, S) each, in [-1, 1].
         ids: Activation ids.
-        folder: Is made if it is not there.
+        folder: Made if it does not exist.
         key: All that the pictures depend on.
     """
     done, known = folder / "done.json", json.dumps({**key, "ids": list(ids)})
@@ -53,12 +52,11 @@ def paint(
         return
     folder.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)
-    device = next(backbone.denoiser.parameters()).device
 
-    def look(site: Site, act: Tensor) -> None:
+    def save(site: Site, act: Tensor) -> None:
         strip(act).save(folder / f"{site.id}.png")
 
-    backbone.visit_activations(torch.stack(list(images)).to(device), ids, look)
+    backbone.visit_activations(torch.stack(list(images)).to(backbone.device), ids, save)
     done.write_text(known)
 
 
@@ -66,17 +64,16 @@ def paint(
 def pyramid(
     backbone: DiffusionBackbone, images: Sequence[Tensor], levels: Sequence[Sequence[str]]
 ) -> list[Image.Image]:
-    """A strip for every level, its activations concatenated along channels as a backbone with this recipe gives them.
+    """A strip for every level, whose activations are concatenated along channels as in a backbone with this recipe.
 
     Args:
+        backbone: Computes all the ids.
         images: (3, S, S) each, in [-1, 1].
-        levels: Activation ids of each, of one stride.
+        levels: Activation ids of each level, of one stride.
     """
-    device = next(backbone.denoiser.parameters()).device
-    maps = backbone.forward_activations(
-        torch.stack(list(images)).to(device), [id for level in levels for id in level], as_maps=True
-    )
-    return [strip(torch.cat([maps[id] for id in level], dim=1)) for level in levels]
+    x, ids = torch.stack(list(images)).to(backbone.device), [name for level in levels for name in level]
+    maps = backbone.forward_activations(x, ids, as_maps=True)
+    return [strip(torch.cat([maps[name] for name in level], dim=1)) for level in levels]
 
 
 def photograph(image: Tensor, side: int = 256) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What an activation is like, measured: noise, position, locality, granularity, massive channels, redundancy.
+"""The properties of an activation, measured: noise, position, locality, granularity, massive channels, redundancy.
 
 Meng et al. (GDF, https://arxiv.org/abs/2410.03558, section 4) describe three properties of the activations of diffusion
 U-Nets by looking at pictures: asymmetric diffusion noise, granularity that changes inside one resolution, and locality
@@ -21,9 +21,9 @@ from torch import Tensor
 LOW = 4.0
 """Cycles per image below which a frequency counts as low."""
 PROBED = 128
-"""Channels that a random projection leaves for linear readouts and similarities of wide activations."""
+"""Number of channels after the random projection of wide activations, for linear readouts and similarities."""
 GRID = 16
-"""Places along a side at which similarities are compared."""
+"""Number of places along a side at which similarities are compared."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Properties:
 
     Attributes:
         noise: Share of the variance that the noise draw explains, 0 to 1, averaged over channels.
-        noise_low: The same of frequencies below :data:`LOW` cycles per image.
-        noise_bands: The same octave by octave: 0 to 1 cycles per image, 1 to 2, 2 to 4 ... None where the grid has
-            none.
+        noise_low: The same share for frequencies below :data:`LOW` cycles per image.
+        noise_bands: The same share octave by octave: 0 to 1 cycles per image, 1 to 2, 2 to 4 ... None if the grid has
+            no such frequency.
         position: Share of the variance that the place in the image explains, whatever the image and the draw, 0 to 1.
-        xy: How well x and y can be read off linearly in images that the readout has not seen: R², at most 1; below 0 is
-            worse than a guess.
+        xy: R² of a linear readout of x and y on images that it was not fitted to, at most 1; below 0 is worse than a
+            guess.
         locality: Share of the variance of the similarity between two places of an image that their distance explains, 0
             to 1.
         granularity: Half a wavelength at the mean frequency of what the image explains, in pixels of the image.
-        massive: Root mean square of the strongest channel by that of the median channel.
+        massive: Root mean square of the strongest channel, divided by that of the median channel.
         similarity: (distance in pixels, mean cosine similarity) of two places of an image, near to far.
     """
 
@@ -57,13 +57,13 @@ class Properties:
 
     @property
     def noise_curve(self) -> list[tuple[float, float]]:
-        """(lower end of the octave in cycles per image, share of noise) where there is something."""
+        """(lower end of the octave in cycles per image, share of noise) for the octaves that the grid has."""
         ends = (0.0, *(2.0**i for i in range(len(self.noise_bands) - 1)))
         return [(low, share) for low, share in zip(ends, self.noise_bands, strict=True) if share is not None]
 
 
 def cosine_basis(n: int) -> Tensor:
-    """The orthonormal cosine transform (DCT-II) of n places, (n, n): row k has k / 2 cycles."""
+    """The matrix (n, n) of the orthonormal cosine transform (DCT-II) of n places: row k has k / 2 cycles."""
     k, i = torch.arange(n)[:, None], torch.arange(n)[None]
     basis = torch.cos(math.pi * k * (i + 0.5) / n) * math.sqrt(2 / n)
     basis[0] /= math.sqrt(2)
@@ -71,7 +71,7 @@ def cosine_basis(n: int) -> Tensor:
 
 
 def radii(height: int, width: int) -> Tensor:
-    """(height · width,) whole half cycles per image of every coefficient of a cosine transform."""
+    """(height · width,) number of half cycles per image, rounded down, of every coefficient of a cosine transform."""
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
     return (rows**2 + columns**2).sqrt().long().flatten()
 
@@ -82,7 +82,9 @@ class Moments:
 
     Args:
         size: Side in pixels of the square images.
-        seed: Of the random projection.
+        seed: Seed of the random projection.
+        images, draws: Number of images that were added, and of draws in each.
+        sums: The sums, by name.
     """
 
     size: int
@@ -92,17 +94,17 @@ class Moments:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, x: Tensor) -> Tensor:
-        """Count one image.
+        """Add one image.
 
         Args:
-            x: (draws, C, h, w), at least two draws of noise on one image, always equally many.
+            x: (draws, C, h, w), two or more draws of noise on one image, equally many for every image.
 
         Returns:
-            (GRID², PROBED or C) what is compared with other activations: the mean over draws on a grid, each channel
-            standardised in the image.
+            (GRID², PROBED or C): the mean over draws on a grid, each channel standardised in the image, to compare with
+            other activations.
 
         Raises:
-            ValueError: Fewer than two draws.
+            ValueError: There are fewer than two draws.
         """
         if len(x) < 2:
             raise ValueError(f"noise is measured between draws, at least 2 an image; got {len(x)}")
@@ -146,7 +148,7 @@ class Moments:
         return places @ torch.randn(channels, PROBED, generator=generator).to(places) / math.sqrt(PROBED)
 
     def _add_readout(self, places: Tensor, side: int) -> None:
-        """Normal equations of x and y on the channels; images of even and of odd number apart."""
+        """Normal equations of x and y on the channels, separately for even and odd images."""
         ramp = (torch.arange(side).to(places) + 0.5) / side * 2 - 1
         target = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"), -1).flatten(0, 1)
         inputs, half = F.pad(places, (0, 1), value=1.0), self.images % 2
@@ -163,14 +165,15 @@ class Moments:
         self._sum("cosine_square", torch.zeros(n, device=similarity.device).index_add_(0, bins, similarity.square()))
 
     def properties(self) -> Properties:
-        """What the sums say.
+        """The properties that follow from the sums.
 
         Raises:
-            ValueError: Fewer than four images, which are too few to tell an image's share from a place's.
+            ValueError: There are fewer than four images, too few to separate the share of the image from that of the
+                place.
         """
         if self.images < 4:
             raise ValueError(
-                f"the share of the place is told from that of the image over at least 4 images; got {self.images}"
+                f"separating the share of the place from that of the image takes at least 4 images; got {self.images}"
             )
         position, image, noise = self._shares()
         total = (position + image + noise).sum(1)
@@ -202,19 +205,19 @@ class Moments:
         )
 
     def _shares(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(C, K) each: the variance by place, by image and by draw at K frequencies; unbiased but for the clamp at
+        """(C, K) each: the variance by place, by image and by draw at K frequencies, unbiased but for the clamp at
         zero.
         """
         n, bins = self.images, radii(*self.sums["map"].shape[1:]).to(self.sums["map"].device)
         noise, signal = self.sums["noise"] / n, self.sums["signal"]
         squared = torch.zeros_like(noise).index_add_(1, bins, (self.sums["map"] / n).square().flatten(1))
-        residual = ((signal - n * squared) / (n - 1)).clamp(min=0)  # of the image and of the mean over draws
+        residual = ((signal - n * squared) / (n - 1)).clamp(min=0)  # variance of the image and of the mean over draws
         position, image = (squared - residual / n).clamp(min=0), (residual - noise / self.draws).clamp(min=0)
-        position[:, 0] = 0  # the mean of a channel is no place's
+        position[:, 0] = 0  # the channel mean carries no position
         return position, image, noise
 
     def _readout(self) -> float:
-        """R² of ridge regression, mean of both directions: trained on one half of the images, told on the other."""
+        """R² of ridge regression, mean of both directions: fitted to one half of the images, tested on the other."""
         scores = []
         for train, test in ((0, 1), (1, 0)):
             xx, n = self.sums[f"xx{train}"].double(), float(self.sums[f"xx{train}"][-1, -1])
@@ -227,7 +230,7 @@ class Moments:
         return sum(scores) / 2
 
     def _similarity(self) -> tuple[tuple[tuple[float, float], ...], float]:
-        """The curve, and the share of the variance of similarities that distance explains; a place and itself left out."""
+        """The curve, and the share of the variance of similarities that distance explains, without equal places."""
         count, total, square = (self.sums[name][1:].double() for name in ("pairs", "cosine", "cosine_square"))
         mean = total / count.clamp(min=1)
         overall = total.sum() / count.sum()
@@ -239,7 +242,7 @@ class Moments:
 
 
 def _distances(side: int) -> Tensor:
-    """(side⁴,) whole distances between all pairs of places of a square grid."""
+    """(side⁴,) rounded distances between all pairs of places of a square grid."""
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1).float()
     return torch.cdist(at, at).round().long().flatten()
 
@@ -255,15 +258,19 @@ class Redundancy:
         self.total = total
 
     def add(self, places: list[Tensor]) -> None:
-        """Count one image: for every activation (P, C_i), the same P places."""
+        """Add one image: (P, C_i) for every activation, at the same P places."""
         grams = torch.stack([_centred(x @ x.T).flatten() for x in places])
         grams = grams / grams.norm(dim=1, keepdim=True).clamp(min=1e-12)  # images count alike
         self.total = grams @ grams.T + (0 if self.total is None else self.total)
 
     def matrix(self) -> Tensor:
-        """(N, N), 1 for equal up to rotation and scale, about 0 for unrelated."""
+        """(N, N): 1 for equal up to rotation and scale, about 0 for unrelated.
+
+        Raises:
+            ValueError: No image was added.
+        """
         if self.total is None:
-            raise ValueError("no image was counted")
+            raise ValueError("no image was added; call add() first")
         scale = self.total.diagonal().clamp(min=1e-12).sqrt()
         return self.total / scale[:, None] / scale[None]
 

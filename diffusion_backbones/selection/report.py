@@ -1,4 +1,4 @@
-"""The report of a selection: one HTML file that needs nothing else, neither a network nor a folder beside it."""
+"""The report of a selection: one HTML file that needs neither the internet nor other files."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Box:
     """A part of the network in the drawing.
 
     Attributes:
-        title: What it is called.
-        row, column: Where it stands, from 1; 0 for networks that are one row of blocks.
-        lines: Indices of its activations, a line for each residual block.
+        title: Its name.
+        row, column: Its place, from 1; 0 for networks that are one row of blocks.
+        lines: Indices of its activations, one line for each residual block.
     """
 
     title: str
@@ -51,22 +51,22 @@ class Box:
 
 
 def boxes(sites: Sequence[Site]) -> list[Box]:
-    """The network as its stages: a U of levels, or a row of blocks, in forward order."""
+    """The stages of a network: a U of levels, or a row of blocks, in forward order."""
     parsed = [parse(site.id) for site in sites]
-    depth = 1 + max((id.level or 0 for id in parsed if id.stage == "down"), default=0)
+    depth = 1 + max((known.level or 0 for known in parsed if known.stage == "down"), default=0)
     found: dict[tuple[str, int, int], dict[Any, list[int]]] = {}
-    for index, id in enumerate(parsed):
-        if id.stage == "unet":
-            place = ("output", 1, 2) if id.kind == "out" else ("input", 1, 1)
-        elif id.stage == "mid":
+    for index, known in enumerate(parsed):
+        if known.stage == "unet":
+            place = ("output", 1, 2) if known.kind == "out" else ("input", 1, 1)
+        elif known.stage == "mid":
             place = ("mid", depth + 2, 0)
-        elif id.stage == "vit":
-            place = (f"block {id.block}", 0, 0)
+        elif known.stage == "vit":
+            place = (f"block {known.block}", 0, 0)
         else:
-            assert id.level is not None  # a stage of a U-Net, since nobody selects among module paths
-            row = id.level if id.stage == "down" else depth - 1 - id.level
-            place = (f"{id.stage} level {id.level}", row + 2, 1 if id.stage == "down" else 2)
-        found.setdefault(place, {}).setdefault(id.repeat, []).append(index)
+            assert known.level is not None  # a stage of a U-Net: candidates are never module paths
+            row = known.level if known.stage == "down" else depth - 1 - known.level
+            place = (f"{known.stage} level {known.level}", row + 2, 1 if known.stage == "down" else 2)
+        found.setdefault(place, {}).setdefault(known.repeat, []).append(index)
     return [Box(*place, list(lines.values())) for place, lines in found.items()]
 
 
@@ -75,9 +75,9 @@ class Plot:
     """One property of all activations against forward order, in a drawing of :data:`WIDTH` by :data:`HEIGHT`.
 
     Attributes:
-        name, about: Of the property.
+        name, about: Name and explanation of the property.
         points: (x, y, index, class) of each activation; y grows downwards.
-        low, high: What the bottom and the top stand for.
+        low, high: Values at the bottom and at the top.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Plot:
 
 
 def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """Plot a property of the activations in ``rows``."""
     known = [row[name] for row in rows if row[name] is not None] or [0.0]
     low, high = min(known), max(known)
     scale = math.log if name in LOGARITHMIC and low > 0 else float
@@ -103,7 +104,7 @@ def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def kind(row: Mapping[str, Any]) -> str:
-    """How an activation is drawn."""
+    """How an activation is drawn: one of :data:`KINDS`."""
     return "chosen" if row["chosen"] else "dropped" if row["dropped"] else "kept"
 
 
@@ -113,12 +114,12 @@ def render(
     photographs: Sequence[Image.Image],
     pyramid: Sequence[Image.Image],
 ) -> str:
-    """The report.
+    """Render the report as HTML.
 
     Args:
-        selection: What came of :func:`~diffusion_backbones.selection.run.select`.
-        strips: Id -> its picture, as :func:`~diffusion_backbones.selection.pictures.strip` paints it.
-        photographs: What the strips show.
+        selection: The result of :func:`~diffusion_backbones.selection.run.select`.
+        strips: Id -> its picture, painted by :func:`~diffusion_backbones.selection.pictures.strip`.
+        photographs: The images in the strips.
         pyramid: A strip for each level of the recipe.
     """
     from jinja2 import Environment, StrictUndefined
@@ -159,28 +160,37 @@ def render(
     )
 
 
-def data_uri(picture: Image.Image, format: str = "WEBP") -> str:
-    """A picture as an address that holds it. WebP without loss, since a strip has few pixels; JPEG for photographs."""
+def data_uri(picture: Image.Image, file_format: str = "WEBP") -> str:
+    """A picture as a data URI: lossless WebP, since a strip has few pixels, or JPEG for photographs."""
     buffer = io.BytesIO()
-    picture.save(buffer, format, **({"lossless": True} if format == "WEBP" else {"quality": 88}))
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.save(buffer, file_format, **({"lossless": True} if file_format == "WEBP" else {"quality": 88}))
+    return f"data:image/{file_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _row(selection: Selection, site: Site, picture: Image.Image) -> dict[str, Any]:
-    score, cost = selection.scores.get(site.id), selection.reach[site.id]
-    chosen = next((i + 1 for i, step in enumerate(selection.steps) if step.id == site.id), 0)
+    score, cost = selection.scores.get(site.id), selection.prefix_costs[site.id]
     found = selection.measured.properties[site.id]
     measured = {name: getattr(found, name) for name in MEASURED}
     return {
-        "id": site.id, "module": site.path, "channels": site.channels, "stride": site.stride, "gflops": cost.gflops, "parameters": cost.parameters,
-        **{name: value if math.isfinite(value) else None for name, value in measured.items()}, "dropped": selection.dropped[site.id],
-        "score": None if score is None else float(score.mean()), "spread": None if score is None else float(score.std(ddof=1)),
-        "chosen": chosen, "picture": data_uri(picture), "noise_curve": _curve(found.noise_curve), "similarity": _curve(found.similarity),
-    }  # fmt: skip
+        "id": site.id,
+        "module": site.path,
+        "channels": site.channels,
+        "stride": site.stride,
+        "gflops": cost.gflops,
+        "parameters": cost.parameters,
+        **{name: value if math.isfinite(value) else None for name, value in measured.items()},
+        "dropped": selection.dropped[site.id],
+        "score": None if score is None else float(score.mean()),
+        "spread": None if score is None else float(score.std(ddof=1)),
+        "chosen": next((i + 1 for i, step in enumerate(selection.steps) if step.id == site.id), 0),
+        "picture": data_uri(picture),
+        "noise_curve": _curve(found.noise_curve),
+        "similarity": _curve(found.similarity),
+    }
 
 
 def _stages(sites: Sequence[Site]) -> list[tuple[str, float, float]]:
-    """(name, where it begins, where it ends) along a plot; none for a network that has one."""
+    """(name, begin, end) of each stage along a plot; none for a network that has only one."""
     names = [parse(site.id).stage for site in sites]
     if len(set(names)) == 1:
         return []
@@ -194,10 +204,10 @@ def _curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _level(ids: Sequence[str], rows: Sequence[Mapping[str, Any]], picture: Image.Image) -> dict[str, Any]:
-    members = [row for row in rows if row["id"] in ids]
+    of_level = [row for row in rows if row["id"] in ids]
     return {
         "ids": ids,
-        "channels": sum(row["channels"] for row in members),
-        "stride": members[0]["stride"],
+        "channels": sum(row["channels"] for row in of_level),
+        "stride": of_level[0]["stride"],
         "picture": data_uri(picture),
     }

@@ -1,4 +1,4 @@
-"""What a selection gives, and how its numbers are written."""
+"""The result of a selection, and the format of its numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from diffusion_backbones.selection.choose import Step
 from diffusion_backbones.selection.measure import Measured
-from diffusion_backbones.selection.reach import Reach
+from diffusion_backbones.selection.prefix_cost import PrefixCost
 from diffusion_backbones.selection.rules import Rule
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.configs import Configs
@@ -19,20 +19,20 @@ from diffusion_backbones.spec.recipe import Recipe
 
 @dataclass(frozen=True)
 class Selection:
-    """What came of it.
+    """The result of a selection.
 
     Attributes:
-        arguments: What create_model takes beside the recipe.
+        arguments: The arguments of ``create_model`` beside the recipe, as code.
         declaration: The network with the recipe that was chosen.
-        configs: Its architecture.
-        source: What the images and the task were.
+        configs: The configs of the network's components.
+        source: The images and the task, in words.
         rules: The filter.
         sites: Every activation that was measured, in forward order.
-        reach: What it takes to reach each.
-        measured: What each is like.
-        dropped: Id -> why it was not compared, "" if it was.
-        scores: Id -> score alone for each split, of those that were compared.
-        metric: Of the scores.
+        prefix_costs: Id -> cost of the network up to it.
+        measured: Properties of each.
+        dropped: Id -> why the filter dropped it, or "" if it passed.
+        scores: Id -> score by itself for each split, of those that were compared.
+        metric: Name of the score.
         steps: The choice, in the order in which it was made.
     """
 
@@ -42,7 +42,7 @@ class Selection:
     source: str
     rules: tuple[Rule, ...]
     sites: tuple[Site, ...]
-    reach: dict[str, Reach]
+    prefix_costs: dict[str, PrefixCost]
     measured: Measured
     dropped: dict[str, str]
     scores: dict[str, NDArray[np.float64]]
@@ -56,7 +56,7 @@ class Selection:
 
 
 def number(value: float | None) -> str:
-    """Three digits."""
+    """A number with three significant digits, or a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

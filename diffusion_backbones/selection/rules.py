@@ -1,4 +1,4 @@
-"""The filter: which activations are worth comparing, by rules that are data."""
+"""The filter: rules, which are data, say which activations are worth comparing."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MEASURED = tuple(f.name for f in fields(Properties) if f.type == "float")
 
 @dataclass(frozen=True)
 class Rule:
-    """Drops activations.
+    """A rule that drops activations.
 
     Args:
-        name: What it is called in reports.
-        ids: Shell-style patterns of what it is about.
-        because: Why, for people.
-        unless: Patterns of what it spares.
-        above, below: Property -> threshold; an activation is dropped if one of its properties lies beyond. Without any,
-            all of ``ids`` are.
+        name: Its name in reports.
+        ids: Shell-style patterns of the activations that it concerns.
+        because: The reason, for people.
+        unless: Patterns of the activations that it spares.
+        above, below: Property -> threshold; an activation is dropped if one of its properties is beyond. Without a
+            threshold all of ``ids`` are dropped.
 
     Raises:
-        ValueError: No such property.
+        ValueError: A property is unknown.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Rule:
         for name in (*self.above, *self.below):
             if name not in MEASURED:
                 raise ValueError(
-                    f"rule {self.name!r}: there is no property {name!r}.{closest(name, MEASURED)} There are: "
+                    f"rule {self.name!r}: unknown property {name!r}.{closest(name, MEASURED)} Known are: "
                     f"{', '.join(MEASURED)}."
                 )
 
-    def concerns(self, id: str) -> bool:
-        """Whether it is about an activation."""
-        return _matches(id, self.ids) and not _matches(id, self.unless)
+    def concerns(self, activation_id: str) -> bool:
+        """Whether the rule concerns an activation."""
+        return _matches(activation_id, self.ids) and not _matches(activation_id, self.unless)
 
-    def reason(self, id: str, properties: Properties) -> str:
+    def reason(self, activation_id: str, properties: Properties) -> str:
         """Why an activation is dropped, or "" if it is not."""
-        if not self.concerns(id):
+        if not self.concerns(activation_id):
             return ""
         if not self.above and not self.below:
             return f"{self.name}: {self.because}"
@@ -65,21 +65,21 @@ class Rule:
         return ""
 
 
-def _matches(id: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(id, pattern) for pattern in patterns)
+def _matches(activation_id: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(activation_id, pattern) for pattern in patterns)
 
 
 def load(path: str | Path = FILE) -> list[Rule]:
-    """Rules from a YAML file, the paper's by default.
+    """Read rules from a YAML file, the paper's by default.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: It is no list of rules; the rule and the key are named.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a list of rules; the error names the rule and the key.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is no file of rules; {FILE} is the one that is used by default, and a model for others"
+            f"the rules {path} do not exist or are not a file; {FILE} holds the default ones, and is a model for others"
         )
     try:
         data = yaml.safe_load(path.read_text())
@@ -100,20 +100,22 @@ def _rule(item: dict[str, Any]) -> Rule:
 
 
 def apply(rules: Sequence[Rule], properties: Mapping[str, Properties]) -> dict[str, str]:
-    """Id -> why it is dropped, "" for those that are kept, in the order given."""
-    return {id: next(filter(None, (rule.reason(id, found) for rule in rules)), "") for id, found in properties.items()}
-
-
-def by_name(rules: Sequence[Rule], ids: Sequence[str]) -> dict[str, str]:
-    """Like :func:`apply`, of what can be told before anything is measured: the rules without thresholds."""
+    """Id -> why it is dropped, or "" if it is kept, in the order given."""
     return {
-        id: next((rule.name for rule in rules if not (rule.above or rule.below) and rule.concerns(id)), "")
-        for id in ids
+        name: next(filter(None, (rule.reason(name, found) for rule in rules)), "") for name, found in properties.items()
     }
 
 
-def check(reasons: Mapping[str, str]) -> None:
-    """Raise ``ValueError`` if nothing is kept."""
+def by_name(rules: Sequence[Rule], ids: Sequence[str]) -> dict[str, str]:
+    """Like :func:`apply`, but only by the rules without thresholds, which need no measured properties."""
+    return {
+        name: next((rule.name for rule in rules if not (rule.above or rule.below) and rule.concerns(name)), "")
+        for name in ids
+    }
+
+
+def check_some_kept(reasons: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` if the rules drop every activation."""
     if all(reasons.values()):
         names = {reason.partition(":")[0] for reason in reasons.values()}
         raise ValueError(

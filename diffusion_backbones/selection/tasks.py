@@ -1,8 +1,8 @@
-"""What activations are compared on: a label-scarce segmentation probe, and matched points.
+"""The tasks that activations are compared on: a label-scarce segmentation probe, and matched points.
 
-A task looks at every activation of an image (or of a pair) once, keeps the little that its score needs (features at a
-few hundred places, or the similarities of a few points), and then scores any set of activations from that: single ones
-when they are compared, and their combinations when a recipe is chosen. The network does not run again.
+A task reads every activation of an image (or of a pair) once and caches the little that its score needs: features at a
+few hundred places, or the similarities of a few points. From that it scores any set of activations: single ones when
+they are compared, and combinations when a recipe is chosen. The network does not run again.
 """
 
 from __future__ import annotations
@@ -17,60 +17,62 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion_backbones.evaluation.metrics import IGNORED, correct_keypoints, mean_iou, pck
+
 POINTS = 400
-"""Places of an image at which a segmentation probe reads features."""
+"""Number of places in an image at which a segmentation probe reads features."""
 FINEST = 64
-"""Places along a side of the grid on which points are matched, at most."""
+"""Most places along a side of the grid on which points are matched."""
 SPLITS = 3
-"""How often a score is taken, each time on another draw of the same data."""
+"""Number of scores, each on another split of the same data."""
 
 
 class Task(ABC):
     """Data, and a score for a set of activations.
 
     Attributes:
-        metric: Its name; higher is better.
-        looks: (B, 3, S, S) each, in [-1, 1]: the images that must be looked at together.
+        metric: Name of the score; higher is better.
+        views: (B, 3, S, S) each, in [-1, 1]: the images that the network must see together.
     """
 
     metric: str
-    looks: Sequence[Tensor]
+    views: Sequence[Tensor]
 
     @abstractmethod
     def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
-        """What the score needs of an activation of one look; equally shaped for all looks.
+        """The part of an activation that the score needs, for one view; the same shape for all views.
 
         Args:
-            index: Which look.
-            act: (B, C, h, w), a row for each image of the look.
+            index: Position of the view.
+            act: (B, C, h, w), one row for each image of the view.
         """
 
     @abstractmethod
-    def kept(self, channels: int) -> int:
-        """Bytes that :meth:`reduce` gives for an activation of so many channels, all looks together."""
+    def cached_bytes(self, channels: int) -> int:
+        """Bytes that :meth:`reduce` returns for an activation with this number of channels, over all views."""
 
     @abstractmethod
-    def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
-        """(SPLITS,) scores of activations together.
+    def score(self, features: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
+        """(SPLITS,) scores of several activations together.
 
         Args:
-            members: What :meth:`reduce` gave for each activation, looks stacked: (looks, ...).
+            features: (views, ...) for each activation: what :meth:`reduce` returned, stacked.
         """
 
 
 class Segmentation(Task):
-    """A linear probe on few labelled images: ridge regression on the classes from standardised features, all
+    """A linear probe on few labelled images: ridge regression of the classes on standardised features, with all
     activations concatenated.
 
-    Each split trains on another half of the images and is scored on the other half.
+    Each split trains on another half of the images and is scored on the rest.
 
     Args:
         images: (3, S, S) each, in [-1, 1].
-        masks: (S, S) each, whole numbers from 0; 255 is ignored.
-        seed: Of places and splits.
+        masks: (S, S) each, integers from 0; 255 is ignored.
+        seed: Seed of places and splits.
 
     Raises:
-        ValueError: Fewer than four images, not a mask for every image, of another size, or fewer than two classes.
+        ValueError: There are fewer than four images or two classes, or an image lacks a mask of its size.
     """
 
     metric = "mIoU"
@@ -86,13 +88,13 @@ class Segmentation(Task):
         for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
             if tuple(mask.shape) != tuple(image.shape[1:]):
                 raise ValueError(
-                    f"mask {i} is {mask.shape} and its image {tuple(image.shape[1:])}; they must be of one size"
+                    f"mask {i} is {mask.shape} and its image {tuple(image.shape[1:])}; they must have the same size"
                 )
-        self.looks, rng = [image[None] for image in images], np.random.default_rng(seed)
+        self.views, rng = [image[None] for image in images], np.random.default_rng(seed)
         size = images[0].shape[-1]
         self.places = rng.integers(0, size, (len(images), POINTS, 2))  # row, column
         labels = np.stack([mask[at[:, 0], at[:, 1]] for mask, at in zip(masks, self.places, strict=True)])
-        self.classes = np.unique(labels[labels != 255])
+        self.classes = np.unique(labels[labels != IGNORED])
         if len(self.classes) < 2:
             raise ValueError(
                 f"a probe tells classes apart, and the masks hold {len(self.classes)}: {self.classes.tolist()}"
@@ -101,17 +103,20 @@ class Segmentation(Task):
         self.splits = [rng.permutation(len(images)) < len(images) // 2 for _ in range(SPLITS)]
 
     def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
+        """(POINTS, C): the features at the places of an image."""
         at = torch.from_numpy(self.places[index]).to(act.device).flip(1)
-        grid = (at.float() + 0.5) / (self.looks[index].shape[-1] / 2) - 1
+        grid = (at.float() + 0.5) / (self.views[index].shape[-1] / 2) - 1
         read = F.grid_sample(act.float(), grid[None, None], align_corners=False, padding_mode="border")[0, :, 0]
         return read.T.cpu().numpy().astype(np.float16)
 
-    def kept(self, channels: int) -> int:
-        return 2 * len(self.looks) * POINTS * channels
+    def cached_bytes(self, channels: int) -> int:
+        """Bytes of float16 features at all places."""
+        return 2 * len(self.views) * POINTS * channels
 
-    def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
-        features = np.concatenate(members, 2, dtype=np.float32)
-        return np.array([self._probe(features, train) for train in self.splits])
+    def score(self, features: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
+        """mIoU of the probe for each split, from 0 to 100."""
+        joint = np.concatenate(features, 2, dtype=np.float32)
+        return np.array([self._probe(joint, train) for train in self.splits])
 
     def _probe(self, features: NDArray[np.float32], train: NDArray[np.bool_]) -> float:
         from sklearn.linear_model import RidgeClassifier
@@ -121,28 +126,18 @@ class Segmentation(Task):
         known, asked = (features[rows].reshape(-1, features.shape[-1]) for rows in (train, ~train))
         truth, expected = self.labels[train].ravel(), self.labels[~train].ravel()
         probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=100.0))
-        probe.fit(known[truth != 255], truth[truth != 255])
+        probe.fit(known[truth != IGNORED], truth[truth != IGNORED])
         return mean_iou(expected, probe.predict(asked), self.classes)
-
-
-def mean_iou(truth: NDArray[np.uint8], guess: NDArray[np.uint8], classes: NDArray[np.uint8]) -> float:
-    """Mean over the classes that occur in either, in per cent; where ``truth`` is 255 nothing counts."""
-    counted = truth != 255
-    truth, guess = truth[counted], guess[counted]
-    both = [
-        ((truth == c) & (guess == c)).sum() / union for c in classes if (union := ((truth == c) | (guess == c)).sum())
-    ]
-    return float(100 * np.mean(both))
 
 
 @dataclass(frozen=True)
 class Match:
-    """Points that are the same in two images.
+    """Matched points in two images.
 
     Attributes:
         source, target: (3, S, S) in [-1, 1].
-        source_points, target_points: (K, 2) x and y in pixels.
-        extent: In pixels; a point counts as found within a tenth of it.
+        source_points, target_points: (K, 2) x and y in pixels; row k is the same point in both.
+        extent: Longer side of the object in pixels; a point is found within a tenth of it.
     """
 
     source: Tensor
@@ -153,7 +148,7 @@ class Match:
 
 
 class _Pairs(Sequence[Tensor]):
-    """(2, 3, S, S) each, put together when it is looked at: pairs share their images, and nothing is held twice."""
+    """(2, 3, S, S) each, stacked when it is read: pairs share images, and none is held twice."""
 
     def __init__(self, matches: Sequence[Match]):
         self.matches = matches
@@ -161,22 +156,22 @@ class _Pairs(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.matches)
 
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody slices looks
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # views are never sliced
         return torch.stack([self.matches[index].source, self.matches[index].target])
 
 
 class Keypoints(Task):
-    """Matched points: each goes to the most similar place of the other image, by cosine; nothing is trained.
+    """Matched points: each is matched to the most similar place of the other image, by cosine; nothing is trained.
 
-    The score is PCK@0.1 in per cent. Of several activations the similarities are averaged, which is the cosine of their
-    concatenation when each has unit length. A split leaves out a third of the pairs.
+    The score is PCK@0.1 in per cent. The similarities of several activations are averaged, which equals the cosine of
+    their concatenation when each has unit length. A split leaves out a third of the pairs.
 
     Args:
         matches: At least three.
-        seed: Of the splits.
+        seed: Seed of the splits.
 
     Raises:
-        ValueError: Fewer than three pairs, images of other sizes, or a pair without points.
+        ValueError: There are fewer than three pairs, or a pair has no points or not equally many in both images.
     """
 
     metric = "PCK@0.1"
@@ -189,14 +184,15 @@ class Keypoints(Task):
                 counts = f"{len(match.source_points)} source and {len(match.target_points)} target points"
                 raise ValueError(f"pair {i} has {counts}; they must be equally many, 1 or more")
         self.matches = list(matches)
-        self.looks = _Pairs(matches)
+        self.views = _Pairs(matches)
         self.points = max(len(match.source_points) for match in matches)
-        self.side = min(FINEST, self.looks[0].shape[-1] // 4)
+        self.side = min(FINEST, self.views[0].shape[-1] // 4)
         order = np.random.default_rng(seed).permutation(len(matches))
         self.splits = [np.delete(order, np.s_[i::SPLITS]) for i in range(SPLITS)]
 
     def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
-        points, size = torch.from_numpy(self.matches[index].source_points).to(act), self.looks[index].shape[-1]
+        """(points, side²): the similarities of the source points to all places of the target."""
+        points, size = torch.from_numpy(self.matches[index].source_points).to(act), self.views[index].shape[-1]
         source, target = F.interpolate(act.float(), (self.side, self.side), mode="bilinear")
         queries = F.grid_sample(
             source[None], (points / (size / 2) - 1)[None, None], align_corners=False, padding_mode="border"
@@ -204,29 +200,31 @@ class Keypoints(Task):
         similar = F.normalize(queries, dim=0).T @ F.normalize(target.flatten(1), dim=0)
         return F.pad(similar, (0, 0, 0, self.points - len(points))).cpu().numpy().astype(np.float16)
 
-    def kept(self, channels: int) -> int:
-        return 2 * len(self.looks) * self.points * self.side**2
+    def cached_bytes(self, channels: int) -> int:  # noqa: ARG002  # similarities have no channels
+        """Bytes of float16 similarities of all points."""
+        return 2 * len(self.views) * self.points * self.side**2
 
-    def score(self, members: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
-        best = sum(member.astype(np.float32) for member in members).argmax(-1)  # type: ignore[union-attr]
-        step = self.looks[0].shape[-1] / self.side
+    def score(self, features: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
+        """PCK@0.1 for each split, from 0 to 100."""
+        best = sum(similar.astype(np.float32) for similar in features).argmax(-1)  # type: ignore[union-attr]
+        step = self.views[0].shape[-1] / self.side
         found = (np.stack([best % self.side, best // self.side], -1) + 0.5) * step
-        hits = [
-            np.linalg.norm(at[: len(match.target_points)] - match.target_points, axis=1) <= 0.1 * match.extent
+        correct = [
+            correct_keypoints(at[: len(match.target_points)], match.target_points, match.extent)
             for at, match in zip(found, self.matches, strict=True)
         ]
-        return np.array([100 * np.concatenate([hits[i] for i in split]).mean() for split in self.splits])
+        return np.array([pck([correct[i] for i in split]) for split in self.splits])
 
 
 def warped(images: Sequence[Tensor], seed: int = 0, points: int = 12) -> list[Match]:
-    """Each image and a rotated, scaled, shifted and recoloured copy of it, in which every place is known.
+    """Each image and a rotated, scaled, shifted and recoloured copy of it, with known matches.
 
-    For users who have neither masks nor keypoints. Such matches ask for places and not for meaning.
+    For users who have neither masks nor keypoints. Such matches test places, not meaning.
 
     Args:
         images: (3, S, S) each, in [-1, 1].
-        seed: Of warps, colours and points.
-        points: For each image.
+        seed: Seed of warps, colours and points.
+        points: Number of points in each image.
     """
     rng, matches = np.random.default_rng(seed), []
     for image in images:

@@ -18,7 +18,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 _NUMBER = r"(?:0|[1-9][0-9]*)"
 _BLOCK = rf"vit-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|ffn-inner|out)"
@@ -97,20 +97,55 @@ def parse(text: str) -> ActivationId:
 
 
 @dataclass(frozen=True)
+class Port:
+    """The tensor that is read of a module.
+
+    Args:
+        side: ``out`` its output, ``in`` its first input, ``map`` attention probabilities that are recomputed from
+            queries and keys.
+        index: Which element of an output that is a tuple.
+        tokens: Which tokens of a sequence of text and image belong to the image: ``all``, the ``last`` behind those of
+            the text, or the ``first``.
+        part: Which of the equal parts of the channels, for layers that compute several projections at once.
+    """
+
+    side: Literal["out", "in", "map"] = "out"
+    index: int | None = None
+    tokens: Literal["all", "last", "first"] = "all"
+    part: int | None = None
+
+    def __str__(self) -> str:
+        """As an index: ``out``, ``out[1]``, ``in[:, T:]`` behind T text tokens, ``out[:, :N]``, ``out[:, T:, 0]``."""
+        rows = {"all": "", "last": "T:", "first": ":N"}[self.tokens]
+        if rows:
+            return f"{self.side}[:, {rows}{'' if self.part is None else f', {self.part}'}]"
+        return self.side if self.index is None else f"{self.side}[{self.index}]"
+
+    @classmethod
+    def parse(cls, text: str) -> Port:
+        """Inverse of ``str``; pickles of version 0.1 hold ports as text."""
+        side, _, index = text.rstrip("]").partition("[")
+        whole, _, part = index.removeprefix(":, ").partition(", ")
+        tokens = {"T:": "last", ":N": "first"}.get(whole, "all")
+        number = int(whole) if whole.isdigit() else None
+        return cls(side, number, tokens, int(part) if part else None)  # type: ignore[arg-type]
+
+
+OUT, IN, MAP = Port("out"), Port("in"), Port("map")
+
+
+@dataclass(frozen=True)
 class Site:
     """Where an activation is produced and what it looks like.
 
     Args:
         id: The activation id.
         path: Module path in the stock diffusers network.
-        port: What of that module: ``out``, ``out[i]`` for element i of a tuple, ``out[:, T:]`` for the image tokens
-            behind T text tokens, ``out[:, T:, i]`` for the i-th part of their channels, ``out[:, :N]`` for image tokens
-            that stand before the text; ``in``, ``in[:, T:]`` and so on for its first input; ``map`` for attention
-            probabilities that are recomputed from its ``taps``.
+        port: The tensor that is read of that module.
         channels: Channels of the activation; for ``map`` the number of heads.
         stride: Pixels of the input image per position.
         layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys),
-            or ``vector`` (B, C) for what belongs to no place.
+            or ``vector`` (B, C) for activations without positions.
         taps: For ``map``, the children of the module whose outputs it is computed from.
         modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale
             that the next block's adaptive LayerNorm gives it; empty where there is none.
@@ -120,7 +155,7 @@ class Site:
 
     id: str
     path: str
-    port: str
+    port: Port
     channels: int
     stride: int
     layout: Layout
@@ -130,21 +165,25 @@ class Site:
     extension: bool = False
 
     def over_text(self, tokens: int) -> Site:
-        """As part of a level: attention to a text becomes, averaged over heads, one channel per token; anything else
-        stays as it is.
+        """The site as part of a level: attention to a text is averaged over heads and has one channel per token; other
+        sites stay as they are.
         """
         return replace(self, channels=tokens, layout="tokens") if self.id.endswith("cross-map") else self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of version 0.1 hold the port as text."""
+        port = state["port"]
+        self.__dict__.update(state | {"port": Port.parse(port) if isinstance(port, str) else port})
+
     @property
-    def part(self) -> int | None:
-        """Which part of the channels of its module the activation is, None for all of them."""
-        last = self.port.rpartition(", ")[2].rstrip("]")
-        return int(last) if last.isdigit() else None
+    def modulation_site(self) -> Site:
+        """The site of the shift and scale that modulate this activation, (B, at least 2 C)."""
+        return Site(f"{self.id}|modulation", self.modulation, OUT, self.channels, self.stride, "vector")
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The module paths whose output must be recorded, in execution order."""
-        return tuple(f"{self.path}.{tap}" for tap in self.taps) if self.port == "map" else (self.path,)
+        return tuple(f"{self.path}.{tap}" for tap in self.taps) if self.port.side == "map" else (self.path,)
 
 
 class Catalogue(Mapping[str, Site]):
@@ -155,47 +194,48 @@ class Catalogue(Mapping[str, Site]):
     Args:
         sites: In forward order.
         network: What to call the network in errors.
-        probe: Finds the site of a stock module path that no id names; raises ``KeyError`` if there is no such module.
+        find_module: Finds the site of a stock module path that no id names; raises ``KeyError`` for a path that the
+            network does not have.
     """
 
-    def __init__(self, sites: Iterable[Site], network: str, probe: Callable[[str], Site] | None = None):
+    def __init__(self, sites: Iterable[Site], network: str, find_module: Callable[[str], Site] | None = None):
         self._sites = {site.id: site for site in sites}
         self._paths = {
-            site.path: site for site in self._sites.values() if site.port.startswith("out") and site.part is None
+            site.path: site for site in self._sites.values() if site.port.side == "out" and site.port.part is None
         }
-        self.network, self._probe = network, probe
+        self.network, self._find_module = network, find_module
 
-    def __getitem__(self, id: str) -> Site:
+    def __getitem__(self, name: str) -> Site:
         """The site of an id or module path.
 
         Raises:
-            ValueError: Not an id at all.
+            ValueError: The name is not an id at all.
             KeyError: This network has no such activation; the message names the closest that it has.
         """
-        parsed = parse(id)
-        if id in self._sites:
-            return self._sites[id]
+        parsed = parse(name)
+        if name in self._sites:
+            return self._sites[name]
         if parsed.stage == "module":
-            if id in self._paths:
-                return replace(self._paths[id], id=id)
-            if self._probe is not None:
-                return self._probe(id)
+            if name in self._paths:
+                return replace(self._paths[name], id=name)
+            if self._find_module is not None:
+                return self._find_module(name)
         if parsed.stage == "encoder" and not any(site.encoder for site in self._sites.values()):
             raise KeyError(
-                f"{self.network} has no activation {id!r}: its image encoder has none that can be read, as a tiny "
-                "encoder has not"
+                f"{self.network} has no activation {name!r}: its image encoder has no readable activations (tiny "
+                "encoders never do)"
             )
-        near = difflib.get_close_matches(id, [*self._sites, *self._paths], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(name, [*self._sites, *self._paths], n=3, cutoff=0.4)
         raise KeyError(
-            f"{self.network} has no activation {id!r}. The closest it has: {', '.join(near)}. `diffusion-backbones "
+            f"{self.network} has no activation {name!r}. The closest it has: {', '.join(near)}. `diffusion-backbones "
             "activations` lists them all."
         )
 
-    def __contains__(self, id: object) -> bool:
-        return id in self._sites or id in self._paths
+    def __contains__(self, name: object) -> bool:
+        return name in self._sites or name in self._paths
 
     def __iter__(self) -> Iterator[str]:
-        return (id for id, site in self._sites.items() if parse(id).in_gdf and not site.extension)
+        return (name for name, site in self._sites.items() if parse(name).in_gdf and not site.extension)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -206,9 +246,5 @@ class Catalogue(Mapping[str, Site]):
 
     def find(self, pattern: str = "*", extensions: bool = False) -> list[Site]:
         """Sites whose id matches a shell-style pattern, in forward order."""
-        sites = self.all() if extensions else [self._sites[id] for id in self]
+        sites = self.all() if extensions else [self._sites[name] for name in self]
         return [site for site in sites if fnmatch.fnmatchcase(site.id, pattern)]
-
-    def with_probe(self, probe: Callable[[str], Site]) -> Catalogue:
-        """The same catalogue, able to look up any module path of a network that was built."""
-        return Catalogue(self._sites.values(), self.network, probe)

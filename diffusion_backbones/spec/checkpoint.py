@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from diffusion_backbones.spec.validation import check_fields
+from diffusion_backbones.spec.validation import check_fields, convert
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Paper:
         key: BibTeX key.
         title, authors, venue, year: As printed; ``authors`` in BibTeX form, joined by ``and``.
         arxiv: arXiv identifier without version, or empty.
-        url: Where to read it if it is not on arXiv.
+        url: Address of its text if it is not on arXiv.
     """
 
     key: str
@@ -30,10 +32,12 @@ class Paper:
 
     @property
     def link(self) -> str:
+        """Address of the text."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else self.url
 
     @property
     def bibtex(self) -> str:
+        """BibTeX entry, in the form that :mod:`diffusion_backbones.models.papers` reads."""
         lines = [f"title = {{{self.title}}}", f"author = {{{self.authors}}}", f"year = {{{self.year}}}"]
         lines.append(f"booktitle = {{{self.venue}}}" if self.venue else "")
         lines.append(
@@ -44,13 +48,16 @@ class Paper:
 
 @dataclass(frozen=True)
 class License:
-    """The licence of a set of weights. There is no default: whoever declares a checkpoint states it.
+    """The licence of a set of weights. There is no default: every declaration of a checkpoint states it.
 
     Args:
-        id: What the Hugging Face hub accepts in ``license:``; ``other`` needs ``name``.
+        id: Identifier that the Hugging Face hub accepts in ``license:``; ``other`` needs ``name``.
         name: Name of a licence that is not in the hub's list.
-        link: Where its text is.
+        link: Address of its text.
         verified: False if no source at hand states it; the card then says so.
+
+    Raises:
+        ValueError: ``id`` is ``other`` and ``name`` is missing.
     """
 
     id: str
@@ -77,14 +84,14 @@ class HubFile:
 
 @dataclass(frozen=True)
 class TinyEncoder:
-    """diffusers' ``AutoencoderTiny``, distilled from the image encoder of a checkpoint: its latents are close to those,
-    scaled as the denoiser takes them.
+    """diffusers' ``AutoencoderTiny``, distilled from the image encoder of a checkpoint. Its latents are close to that
+    encoder's, scaled as the denoiser takes them.
 
     Args:
         configs: Folder below ``diffusion_backbones/configs`` with its architecture.
         license: Licence of its weights.
         file: Its weights, with their ``config.json`` beside them, or None if they travel in the package.
-        source: Where it is said which checkpoints it fits.
+        source: Address of the text that says which checkpoints it fits.
     """
 
     configs: str
@@ -94,10 +101,8 @@ class TinyEncoder:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TinyEncoder:
-        """Inverse of ``dataclasses.asdict``."""
-        return cls(
-            **{**data, "license": License(**data["license"]), "file": HubFile(**data["file"]) if data["file"] else None}
-        )
+        """Inverse of ``dataclasses.asdict``, also after a round trip through JSON; errors as for a checkpoint."""
+        return _from_dict(cls, data, "tiny encoder")
 
 
 @dataclass(frozen=True)
@@ -110,17 +115,17 @@ class Checkpoint:
         hub_id: ``owner/repository`` on the Hugging Face hub in the diffusers layout, or empty for weights that travel
             in the package (``configs`` then also holds the weights).
         license: Licence of the weights.
-        paper: Who introduced it.
+        paper: The publication that introduced it.
         input_size: Side of the square images it was trained on, in pixels.
         family: The kind of network, a key of :data:`diffusion_backbones.families.FAMILIES`.
         configs: Folder below ``diffusion_backbones/configs`` with its architecture; defaults to ``name``.
         revision: A commit hash only where a source states one, else ``main``.
         mirrors: Repositories with the same files, tried in order when ``hub_id`` does not answer.
-        status: A sentence about where the weights come from, such as a repository that was removed or replaced; it is
-            told when they cannot be read.
+        status: A sentence about where the weights come from, such as a repository that was removed or replaced; errors
+            repeat it when the weights cannot be read.
         gated: Whether the hub asks for the licence to be accepted first.
         denoiser: A file that replaces the denoiser's weights; the rest then comes from ``hub_id``.
-        tiny_encoder: What ``create_model(encoder="tiny")`` takes in place of its own image encoder, if there is one.
+        tiny_encoder: The encoder that ``create_model(encoder="tiny")`` takes in place of its own, if there is one.
         encoder_float16: False where the image encoder overflows in float16; it then runs in float32.
         unverified: Facts above that no source at hand confirms, one sentence each.
     """
@@ -144,15 +149,21 @@ class Checkpoint:
 
     @property
     def config_name(self) -> str:
+        """Folder of its architecture below ``diffusion_backbones/configs``."""
         return self.configs or self.name
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Checkpoint:
-        """Inverse of ``dataclasses.asdict``; an unknown key is a ``TypeError``."""
-        check_fields(cls, data, "a checkpoint")
-        kinds = {"license": License, "paper": Paper, "denoiser": HubFile}
-        values: dict[str, Any] = {
-            k: kinds[k](**v) if k in kinds and v else tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }
-        tiny = data.get("tiny_encoder")
-        return cls(**{**values, "tiny_encoder": TinyEncoder.from_dict(tiny) if tiny else None})
+        """Inverse of ``dataclasses.asdict``, also after a round trip through JSON.
+
+        Raises:
+            TypeError: A key is unknown; the closest is named.
+            ValueError: A key is missing, or a value has another type; the error gives its path.
+        """
+        return _from_dict(cls, data, "checkpoint")
+
+
+def _from_dict(cls: type[T], data: Mapping[str, Any], what: str) -> T:
+    check_fields(cls, data, what)
+    instance: T = convert(data, cls, what)
+    return instance

@@ -16,7 +16,7 @@ Configs = Mapping[str, Any]
 """Component name (``unet``, ``vae``, ``scheduler`` ...) -> its config, None for one that is left out."""
 
 
-def left_out(configs: Configs, components: Iterable[str]) -> Configs:
+def drop_components(configs: Configs, components: Iterable[str]) -> Configs:
     """Configs in which some components are None, as in a diffusers pipeline that was loaded without them."""
     return {**configs, **dict.fromkeys(components)}
 

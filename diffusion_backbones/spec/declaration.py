@@ -20,10 +20,12 @@ class Declaration:
 
     @property
     def architecture(self) -> str:
+        """The name without its tag."""
         return self.name.partition(".")[0]
 
     @property
     def tag(self) -> str:
+        """The part of the name behind the dot, or empty."""
         return self.name.partition(".")[2]
 
     @property
@@ -32,10 +34,10 @@ class Declaration:
         return self.recipe.input_size or self.checkpoint.input_size
 
 
-def pretrained_cfg(declaration: Declaration, format: InputFormat = SYMMETRIC) -> dict[str, Any]:
+def pretrained_cfg(declaration: Declaration, input_format: InputFormat = SYMMETRIC) -> dict[str, Any]:
     """The keys that ``timm.data.resolve_model_data_config`` and timm's hub code read.
 
-    Images are normalised with mean = std = 0.5, that is to [-1, 1], unless the format is another; the size is the
+    Images are normalized with mean = std = 0.5, that is to [-1, 1], unless another format is given; the size is the
     recipe's.
     """
     checkpoint, size = declaration.checkpoint, declaration.input_size
@@ -49,8 +51,8 @@ def pretrained_cfg(declaration: Declaration, format: InputFormat = SYMMETRIC) ->
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
-        "mean": format.mean,
-        "std": format.std,
+        "mean": input_format.mean,
+        "std": input_format.std,
         "num_classes": 0,
         "pool_size": None,
         "first_conv": None,

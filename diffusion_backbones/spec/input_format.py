@@ -1,13 +1,11 @@
-"""Input at the door: what a framework makes of pixels, and back to the [-1, 1] that image encoders were trained on."""
+"""Input formats: how a framework normalizes images."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from diffusion_backbones.spec.validation import check_fields, closest, convert
 
 Triple = tuple[float, float, float]
 
@@ -16,7 +14,7 @@ class InputFormat(NamedTuple):
     """Images as (p - mean) / std, where p in [0, 1] are the pixels.
 
     Attributes:
-        mean, std: Of each channel, red first.
+        mean, std: Mean and standard deviation of each channel, red first.
         bgr: Whether blue comes first in the tensor.
     """
 
@@ -26,23 +24,21 @@ class InputFormat(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InputFormat:
-        """What ``_asdict`` gives, also after a way through JSON."""
-        mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
-        return cls(mean, std, bool(data["bgr"]))  # type: ignore[arg-type]
+        """Inverse of ``_asdict``; also accepts the JSON round trip.
+
+        Raises:
+            KeyError: A key is missing.
+            TypeError: A key is unknown.
+            ValueError: A value has another type.
+        """
+        check_fields(cls, data, "input_format")
+        kinds = get_type_hints(cls)
+        return cls(**{name: convert(data[name], kind, f"input_format: {name}") for name, kind in kinds.items()})
 
     def range(self) -> tuple[float, float]:
-        """The lowest and the highest value that a pixel can have."""
+        """The lowest and the highest value that a normalized pixel can have."""
         ends = [(end - mean) / std for mean, std in zip(self.mean, self.std, strict=True) for end in (0, 1)]
         return min(ends), max(ends)
-
-    def to_symmetric(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in this format, or uint8 where that is its range -> RGB in [-1, 1]."""
-        x = x if x.is_floating_point() else x.float()
-        x = x.flip(1) if self.bgr else x
-        if self == SYMMETRIC:
-            return x
-        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (x * std + mean) * 2 - 1
 
 
 SYMMETRIC = InputFormat()
@@ -54,50 +50,20 @@ FORMATS = {
     "imagenet": InputFormat(*_IMAGENET),
     "detectron2-bgr": InputFormat((123.675 / 255, 116.28 / 255, 103.53 / 255), (1 / 255,) * 3, bgr=True),
 }
-"""What ``create_model(input_format=)`` takes: [-1, 1]; [0, 1]; 0 to 255; ImageNet's mean and deviation; detectron2's
-default.
+"""The names that ``create_model(input_format=)`` knows: [-1, 1]; [0, 1]; 0 to 255; ImageNet's mean and standard
+deviation; detectron2's default.
 """
-
-TOLERANCE = 0.1
-"""How far beyond its range resizing may take a value, as a share of the range; bicubic interpolation overshoots."""
 
 
 def get_input_format(name: str | InputFormat) -> InputFormat:
-    """A format by its name; one that is none of :data:`FORMATS` is given as it is.
+    """A format by its name in :data:`FORMATS`; an :class:`InputFormat` is returned as it is.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: The name is unknown.
     """
     if isinstance(name, InputFormat):
         return name
     if name not in FORMATS:
-        raise ValueError(f"input_format={name!r} is none of {', '.join(map(repr, FORMATS))}")
+        known = ", ".join(map(repr, FORMATS))
+        raise ValueError(f"input_format={name!r} is none of {known}.{closest(str(name), FORMATS)}")
     return FORMATS[name]
-
-
-def check_range(x: Tensor, expected: InputFormat) -> None:
-    """Warn of (B, 3, H, W) values that cannot be in the expected format; Python shows the same warning once."""
-    if within(x, expected):
-        return
-    likely = [name for name, other in FORMATS.items() if within(x, other)]
-    best = min(likely, key=lambda name: _width(FORMATS[name]), default=None)
-    advice = f"they look like create_model(..., input_format={best!r})" if best else "no input_format goes so far"
-    low, high = expected.range()
-    warnings.warn(
-        f"this backbone takes images in [{low:.4g}, {high:.4g}], and values lie beyond: {advice}. Its features are "
-        "wrong.",
-        stacklevel=4,
-    )
-
-
-def _width(format: InputFormat) -> float:
-    low, high = format.range()
-    return high - low
-
-
-def within(x: Tensor, format: InputFormat) -> bool:
-    """Whether (B, 3, H, W) values can be in a format."""
-    low, high = format.range()
-    slack = TOLERANCE * (high - low)
-    smallest, largest = (float(end) for end in x.aminmax())
-    return low - slack <= smallest and largest <= high + slack

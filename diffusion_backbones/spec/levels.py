@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from diffusion_backbones.spec.activations import Site
 
@@ -17,10 +18,12 @@ class LevelInfo:
 
     @property
     def channels(self) -> int:
+        """Channels of all sites together."""
         return sum(site.channels for site in self.sites)
 
     @property
     def stride(self) -> int:
+        """Pixels of the input image per position."""
         return self.sites[0].stride
 
     @property
@@ -33,8 +36,8 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
     """Check that the sites of each level share a stride, and that levels run fine to coarse.
 
     Raises:
-        ValueError: They do not; a site is an attention map, which has no channels to concatenate; or none is in the
-            denoiser.
+        ValueError: The strides differ or do not grow; a site is an attention map, which has no channels to concatenate;
+            or no site is in the denoiser.
     """
     infos = tuple(LevelInfo(tuple(sites)) for sites in levels)
     for info in infos:
@@ -52,8 +55,8 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
                 )
     if all(site.encoder for info in infos for site in info.sites):
         raise ValueError(
-            f"{infos[0].sites[0].id} is read in the image encoder, and no level in the diffusion network; add one "
-            "that is"
+            f"{infos[0].sites[0].id} is read in the image encoder, and no level is read in the diffusion network; add "
+            "one that is"
         )
     strides = [info.stride for info in infos]
     if strides != sorted(strides):
@@ -61,7 +64,7 @@ def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
     return infos
 
 
-def fine(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelInfo]) -> tuple[LevelInfo, ...]:
+def encoder_levels(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelInfo]) -> tuple[LevelInfo, ...]:
     """Levels of the image encoder for those of ``strides`` that are finer than all ``levels``: its last residual block
     there.
 
@@ -76,8 +79,8 @@ def fine(sites: Sequence[Site], strides: Sequence[int], levels: Sequence[LevelIn
         there = [site for site in sites if site.encoder and site.stride == stride and site.id.endswith("res-out")]
         if not there:
             known = sorted({site.stride for site in sites if site.encoder})
-            said = known or "none that can be read, as a tiny encoder has not"
-            raise ValueError(f"encoder_levels=True: no map of the image encoder has stride {stride}; it has {said}")
+            has = known or "no readable activations (tiny encoders never do)"
+            raise ValueError(f"encoder_levels=True: no map of the image encoder has stride {stride}; it has {has}")
         found.append(LevelInfo((there[-1],)))
     return tuple(found)
 
@@ -92,20 +95,36 @@ def nearest(stride: int, strides: Sequence[int]) -> int:
     return min(range(len(strides)), key=lambda i: abs(math.log2(strides[i] / stride)))
 
 
+class OutMap(NamedTuple):
+    """One map that a backbone returns: its channels, its stride in pixels, and the native level it is read from."""
+
+    channels: int
+    stride: int
+    level: int
+
+
+def out_maps(levels: Sequence[LevelInfo], out_strides: Sequence[int] | None) -> list[OutMap]:
+    """The maps of a pyramid, fine to coarse: its native levels, or for each of ``out_strides`` the nearest of them."""
+    if out_strides is None:
+        return [OutMap(level.channels, level.stride, i) for i, level in enumerate(levels)]
+    chosen = [nearest(stride, [level.stride for level in levels]) for stride in out_strides]
+    return [OutMap(levels[i].channels, stride, i) for stride, i in zip(out_strides, chosen, strict=True)]
+
+
 def take(indices: int | Sequence[int] | None, n: int) -> list[int]:
-    """timm's way of naming some of n maps -> their positions, in the order given.
+    """The positions that timm's ``indices`` name among n maps, in the order given.
 
     Args:
         indices: None for all, an integer k for the last k, or positions, negative ones from the end.
 
     Raises:
-        ValueError: A position that is not there, or twice the same.
+        ValueError: A position is out of range or appears twice.
     """
     if indices is None:
         return list(range(n))
     if isinstance(indices, int):
         if not 1 <= indices <= n:
-            raise ValueError(f"the last {indices} maps were asked for, and there are {n}")
+            raise ValueError(f"indices={indices} asks for the last {indices} maps, expected 1 to {n}")
         return list(range(n - indices, n))
     wanted = [i + n if i < 0 else i for i in indices]
     if not wanted or any(not 0 <= i < n for i in wanted) or len(set(wanted)) < len(wanted):

@@ -31,12 +31,12 @@ def register_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 def register_model(
     checkpoint: Checkpoint | str, recipe: Recipe, *, name: str | None = None, tag: str = ""
 ) -> Declaration:
-    """Declare a backbone. From here on it is in ``list_models``, ``create_model``, timm, the hub entries, the cards and
+    """Declare a backbone. From then on it is in ``list_models``, ``create_model``, timm, the hub entries, the cards and
     the tests.
 
     Args:
         checkpoint: A checkpoint or the name of a registered one.
-        recipe: How it is read.
+        recipe: Which activations are read from it, and under which settings.
         name: Defaults to ``{checkpoint}_{recipe}``.
         tag: Names other weights for the same architecture and recipe: ``{name}.{tag}``.
 
@@ -75,7 +75,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def list_models(
-    filter: str | Sequence[str] = "",
+    filter: str | Sequence[str] = "",  # noqa: A002  (timm's name)
     pretrained: bool = False,
     exclude_filters: str | Sequence[str] = "",
     include_tags: bool | None = None,
@@ -84,7 +84,7 @@ def list_models(
 
     Args:
         filter: Shell-style pattern or patterns; empty means all.
-        pretrained: Only those with weights to load, which all have; with their tags unless ``include_tags`` is False.
+        pretrained: Only backbones with weights to load, which all have; with tags unless ``include_tags`` is False.
         exclude_filters: Patterns to leave out.
         include_tags: Whether names with a tag are listed; by default only with ``pretrained``.
     """
@@ -97,12 +97,15 @@ def list_models(
     return sorted(names, key=_natural)
 
 
-def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:
+def list_pretrained(
+    filter: str | Sequence[str] = "",  # noqa: A002  (timm's name)
+    exclude_filters: str | Sequence[str] = "",
+) -> list[str]:
     """Names of the backbones that have trained weights, tags included."""
     return list_models(filter, pretrained=True, exclude_filters=exclude_filters)
 
 
-def list_checkpoints(filter: str = "") -> list[str]:
+def list_checkpoints(filter: str = "") -> list[str]:  # noqa: A002  (as in list_models)
     """Names of the registered checkpoints, with and without published recipes, in natural order."""
     return sorted((n for n in _checkpoints if not filter or fnmatch.fnmatchcase(n, filter)), key=_natural)
 

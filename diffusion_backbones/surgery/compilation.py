@@ -13,13 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from diffusion_backbones.backbone.timm_mixin import TimmInterface
+from diffusion_backbones.families import Architecture
+from diffusion_backbones.spec.declaration import Declaration
 
 FREEZE = "freeze"
 """Weights become constants of the graph, in the layout that the processor reads fastest. That is a graph for one batch
@@ -29,6 +29,20 @@ MODES = (FREEZE, "default", "reduce-overhead", "max-autotune", "max-autotune-no-
 """What ``create_model(compile=)`` takes beside True and False: :data:`FREEZE`, and the modes of ``torch.compile``."""
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes that on a GPU replay recorded kernels, whose results the next replay overwrites."""
+
+
+class Compiled(Protocol):
+    """What is asked of a backbone here."""
+
+    compiled: bool | str
+    encoder: nn.Module
+    denoiser: nn.Module
+
+    @property
+    def declaration(self) -> Declaration: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
 
 
 def check_compile(mode: bool | str, device: torch.device, trainable: bool | str = False) -> None:
@@ -64,7 +78,7 @@ def check_compiler(instead: str = "leave compile out, which changes no feature")
         ) from None
 
 
-def compile_in_place(backbone: TimmInterface, mode: bool | str, backend: str = "inductor") -> None:
+def compile_in_place(backbone: Compiled, mode: bool | str, backend: str = "inductor") -> None:
     """Have a backbone's networks compiled when they are first called; on ``meta``, where nothing is computed, never.
 
     Args:
@@ -75,7 +89,7 @@ def compile_in_place(backbone: TimmInterface, mode: bool | str, backend: str = "
     Raises:
         ValueError: The network is no single graph.
     """
-    if not backbone.family.one_graph:
+    if not backbone.architecture.compilable:
         raise ValueError(
             f"{backbone.declaration.name} cannot be compiled: its network reads the lengths of texts on the host in "
             "every call, so it is no single graph; "
@@ -115,14 +129,14 @@ def _refuse(module: nn.Module, *_: Any) -> None:
     )
 
 
-def networks(backbone: TimmInterface) -> Iterator[nn.Module]:
+def networks(backbone: Compiled) -> Iterator[nn.Module]:
     """What costs time."""
-    if backbone.family.encoder:
+    if backbone.architecture.encoder:
         yield backbone.encoder.get_submodule("encoder")
     yield backbone.denoiser
 
 
-def settle(backbone: TimmInterface, x: Tensor) -> Tensor:
+def prepare_input(backbone: Compiled, x: Tensor) -> Tensor:
     """What goes into a network, (B, C, h, w), as a compiled graph wants it: of its own and in one layout, with batch,
     height and width marked as varying.
 
@@ -136,7 +150,7 @@ def settle(backbone: TimmInterface, x: Tensor) -> Tensor:
     return x
 
 
-def eagerly(backbone: TimmInterface) -> AbstractContextManager[Any]:
+def eager_context(backbone: Compiled) -> AbstractContextManager[Any]:
     """Within the ``with`` block, compiled networks run as they are written, and so see hooks that were installed after
     compiling.
     """
@@ -147,7 +161,7 @@ def eagerly(backbone: TimmInterface) -> AbstractContextManager[Any]:
     )
 
 
-def running(backbone: TimmInterface) -> AbstractContextManager[Any]:
+def compile_context(backbone: Compiled) -> AbstractContextManager[Any]:
     """Around a network's run: where its weights are to be frozen, PyTorch demands that no gradient is asked for."""
     if backbone.compiled != FREEZE or torch.compiler.is_compiling():
         return nullcontext()

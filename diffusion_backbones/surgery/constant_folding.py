@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion_backbones.families import Family
+from diffusion_backbones.families import Architecture
 from diffusion_backbones.ops.noise import timesteps
 from diffusion_backbones.spec.activations import Site
-from diffusion_backbones.spec.configs import Configs
 
 SIZES = ((2, 1), (1, 3))
 """Heights and widths that networks are run at, in units of their ``size_divisibility``: no side, ratio or area is in
@@ -56,6 +55,7 @@ class Constant(nn.Module):
 
     @property
     def outputs(self) -> list[Tensor | None]:
+        """What the module gave for one image."""
         return [getattr(self, f"output{i}") for i in range(len(self.axes))]
 
     @property
@@ -64,6 +64,7 @@ class Constant(nn.Module):
         return next(output.shape[-1] for output in self.outputs if output is not None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Copies of the outputs, one for each image."""
         images = 1
         if self.counted is not None:
             key, axis, length = self.counted
@@ -137,8 +138,7 @@ def check_fold(fold: Any, folded: Mapping[str, Any], trainable: Any, device: tor
 
 def fold(
     denoiser: nn.Module,
-    family: Family,
-    configs: Configs,
+    network: Architecture,
     conditioning: Mapping[str, Tensor],
     timestep: float,
     sites: Iterable[Site],
@@ -148,9 +148,8 @@ def fold(
 
     Args:
         denoiser: A network with weights, possibly truncated.
-        family: Its family.
-        configs: Of its checkpoint.
-        conditioning: Tensors of :meth:`Family.conditioning_shapes`, (1, ...) each.
+        network: Its architecture.
+        conditioning: Tensors of :attr:`Architecture.conditioning_shapes`, (1, ...) each.
         timestep: What the network receives.
         sites: Activations that may be asked for; no module around what they are read from is replaced.
     """
@@ -160,9 +159,9 @@ def fold(
     first = next(denoiser.parameters())
 
     def run(images: int, size: tuple[int, int]) -> dict[str, list[_Output | None]]:
-        height, width = (n * family.size_divisibility(configs) for n in size)
-        stride = family.latent_stride(configs)
-        z = first.new_full((images, family.latent_channels(configs), height // stride, width // stride), torch.nan)
+        height, width = (n * network.size_divisibility for n in size)
+        stride = network.latent_stride
+        z = first.new_full((images, network.latent_channels, height // stride, width // stride), torch.nan)
         seen: dict[str, list[_Output | None]] = {path: [] for path in candidates}
         hooks = [
             module.register_forward_hook(functools.partial(_keep, seen[path]), with_kwargs=True)
@@ -174,7 +173,7 @@ def fold(
                     name: tensor.to(z.device).repeat(images, *[1] * (tensor.ndim - 1))
                     for name, tensor in conditioning.items()
                 }
-                family.call(denoiser, z, timesteps(timestep, images, z.device), given, (height, width))
+                network.call(denoiser, z, timesteps(timestep, images, z.device), given, (height, width))
         finally:
             for hook in hooks:
                 hook.remove()

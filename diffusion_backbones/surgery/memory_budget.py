@@ -5,18 +5,14 @@ does not fit.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from diffusion_backbones.ops import quantization
+from diffusion_backbones.ops.describe import dtype_name, gigabytes
 
-if TYPE_CHECKING:
-    pass
-
-
-SMALLER = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16)}
+CHEAPER_DTYPES = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16)}
 """What else one may ask for."""
 
 
@@ -34,19 +30,21 @@ def check_budget(
         return
     asked = parts[0][1]
     settings = {
-        f"dtype={_name(dtype)!r}": weights([(network, dtype) for network, _ in parts], rounded)
-        for dtype in SMALLER.get(asked, ())
+        f"dtype={dtype_name(dtype)!r}": weights([(network, dtype) for network, _ in parts], rounded)
+        for dtype in CHEAPER_DTYPES.get(asked, ())
     }
     if not rounded:
         denoiser = parts[0][0]
-        settings["weight_dtype='int8'"] = weights(parts, quantization.names(denoiser, dict(denoiser.named_modules())))
-    fitting = [f"{setting} takes {_gb(size)}, which fits" for setting, size in settings.items() if size <= room]
+        settings["weight_dtype='int8'"] = weights(
+            parts, quantization.quantized_names(denoiser, dict(denoiser.named_modules()))
+        )
+    fitting = [f"{setting} takes {gigabytes(size)}, which fits" for setting, size in settings.items() if size <= room]
     least = (
-        f"{_gb(min([needed, *settings.values()]))} is the least that one setting gives; docs/memory.md says how "
+        f"{gigabytes(min([needed, *settings.values()]))} is the least that one setting gives; docs/memory.md says how "
         "to quantise and to offload"
     )
     raise MemoryError(
-        f"{name} needs {_gb(needed)} for its weights in {_name(asked)}, and {device} has {_gb(room)}; "
+        f"{name} needs {gigabytes(needed)} for its weights in {dtype_name(asked)}, and {device} has {gigabytes(room)}; "
         f"{fitting[0] if fitting else least}"
     )
 
@@ -56,7 +54,7 @@ def weights(parts: list[tuple[nn.Module, torch.dtype]], rounded: Collection[str]
     denoiser that have eight bits.
     """
     return sum(
-        quantization.stored(tensor, dtype, i == 0 and name in rounded)
+        quantization.stored_bytes(tensor, dtype, i == 0 and name in rounded)
         for i, (network, dtype) in enumerate(parts)
         for name, tensor in network.state_dict().items()
     )
@@ -82,11 +80,3 @@ def available(device: torch.device) -> int | None:
 def capacity(device: torch.device) -> int | None:
     """Bytes that a device has in all; None where nobody says."""
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else available(device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.1f} GB"

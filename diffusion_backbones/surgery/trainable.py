@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones.families import Family
 from diffusion_backbones.families.base import TEXT
-from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.surgery.plan import Plan
 
 TRAINABLE = (False, True, "lora", "prompt")
 RANK = 8
@@ -47,19 +46,17 @@ def check_trainable(trainable: Any, lora_rank: Any, prompt_tokens: Any) -> None:
         raise ImportError("trainable='lora' needs peft; install it with pip install 'diffusion-backbones[lora]'")
 
 
-def check_prompt(family: Family, configs: Configs, prompt_tokens: int | None, reads_text: bool, name: str) -> None:
+def check_prompt(plan: Plan, prompt_tokens: int | None) -> None:
     """Whether a network has a prompt to learn, of that many tokens.
 
     Args:
-        family, configs: Of the network.
+        plan: Of the backbone.
         prompt_tokens: See :func:`first_tokens`.
-        reads_text: Whether a level of the recipe has one channel per token.
-        name: Of the backbone, for errors.
 
     Raises:
         ValueError: It has none, or its number of tokens cannot be chosen.
     """
-    shapes = family.conditioning_shapes(configs)
+    shapes, name = plan.architecture.conditioning_shapes, plan.declaration.name
     if "prompt_embeds" not in shapes:
         what = ", ".join(shapes) or "nothing"
         raise ValueError(
@@ -68,10 +65,10 @@ def check_prompt(family: Family, configs: Configs, prompt_tokens: int | None, re
         )
     if prompt_tokens is None:
         return
-    if reads_text or "prompt_embeds_2" in shapes:
+    if plan.reads_text or "prompt_embeds_2" in shapes:
         why = (
             "its recipe reads one channel per token of the text"
-            if reads_text
+            if plan.reads_text
             else "it takes two texts of fixed lengths"
         )
         raise ValueError(
@@ -98,13 +95,13 @@ def first_tokens(embeddings: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
     return out
 
 
-def learned(embeddings: Mapping[str, Tensor], unreached: Collection[str], name: str) -> list[str]:
+def learned(embeddings: Mapping[str, Tensor], skipped: Collection[str], name: str) -> list[str]:
     """Which of the tensors that condition a network are trained as its prompt.
 
     Raises:
         ValueError: None has a gradient; ``name`` is that of the backbone.
     """
-    found = [key for key in TEXT if key in embeddings and f"conditioning.{key}" not in unreached]
+    found = [key for key in TEXT if key in embeddings and f"conditioning.{key}" not in skipped]
     if not found:
         raise ValueError(
             f"no activation of {name} depends on the prompt, so there is nothing to train; use trainable=True"
@@ -112,13 +109,13 @@ def learned(embeddings: Mapping[str, Tensor], unreached: Collection[str], name: 
     return found
 
 
-def add_lora(denoiser: nn.Module, rank: int, unreached: Collection[str], name: str) -> None:
+def add_lora(denoiser: nn.Module, rank: int, skipped: Collection[str], name: str) -> None:
     """Give the attention of a denoiser adapters that change nothing yet: B is zero, and the scale is 1.
 
     Args:
         denoiser: A possibly truncated network, changed in place.
         rank: Of the adapters.
-        unreached: Names of parameters that get no gradient, with ``denoiser.`` in front; their modules get no adapter.
+        skipped: Names of parameters that get no gradient, with ``denoiser.`` in front; their modules get no adapter.
         name: Of the backbone, for errors.
 
     Raises:
@@ -131,7 +128,7 @@ def add_lora(denoiser: nn.Module, rank: int, unreached: Collection[str], name: s
     linear = [
         path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear) and path.endswith(ends)
     ]
-    targets = [path for path in linear if f"denoiser.{path}.weight" not in unreached]
+    targets = [path for path in linear if f"denoiser.{path}.weight" not in skipped]
     if not targets:
         raise ValueError(
             f"no activation of {name} depends on a projection of attention ({', '.join(PROJECTIONS)}), so no adapter "
@@ -142,6 +139,19 @@ def add_lora(denoiser: nn.Module, rank: int, unreached: Collection[str], name: s
         denoiser.add_adapter(config)  # diffusers' own methods for adapters then know them
     else:
         inject_adapter_in_model(config, denoiser)
+
+
+def unfreeze(backbone: nn.Module, trainable: bool | str, skipped: Collection[str]) -> None:
+    """Of what is trained, unfreeze every parameter that a gradient can reach, as distributed training demands; freeze
+    the rest.
+
+    Args:
+        backbone: Changed in place.
+        trainable: What is trained.
+        skipped: Names of parameters that get no gradient.
+    """
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(trains(trainable, name) and stock_name(name) not in skipped)
 
 
 def trains(trainable: bool | str, parameter: str) -> bool:

@@ -24,7 +24,7 @@ VISIBLE = 0.55
 
 @dataclass(frozen=True)
 class Placed:
-    """An object in a scene: its sprite's index, and the map (2, 3) from sprite coordinates in [-1, 1] to pixels (x, y)."""
+    """An object in a scene: its sprite's index, and the (2, 3) map from sprite coordinates in [-1, 1] to pixels."""
 
     sprite: int
     to_scene: np.ndarray

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import diffusion_backbones as db
 from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.selection import data, rules, run
-from diffusion_backbones.selection.compare import Evidence, scores
+from diffusion_backbones.selection.compare import FeatureCache, single_scores
 from diffusion_backbones.selection.measure import Measured, candidates, measure
 from diffusion_backbones.selection.rules import MEASURED
 from diffusion_backbones.selection.tasks import Task
@@ -51,7 +51,7 @@ def network(seed: int | None = None) -> db.DiffusionBackbone:
 
 
 def ids_of(backbone: db.DiffusionBackbone) -> list[str]:
-    return [site.id for site in candidates(backbone.catalogue[id] for id in backbone.catalogue)]
+    return [site.id for site in candidates(backbone.catalogue[activation] for activation in backbone.catalogue)]
 
 
 def measured(backbone: db.DiffusionBackbone, seed: int) -> Measured:
@@ -67,9 +67,11 @@ def measured(backbone: db.DiffusionBackbone, seed: int) -> Measured:
 
 def compared(backbone: db.DiffusionBackbone, task: Task, ids: Sequence[str]) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        evidence = Evidence(Path(folder), {})
-        evidence.gather(backbone, task, ids)
-        return scores(task, evidence, ids, lambda x: tqdm(x, f"{task.metric}, {len(ids)}", leave=False, mininterval=5))
+        cache = FeatureCache(Path(folder), {})
+        cache.gather(backbone, task, ids)
+        return single_scores(
+            task, cache, ids, lambda x: tqdm(x, f"{task.metric}, {len(ids)}", leave=False, mininterval=5)
+        )
 
 
 def truth() -> list[Row]:
@@ -80,20 +82,30 @@ def truth() -> list[Row]:
         began = time.perf_counter()
         dropped = rules.apply(rules.load(), measured(backbone, seed).properties)
         measuring = time.perf_counter() - began
-        kept = [id for id in ids if not dropped[id]]
+        kept = [activation for activation in ids if not dropped[activation]]
         for task in (data.scenes(SIZE, name, seed).task for name in ("masks", "keypoints")):
             began = time.perf_counter()
             compared(backbone, task, kept)
             between = time.perf_counter()
-            mean = {id: float(score.mean()) for id, score in compared(backbone, task, ids).items()}
+            mean = {activation: float(score.mean()) for activation, score in compared(backbone, task, ids).items()}
             ended = time.perf_counter()
-            best = sorted(ids, key=lambda id, mean=mean: -mean[id])
-            rows.append({
-                "seed": seed, "task": task.metric, "activations": len(ids), "kept": len(kept), "kept of the best 10": sum(not dropped[id] for id in best[:10]),
-                "best of all": mean[best[0]], "best kept": max(mean[id] for id in kept), "median of all": statistics.median(mean.values()),
-                "median of the kept": statistics.median(mean[id] for id in kept), "seconds, filter and comparison": measuring + between - began,
-                "seconds, full comparison": ended - between, "the best 10": " ".join(best[:10]),
-            })  # fmt: skip
+            best = sorted(ids, key=lambda activation, mean=mean: -mean[activation])
+            rows.append(
+                {
+                    "seed": seed,
+                    "task": task.metric,
+                    "activations": len(ids),
+                    "kept": len(kept),
+                    "kept of the best 10": sum(not dropped[activation] for activation in best[:10]),
+                    "best of all": mean[best[0]],
+                    "best kept": max(mean[activation] for activation in kept),
+                    "median of all": statistics.median(mean.values()),
+                    "median of the kept": statistics.median(mean[activation] for activation in kept),
+                    "seconds, filter and comparison": measuring + between - began,
+                    "seconds, full comparison": ended - between,
+                    "the best 10": " ".join(best[:10]),
+                }
+            )
             show(rows[-1:])
     return rows
 
@@ -153,10 +165,10 @@ def judge(name: str, label: str, channels: int, ids: str, scenes: Any, seeds: Se
 def properties() -> list[Row]:
     """Of the trained network and of random ones."""
     return [
-        {"network": kind, "seed": seed, "id": id, **{name: getattr(found, name) for name in MEASURED}}
+        {"network": kind, "seed": seed, "id": activation, **{name: getattr(found, name) for name in MEASURED}}
         for kind in ("trained", "random")
         for seed in SEEDS
-        for id, found in measured(network(None if kind == "trained" else seed), seed).properties.items()
+        for activation, found in measured(network(None if kind == "trained" else seed), seed).properties.items()
     ]
 
 
@@ -165,7 +177,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     ids = list(dict.fromkeys(row["id"] for row in rows))
-    stages = [id.partition("-")[0] for id in ids]
+    stages = [activation.partition("-")[0] for activation in ids]
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, SHOWN, strict=True):
         for kind, colour in (("trained", "#0550ae"), ("random", "#afb8c1")):

@@ -31,7 +31,7 @@ SIDE = 128
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package: name, version and the ``integrity`` of its archive as the registry states it (SHA-512, base64)."""
+    """An npm package: name, version and the ``integrity`` that the registry states of its archive (SHA-512, base64)."""
 
     name: str
     version: str
@@ -136,7 +136,7 @@ class Identity:
 
 @dataclass
 class Sprites:
-    """All pictures: ``images`` (N, SIDE, SIDE, 4) uint8 RGBA, and for each the index of its style and of its identity."""
+    """All pictures: ``images`` (N, SIDE, SIDE, 4) uint8 RGBA, and each one's index of style and identity."""
 
     images: np.ndarray
     style: np.ndarray

@@ -6,13 +6,22 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import Transformer, check_positions, width
-from diffusion_backbones.families.transformer.joint_attention import Inner, double_block, joint_map, single_block
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.tiny import T5
+from diffusion_backbones.families.transformer.base import Transformer, check_positions, projected, round_up, width
+from diffusion_backbones.families.transformer.joint_attention import (
+    BEHIND_TEXT,
+    IN_BEHIND_TEXT,
+    Inner,
+    double_block,
+    joint_block,
+    joint_map,
+    single_block,
+)
+from diffusion_backbones.ops.execution_order import ExecutionOrder
+from diffusion_backbones.spec.activations import IN, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 TOKENS = 256
 """Length that diffusers' pipeline pads prompts to."""
@@ -23,21 +32,45 @@ class AuraFlow(Transformer):
 
     networks = ("AuraFlowTransformer2DModel",)
     registers = 8
+    text_encoders = ("text_encoder",)
+    order = ExecutionOrder(
+        steps={
+            "AuraFlowTransformer2DModel": projected("joint_transformer_blocks", "single_transformer_blocks"),
+            "AuraFlowJointTransformerBlock": joint_block,
+            "AuraFlowSingleTransformerBlock": joint_block,
+        },
+        modulated=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
+        two_streams=("AuraFlowJointTransformerBlock",),
+    )
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        return Catalogue(_sites(configs["transformer"], self.size_divisibility(configs)), network)
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["transformer"] |= {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "joint_attention_dim": T5["d_model"],
+            "caption_projection_dim": 16,
+        }
+        configs["text_encoder"] |= T5
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (TOKENS, configs["transformer"]["joint_attention_dim"])}
+    def sites(self) -> Iterator[Site]:
+        """Double blocks are numbered first, single blocks go on from there."""
+        channels, heads = width(self.config), self.config["num_attention_heads"]
+        doubles, singles = self.config["num_mmdit_layers"], self.config["num_single_dit_layers"]
+        inner = round_up(int(2 * 4 * channels / 3), 256)  # as the layer rounds it
+        paths = [f"joint_transformer_blocks.{i}" for i in range(doubles)]
+        paths += [f"single_transformer_blocks.{i}" for i in range(singles)]
+        following = [*(f"{path}.norm1.linear" for path in paths[1:]), ""]
+        for i, (path, norm) in enumerate(zip(paths, following, strict=True)):
+            block = (path, i, channels, heads, self.size_divisibility, norm)
+            if i < doubles:
+                yield from double_block(*block, Inner("ff.out_projection", IN, inner))
+            else:
+                yield from _single(*block, inner)
 
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder",)
-
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import AuraFlowTransformer2DModel
-
-        transformer: nn.Module = AuraFlowTransformer2DModel.from_config(config)
-        return transformer
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, self.config["joint_attention_dim"])}
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
@@ -58,32 +91,15 @@ class AuraFlow(Transformer):
         grid: tuple[int, int],
         average: bool,
     ) -> Tensor:
-        return joint_map(
-            denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], True, None, average, self.registers
-        )
+        layer = denoiser.get_submodule(site.path)
+        return joint_map(layer, site, recorded, grid[0] * grid[1], True, None, average, self.registers)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        from diffusion_backbones.families.text import language_model
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         embeds, mask = language_model.encode(*load("text_encoder"), prompts, TOKENS)
         return {"prompt_embeds": embeds * mask[..., None]}
-
-
-def _sites(config: Config, stride: int) -> Iterator[Site]:
-    """Double blocks are numbered first, single blocks go on from there."""
-    channels, heads = width(config), config["num_attention_heads"]
-    doubles, singles = config["num_mmdit_layers"], config["num_single_dit_layers"]
-    inner = -(-int(2 * 4 * channels / 3) // 256) * 256  # as the layer rounds it
-    paths = [f"joint_transformer_blocks.{i}" for i in range(doubles)] + [
-        f"single_transformer_blocks.{j}" for j in range(singles)
-    ]
-    following = [*(f"{path}.norm1.linear" for path in paths[1:]), ""]
-    for i, (path, norm) in enumerate(zip(paths, following, strict=True)):
-        if i < doubles:
-            yield from double_block(path, i, channels, heads, stride, norm, Inner("ff.out_projection", "in", inner))
-        else:
-            yield from _single(path, i, channels, heads, stride, norm, inner)
 
 
 def _single(
@@ -91,7 +107,8 @@ def _single(
 ) -> Iterator[Site]:
     """As in FLUX, and the inside of the feed-forward layer, which stands behind attention here."""
     *before, out = single_block(path, block, channels, heads, stride, modulation)
+    name = f"vit-block{block}"
     yield from before
-    yield Site(f"vit-block{block}-norm-out", f"{path}.ff", "in[:, T:]", channels, stride, "tokens")
-    yield Site(f"vit-block{block}-ffn-inner", f"{path}.ff.out_projection", "in[:, T:]", inner, stride, "tokens")
-    yield Site(out.id, path, "out[:, T:]", channels, stride, "tokens", modulation=modulation)
+    yield Site(f"{name}-norm-out", f"{path}.ff", IN_BEHIND_TEXT, channels, stride, "tokens")
+    yield Site(f"{name}-ffn-inner", f"{path}.ff.out_projection", IN_BEHIND_TEXT, inner, stride, "tokens")
+    yield Site(out.id, path, BEHIND_TEXT, channels, stride, "tokens", modulation=modulation)

@@ -6,13 +6,23 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import Transformer, width
-from diffusion_backbones.families.transformer.joint_attention import double_block, joint_map, single_block
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.blocks import feed_forward
+from diffusion_backbones.families.tiny import CLIP, T5
+from diffusion_backbones.families.transformer.base import Transformer, projected, width
+from diffusion_backbones.families.transformer.joint_attention import (
+    BEHIND_TEXT,
+    IN_BEHIND_TEXT,
+    double_block,
+    joint_block,
+    joint_map,
+    rotation,
+    single_block,
+)
+from diffusion_backbones.ops.execution_order import BYPASS, NONE, ExecutionOrder, Step, stand_in
+from diffusion_backbones.spec.activations import Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 GUIDANCE = 3.5
 """What guidance-distilled weights are told unless a call says otherwise; the default of diffusers' pipeline."""
@@ -20,53 +30,88 @@ TOKENS = {True: 512, False: 256}
 """Length of the T5 prompt, with guidance (dev) and without (schnell, which was distilled at 256)."""
 
 
+def parallel_steps(block: Any) -> list[Step]:
+    """The feed-forward layer runs beside attention, so what reads attention alone does without it."""
+    return [
+        Step("attn", NONE),
+        Step("proj_mlp", stand_in(block.mlp_hidden_dim, dim=-1)),
+        Step("act_mlp", BYPASS),
+        Step("proj_out", stand_in(block.proj_out.out_features, dim=-1)),
+    ]
+
+
 class Flux(Transformer):
     """The family of ``FluxTransformer2DModel``. Patches are packed into channels before the network."""
 
     networks = ("FluxTransformer2DModel",)
+    text_encoders = ("text_encoder", "text_encoder_2")
+    order = ExecutionOrder(
+        steps={
+            "FluxTransformer2DModel": projected("transformer_blocks", "single_transformer_blocks"),
+            "FluxTransformerBlock": joint_block,
+            "FluxSingleTransformerBlock": parallel_steps,
+            "FeedForward": feed_forward,
+        },
+        attention=("FluxAttention",),
+        modulated=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        two_streams=("FluxTransformerBlock",),
+    )
 
-    def patch(self, configs: Configs) -> int:
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["transformer"] |= {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": [4, 6, 6],
+            "joint_attention_dim": T5["d_model"],
+            "pooled_projection_dim": CLIP["projection_dim"],
+        }
+        configs["text_encoder"] |= CLIP
+        configs["text_encoder_2"] |= T5
+
+    @property
+    def patch(self) -> int:
         return 2
 
-    def latent_channels(self, configs: Configs) -> int:
-        return int(configs["transformer"]["in_channels"]) // 4
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"]) // self.patch**2
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        return Catalogue(_sites(configs["transformer"], self.size_divisibility(configs)), network)
+    def sites(self) -> Iterator[Site]:
+        """Double blocks are numbered first, single blocks go on from there."""
+        channels, heads = width(self.config), self.config["num_attention_heads"]
+        doubles, singles = self.config["num_layers"], self.config["num_single_layers"]
+        norms = [f"transformer_blocks.{i}.norm1.linear" for i in range(doubles)]
+        norms += [f"single_transformer_blocks.{i}.norm.linear" for i in range(singles)]
+        for i, norm in enumerate([*norms[1:], ""]):
+            block = (i, channels, heads, self.size_divisibility, norm)
+            if i < doubles:
+                yield from double_block(f"transformer_blocks.{i}", *block)
+            else:
+                yield from parallel_block(f"single_transformer_blocks.{i - doubles}", *block)
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        config = configs["transformer"]
-        tokens = TOKENS[bool(config.get("guidance_embeds"))]
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = TOKENS[bool(self.config.get("guidance_embeds"))]
         shapes: dict[str, tuple[int, ...]] = {
-            "prompt_embeds": (tokens, config["joint_attention_dim"]),
-            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
+            "prompt_embeds": (tokens, self.config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (self.config["pooled_projection_dim"],),
         }
-        return shapes | ({"guidance": ()} if config.get("guidance_embeds") else {})
+        return shapes | ({"guidance": ()} if self.config.get("guidance_embeds") else {})
 
-    def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
-        return super().blank_conditioning(configs) | self._guidance(configs, 1)
-
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder", "text_encoder_2")
-
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        transformer: nn.Module = FluxTransformer2DModel.from_config(config)
-        return transformer
+    def blank_conditioning(self) -> dict[str, Tensor]:
+        return super().blank_conditioning() | self._guidance(1)
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
     ) -> Tensor:
-        b, c, h, w = z.shape
-        packed = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
         text = conditioning["prompt_embeds"]
         output: Tensor = denoiser(
-            packed,
+            packed(z),
             encoder_hidden_states=text,
             pooled_projections=conditioning["pooled_prompt_embeds"],
             timestep=timestep.to(z) / 1000,
-            img_ids=_positions(z, h // 2, w // 2),
+            img_ids=positions(z, z.shape[-2] // 2, z.shape[-1] // 2),
             txt_ids=z.new_zeros(text.shape[1], 3),
             guidance=conditioning.get("guidance"),
             return_dict=False,
@@ -83,72 +128,48 @@ class Flux(Transformer):
         average: bool,
     ) -> Tensor:
         import torch
-        from diffusers.models.embeddings import apply_rotary_emb
 
-        q = recorded[0]
-        ids = torch.cat([q.new_zeros(conditioning["prompt_embeds"].shape[1], 3), _positions(q, *grid)])
-        rotary = denoiser.pos_embed(ids)
-
-        def rotate(x: Tensor) -> Tensor:
-            rotated: Tensor = apply_rotary_emb(x, rotary, sequence_dim=2)
-            return rotated
-
+        q, words = recorded[0], conditioning["prompt_embeds"].shape[1]
+        rotate = rotation(denoiser.pos_embed(torch.cat([q.new_zeros(words, 3), positions(q, *grid)])))
         return joint_map(denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], True, rotate, average)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        from diffusion_backbones.families.text import clip, language_model
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        from diffusion_backbones.families.text import clip, language_model  # torch
 
         language_model.check_padding(padding)
         pooled = clip.pooled(*load("text_encoder"), prompts)
-        embeds, _ = language_model.encode(
-            *load("text_encoder_2"), prompts, self.conditioning_shapes(configs)["prompt_embeds"][0], masked=False
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | self._guidance(configs, len(prompts))
+        embeds, _ = language_model.encode(*load("text_encoder_2"), prompts, self.text_tokens, masked=False)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | self._guidance(len(prompts))
 
-    def _guidance(self, configs: Configs, rows: int) -> dict[str, Tensor]:
+    def _guidance(self, rows: int) -> dict[str, Tensor]:
         import torch
 
-        return {"guidance": torch.full((rows,), GUIDANCE)} if configs["transformer"].get("guidance_embeds") else {}
+        return {"guidance": torch.full((rows,), GUIDANCE)} if self.config.get("guidance_embeds") else {}
 
 
-def _sites(config: Config, stride: int) -> Iterator[Site]:
-    """Double blocks are numbered first, single blocks go on from there."""
-    channels, heads, doubles, singles = (
-        width(config),
-        config["num_attention_heads"],
-        config["num_layers"],
-        config["num_single_layers"],
-    )
-    norms = [f"transformer_blocks.{i}.norm1.linear" for i in range(doubles)] + [
-        f"single_transformer_blocks.{j}.norm.linear" for j in range(singles)
-    ]
-    following = [*norms[1:], ""]
-    for i in range(doubles):
-        yield from double_block(f"transformer_blocks.{i}", i, channels, heads, stride, following[i])
-    for j in range(singles):
-        yield from _single(
-            f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j]
-        )
+def parallel_block(path: str, block: int, channels: int, heads: int, stride: int, modulation: str) -> Iterator[Site]:
+    """Activations of a block in which the feed-forward layer runs beside attention, on the same normalized stream.
 
-
-def _single(path: str, block: int, channels: int, heads: int, stride: int, modulation: str) -> Iterator[Site]:
-    """And the feed-forward layer, which runs beside attention on the same normalised stream; GDF has no ids there."""
+    GDF has no ids in that layer.
+    """
     *before, out = single_block(path, block, channels, heads, stride, modulation)
+    beside: Any = {"stride": stride, "layout": "tokens", "extension": True}
     yield from before
-    yield Site(
-        f"vit-block{block}-norm-out", f"{path}.proj_mlp", "in[:, T:]", channels, stride, "tokens", extension=True
-    )
-    yield Site(
-        f"vit-block{block}-ffn-inner", f"{path}.act_mlp", "out[:, T:]", 4 * channels, stride, "tokens", extension=True
-    )
+    yield Site(f"vit-block{block}-norm-out", f"{path}.proj_mlp", IN_BEHIND_TEXT, channels, **beside)
+    yield Site(f"vit-block{block}-ffn-inner", f"{path}.act_mlp", BEHIND_TEXT, 4 * channels, **beside)
     yield out
 
 
-def _positions(like: Tensor, height: int, width: int) -> Tensor:
+def packed(z: Tensor) -> Tensor:
+    """(B, C, h, w) latents -> (B, h · w / 4, 4 · C) tokens, one for 2 x 2 positions."""
+    b, c, h, w = z.shape
+    return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def positions(like: Tensor, height: int, width: int) -> Tensor:
     """(height · width, 3) of (0, row, column), as the network's rotary positions take them."""
     import torch
 
     rows, columns = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (height, width))
-    return torch.stack(
-        [torch.zeros(height, width).to(like), rows[:, None].expand(height, width), columns.expand(height, width)], -1
-    ).flatten(0, 1)
+    places = (torch.zeros(height, width).to(like), rows[:, None].expand(height, width), columns.expand(height, width))
+    return torch.stack(places, -1).flatten(0, 1)

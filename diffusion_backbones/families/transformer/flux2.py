@@ -1,5 +1,6 @@
-"""FLUX.2: diffusers' ``Flux2Transformer2DModel`` behind a KL autoencoder with patches, conditioned on inner states of a
-language model.
+"""FLUX.2: diffusers' ``Flux2Transformer2DModel`` behind a KL autoencoder with patches, conditioned on a language model.
+
+The text is what several inner layers of that language model give.
 """
 
 from __future__ import annotations
@@ -8,13 +9,22 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
+from diffusion_backbones.families.tiny import DECODER
 from diffusion_backbones.families.transformer.base import Transformer, width
-from diffusion_backbones.families.transformer.joint_attention import Inner, double_block, joint_map
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.transformer.joint_attention import (
+    BEHIND_TEXT,
+    IN_BEHIND_TEXT,
+    Inner,
+    double_block,
+    joint_block,
+    joint_map,
+    rotation,
+)
+from diffusion_backbones.ops.execution_order import BYPASS, NONE, ExecutionOrder, Step, in_order, numbered, stand_in
+from diffusion_backbones.spec.activations import MAP, OUT, Port, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 GUIDANCE = 4.0
 """What guidance-distilled weights are told unless a call says otherwise; the default of diffusers' pipeline."""
@@ -25,35 +35,90 @@ PIPELINES = {"mistral3": "Flux2Pipeline", "qwen3": "Flux2KleinPipeline"}
 """Kind of language model -> diffusers' pipeline, which knows the words around a prompt and the layers that are read."""
 
 
+def _network(network: Any) -> list[Step]:
+    """The modulation that all single blocks share is computed first, and goes when the last of them goes."""
+    out = stand_in(network.proj_out.out_features, dim=-1)
+    return [
+        *numbered(network, "transformer_blocks"),
+        Step("single_stream_modulation", BYPASS),
+        *numbered(network, "single_transformer_blocks"),
+        Step("norm_out", BYPASS),
+        Step("proj_out", out),
+    ]
+
+
+def _parallel_attention(layer: Any) -> list[Step]:
+    out = stand_in(layer.to_out.out_features, dim=-1)
+    return [Step("to_qkv_mlp_proj", NONE), Step("mlp_act_fn", BYPASS), Step("to_out", out)]
+
+
+def _feed_forward(layer: Any) -> list[Step]:
+    out = stand_in(layer.linear_out.out_features, dim=-1)
+    return [Step("linear_in", NONE), Step("act_fn", BYPASS), Step("linear_out", out)]
+
+
 class Flux2(Transformer):
-    """The family of ``Flux2Transformer2DModel``. All blocks of a kind share one modulation, and single blocks have one
-    layer for q, k, v and the MLP.
+    """The family of ``Flux2Transformer2DModel``.
+
+    All blocks of a kind share one modulation, and single blocks have one layer for q, k, v and the MLP.
     """
 
     networks = ("Flux2Transformer2DModel",)
+    text_encoders = ("text_encoder",)
+    order = ExecutionOrder(
+        steps={
+            "Flux2Transformer2DModel": _network,
+            "Flux2TransformerBlock": joint_block,
+            "Flux2SingleTransformerBlock": in_order("attn"),
+            "Flux2ParallelSelfAttention": _parallel_attention,
+            "Flux2FeedForward": _feed_forward,
+        },
+        attention=("Flux2Attention",),
+        two_streams=("Flux2TransformerBlock",),
+    )
 
-    def patch(self, configs: Configs) -> int:
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["vae"] |= {"block_out_channels": [8, 16, 32, 32], "norm_num_groups": 8}
+        configs["transformer"] |= {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "axes_dims_rope": [4, 4, 4, 4],
+            "joint_attention_dim": 3 * DECODER["hidden_size"],
+        }
+        text, deep = configs["text_encoder"], DECODER | {"num_hidden_layers": 31}
+        if "text_config" in text:
+            vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+            text["text_config"] |= deep
+            text["vision_config"] |= vision
+        else:
+            text |= deep
+
+    @property
+    def patch(self) -> int:
         return 1
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        return Catalogue(_sites(configs["transformer"], self.size_divisibility(configs)), network)
+    def sites(self) -> Iterator[Site]:
+        """Double blocks are numbered first, single blocks go on from there."""
+        channels, heads = width(self.config), self.config["num_attention_heads"]
+        doubles, singles = self.config["num_layers"], self.config["num_single_layers"]
+        inner = int(self.config.get("mlp_ratio", 3.0) * channels)
+        following = ["double_stream_modulation_img.linear"] * (doubles - 1)
+        following += ["single_stream_modulation.linear"] * singles
+        for i, norm in enumerate([*following, ""]):
+            block = (i, channels, heads, self.size_divisibility, norm)
+            if i < doubles:
+                yield from double_block(f"transformer_blocks.{i}", *block, Inner("ff.act_fn", OUT, inner))
+            else:
+                yield from _single(f"single_transformer_blocks.{i - doubles}", *block, inner)
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        config = configs["transformer"]
-        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (TOKENS, config["joint_attention_dim"])}
-        return shapes | ({"guidance": ()} if config.get("guidance_embeds", True) else {})
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (TOKENS, self.config["joint_attention_dim"])}
+        return shapes | ({"guidance": ()} if self.config.get("guidance_embeds", True) else {})
 
-    def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
-        return super().blank_conditioning(configs) | self._guidance(configs, 1)
-
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder",)
-
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import Flux2Transformer2DModel
-
-        transformer: nn.Module = Flux2Transformer2DModel.from_config(config)
-        return transformer
+    def blank_conditioning(self) -> dict[str, Tensor]:
+        return super().blank_conditioning() | self._guidance(1)
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
@@ -81,25 +146,20 @@ class Flux2(Transformer):
         average: bool,
     ) -> Tensor:
         import torch
-        from diffusers.models.embeddings import apply_rotary_emb
 
-        rotary = denoiser.pos_embed(torch.cat(_positions(recorded[0], conditioning["prompt_embeds"].shape[1], *grid)))
-
-        def rotate(x: Tensor) -> Tensor:
-            rotated: Tensor = apply_rotary_emb(x, rotary, sequence_dim=2)
-            return rotated
-
-        attention = denoiser.get_submodule(site.path)
+        words = conditioning["prompt_embeds"].shape[1]
+        rotate = rotation(denoiser.pos_embed(torch.cat(_positions(recorded[0], words, *grid))))
+        layer = denoiser.get_submodule(site.path)
         if len(recorded) == 1:  # queries, keys, values and more in one
-            recorded = recorded[0][..., : 2 * attention.inner_dim].chunk(2, -1)
-        return joint_map(attention, site, recorded, grid[0] * grid[1], True, rotate, average)
+            recorded = recorded[0][..., : 2 * layer.inner_dim].chunk(2, -1)
+        return joint_map(layer, site, recorded, grid[0] * grid[1], True, rotate, average)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         """With the words that diffusers' pipeline puts around a prompt."""
         import diffusers
         import torch
 
-        from diffusion_backbones.families.text import language_model
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
@@ -114,14 +174,12 @@ class Flux2(Transformer):
                     f"takes {TOKENS}; shorten it"
                 )
             rows.append(pipeline.encode_prompt(prompt, device=torch.device("cpu"), max_sequence_length=TOKENS)[0])
-        return {"prompt_embeds": torch.cat(rows).float()} | self._guidance(configs, len(prompts))
+        return {"prompt_embeds": torch.cat(rows).float()} | self._guidance(len(prompts))
 
-    def _guidance(self, configs: Configs, rows: int) -> dict[str, Tensor]:
+    def _guidance(self, rows: int) -> dict[str, Tensor]:
         import torch
 
-        return (
-            {"guidance": torch.full((rows,), GUIDANCE)} if configs["transformer"].get("guidance_embeds", True) else {}
-        )
+        return {"guidance": torch.full((rows,), GUIDANCE)} if self.config.get("guidance_embeds", True) else {}
 
 
 def _said(pipeline: Any, prompt: str) -> str:
@@ -136,48 +194,31 @@ def _said(pipeline: Any, prompt: str) -> str:
     return text
 
 
-def _sites(config: Config, stride: int) -> Iterator[Site]:
-    """Double blocks are numbered first, single blocks go on from there."""
-    channels, heads, doubles, singles = (
-        width(config),
-        config["num_attention_heads"],
-        config["num_layers"],
-        config["num_single_layers"],
-    )
-    inner = int(config.get("mlp_ratio", 3.0) * channels)
-    following = (
-        ["double_stream_modulation_img.linear"] * (doubles - 1) + ["single_stream_modulation.linear"] * singles + [""]
-    )
-    for i in range(doubles):
-        yield from double_block(
-            f"transformer_blocks.{i}", i, channels, heads, stride, following[i], Inner("ff.act_fn", "out", inner)
-        )
-    for j in range(singles):
-        yield from _single(
-            f"single_transformer_blocks.{j}", doubles + j, channels, heads, stride, following[doubles + j], inner
-        )
-
-
 def _single(
     path: str, block: int, channels: int, heads: int, stride: int, modulation: str, inner: int
 ) -> Iterator[Site]:
-    """Attention and feed-forward run side by side between two layers that serve both, so ``norm-out`` is what enters
-    both.
+    """Activations of a block in which attention and feed-forward run side by side, between two layers that serve both.
+
+    So ``norm-out`` is what enters both.
     """
     name, before = f"vit-block{block}", "to_qkv_mlp_proj"
     for i, qkv in enumerate("qkv"):
-        yield Site(f"{name}-{qkv}", f"{path}.attn.{before}", f"out[:, T:, {i}]", channels, stride, "tokens")
-    yield Site(f"{name}-cross-map", f"{path}.attn", "map", heads, stride, "attention", (before,))
-    yield Site(f"{name}-self-map", f"{path}.attn", "map", heads, stride, "attention", (before,))
-    yield Site(f"{name}-attn-out", f"{path}.attn.to_out", "in[:, T:, 0]", channels, stride, "tokens")
-    yield Site(f"{name}-norm-out", f"{path}.attn.{before}", "in[:, T:]", channels, stride, "tokens", extension=True)
-    yield Site(f"{name}-ffn-inner", f"{path}.attn.mlp_act_fn", "out[:, T:]", inner, stride, "tokens")
-    yield Site(f"{name}-out", path, "out[:, T:]", channels, stride, "tokens", modulation=modulation)
+        port = Port(tokens="last", part=i)
+        yield Site(f"{name}-{qkv}", f"{path}.attn.{before}", port, channels, stride, "tokens")
+    yield Site(f"{name}-cross-map", f"{path}.attn", MAP, heads, stride, "attention", (before,))
+    yield Site(f"{name}-self-map", f"{path}.attn", MAP, heads, stride, "attention", (before,))
+    attended = Port("in", tokens="last", part=0)
+    yield Site(f"{name}-attn-out", f"{path}.attn.to_out", attended, channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.attn.{before}", IN_BEHIND_TEXT, channels, stride, "tokens", extension=True)
+    yield Site(f"{name}-ffn-inner", f"{path}.attn.mlp_act_fn", BEHIND_TEXT, inner, stride, "tokens")
+    yield Site(f"{name}-out", path, BEHIND_TEXT, channels, stride, "tokens", modulation=modulation)
 
 
 def _positions(like: Tensor, tokens: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """(tokens, 4) of (0, 0, 0, number) for the text and (height · width, 4) of (0, row, column, 0) for the image,
-    integers on the device of ``like``.
+    """Positions of text and image, as integers on the device of ``like``.
+
+    Returns:
+        (tokens, 4) of (0, 0, 0, number), and (height · width, 4) of (0, row, column, 0).
     """
     import torch
     import torch.nn.functional as F

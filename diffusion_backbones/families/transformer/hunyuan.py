@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import Transformer, accepted, single_stream
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.blocks import feed_forward
+from diffusion_backbones.families.tiny import T5, WORDS
+from diffusion_backbones.families.transformer.base import Transformer, projected, single_stream
+from diffusion_backbones.ops.execution_order import ExecutionOrder, in_order
+from diffusion_backbones.spec.activations import Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 BASE = 512
-"""Side in pixels of the square whose positions the rotary embedding is stretched over, whatever the size (diffusers'
-pipeline).
-"""
+"""Side in pixels of the square that rotary positions are stretched over, whatever the size (diffusers' pipeline)."""
 
 
 class Hunyuan(Transformer):
     """The family of ``HunyuanDiT2DModel``. The later half of its blocks also reads the outputs of the earlier half."""
 
     networks = ("HunyuanDiT2DModel",)
+    text_encoders = ("text_encoder", "text_encoder_2")
+    order = ExecutionOrder(
+        steps={
+            "HunyuanDiT2DModel": projected("blocks"),
+            "HunyuanDiTBlock": in_order("attn1", "norm2", "attn2", "norm3", "ff"),
+            "FeedForward": feed_forward,
+        }
+    )
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        config, stride = configs["transformer"], self.size_divisibility(configs)
-        blocks, ratio = range(config["num_layers"]), config["mlp_ratio"]
-        return Catalogue(
-            (site for i in blocks for site in single_stream(f"blocks.{i}", i, config, stride, cross=True, inner=ratio)),
-            network,
-        )
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        bert = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        configs["transformer"] |= {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "hidden_size": 16,
+            "cross_attention_dim": bert["hidden_size"],
+            "cross_attention_dim_t5": T5["d_model"],
+            "pooled_projection_dim": 16,
+        }
+        configs["text_encoder"] |= bert | {"vocab_size": WORDS["vocab_size"]}
+        configs["text_encoder_2"] |= T5
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        config = configs["transformer"]
+    def sites(self) -> Iterator[Site]:
+        config, stride, ratio = self.config, self.size_divisibility, self.config["mlp_ratio"]
+        for i in range(config["num_layers"]):
+            yield from single_stream(f"blocks.{i}", i, config, stride, cross=True, inner=ratio)
+
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.config
         return {
             "prompt_embeds": (config["text_len"], config["cross_attention_dim"]),
             "prompt_attention_mask": (config["text_len"],),
@@ -41,18 +61,10 @@ class Hunyuan(Transformer):
             "prompt_attention_mask_2": (config["text_len_t5"],),
         }
 
-    def text_tokens(self, configs: Configs) -> int:
+    @property
+    def text_tokens(self) -> int:
         """Both encoders' tokens, BERT's first."""
-        return int(configs["transformer"]["text_len"] + configs["transformer"]["text_len_t5"])
-
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder", "text_encoder_2")
-
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import HunyuanDiT2DModel
-
-        transformer: nn.Module = HunyuanDiT2DModel(**accepted(HunyuanDiT2DModel, config))
-        return transformer
+        return int(self.config["text_len"] + self.config["text_len_t5"])
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
@@ -85,29 +97,25 @@ class Hunyuan(Transformer):
     ) -> Tensor:
         from diffusers.models.embeddings import apply_rotary_emb
 
-        from diffusion_backbones.ops.attention_maps import probabilities, split_heads
+        from diffusion_backbones.ops.attention_maps import probabilities, split_heads  # torch
 
-        attention: Any = denoiser.get_submodule(site.path)
+        layer = denoiser.get_submodule(site.path)
         rotary = _rotary(denoiser, *grid, recorded[0])
-        q, k = (
-            split_heads(attention, x, norm)
-            for x, norm in zip(recorded, (attention.norm_q, attention.norm_k), strict=True)
-        )
+        norms = (layer.norm_q, layer.norm_k)
+        q, k = (split_heads(layer, x, norm) for x, norm in zip(recorded, norms, strict=True))
         q = apply_rotary_emb(q, rotary)
         k = apply_rotary_emb(k, rotary) if site.path.endswith("attn1") else k
         return probabilities(q, k, slice(None), average)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        from diffusion_backbones.families.text import language_model
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
-        shapes = self.conditioning_shapes(configs)
         rows: dict[str, Tensor] = {}
-        for name, number in zip(self.text_encoder_names(configs), ("", "_2"), strict=True):
-            tokens = shapes[f"prompt_embeds{number}"][0]
-            rows[f"prompt_embeds{number}"], rows[f"prompt_attention_mask{number}"] = language_model.encode(
-                *load(name), prompts, tokens
-            )
+        for name, number in zip(self.text_encoders, ("", "_2"), strict=True):
+            embeds, mask = f"prompt_embeds{number}", f"prompt_attention_mask{number}"
+            tokens = self.conditioning_shapes[embeds][0]
+            rows[embeds], rows[mask] = language_model.encode(*load(name), prompts, tokens)
         return rows
 
 
@@ -116,9 +124,7 @@ def _rotary(denoiser: Any, height: int, width: int, like: Tensor) -> tuple[Tenso
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
-    config = denoiser.config
-    corners = get_resize_crop_region_for_grid((height, width), BASE // 8 // config.patch_size)
-    cos, sin = get_2d_rotary_pos_embed(
-        config.attention_head_dim, corners, (height, width), device=like.device, output_type="pt"
-    )
+    config, grid = denoiser.config, (height, width)
+    corners = get_resize_crop_region_for_grid(grid, BASE // 8 // config.patch_size)
+    cos, sin = get_2d_rotary_pos_embed(config.attention_head_dim, corners, grid, device=like.device, output_type="pt")
     return cos.to(like.device), sin.to(like.device)

@@ -1,6 +1,4 @@
-"""Lumina-Image 2: diffusers' ``Lumina2Transformer2DModel`` behind a KL autoencoder, conditioned on a Gemma language
-model.
-"""
+"""Lumina-Image 2: diffusers' ``Lumina2Transformer2DModel`` behind a KL autoencoder, conditioned on Gemma."""
 
 from __future__ import annotations
 
@@ -8,20 +6,27 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import check_positions
+from diffusion_backbones.families.tiny import DECODER
+from diffusion_backbones.families.transformer.base import check_positions, round_up
 from diffusion_backbones.families.transformer.nextdit import (
-    TEXT_FIRST,
     Layout,
     NextDiT,
     behind_text,
+    refined,
     rotated,
     text_mask,
 )
+from diffusion_backbones.ops.execution_order import ExecutionOrder, Step, in_order
 from diffusion_backbones.spec.activations import Site
-from diffusion_backbones.spec.configs import Config, Configs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+def _network(network: Any) -> list[Step]:
+    config = network.config
+    out = config.patch_size**2 * network.out_channels
+    return refined(network, "time_caption_embed.caption_embedder", config.hidden_size, "norm_out", out)
 
 
 class Lumina(NextDiT):
@@ -29,23 +34,45 @@ class Lumina(NextDiT):
 
     networks = ("Lumina2Transformer2DModel",)
     tokens = 256
-    image = TEXT_FIRST
+    image = "last"
+    order = ExecutionOrder(
+        steps={
+            "Lumina2Transformer2DModel": _network,
+            "Lumina2TransformerBlock": in_order("attn", "norm2", "ffn_norm1", "feed_forward", "ffn_norm2"),
+        }
+    )
 
-    def layout(self, config: Config) -> Layout:
-        channels, multiple = config["hidden_size"], config["multiple_of"]
-        inner = (
-            -(-int(4 * channels * (config.get("ffn_dim_multiplier") or 1)) // multiple) * multiple
-        )  # as the layer rounds it
-        heads, kv_heads = config["num_attention_heads"], config["num_kv_heads"]
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["transformer"] |= {
+            "hidden_size": 24,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "axes_dim_rope": [2, 2, 2],
+            "multiple_of": 16,
+            "cap_feat_dim": DECODER["hidden_size"],
+        }
+        configs["text_encoder"] |= DECODER
+
+    @property
+    def layout(self) -> Layout:
+        config, channels = self.config, self.config["hidden_size"]
+        inner = round_up(int(4 * channels * (config.get("ffn_dim_multiplier") or 1)), config["multiple_of"])
         return Layout(
-            config["num_refiner_layers"], config["num_layers"], "attn", "linear_2", channels, heads, kv_heads, inner
+            refiners=config["num_refiner_layers"],
+            layers=config["num_layers"],
+            attention="attn",
+            inner="linear_2",
+            channels=channels,
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_kv_heads"],
+            inner_channels=inner,  # as the layer rounds it
         )
 
-    def build_denoiser(self, config: Config) -> nn.Module:
+    def build_denoiser(self) -> nn.Module:
         import torch
-        from diffusers import Lumina2Transformer2DModel
 
-        transformer: Any = Lumina2Transformer2DModel.from_config(config)
+        transformer: Any = super().build_denoiser()
         old = transformer.rope_embedder
         with torch.device("cpu"):  # its tables are plain tensors, which no file holds and no .to() moves off meta
             transformer.rope_embedder = type(old)(old.theta, old.axes_dim, old.axes_lens, old.patch_size)
@@ -80,40 +107,35 @@ class Lumina(NextDiT):
         import torch
         import torch.nn.functional as F
 
-        from diffusion_backbones.ops.attention_maps import probabilities
+        from diffusion_backbones.ops.attention_maps import probabilities  # torch
 
         mask, tokens, patch = text_mask(conditioning), grid[0] * grid[1], denoiser.config.patch_size
         (q, k), width = recorded, mask.shape[1]
         blank = q.new_zeros(len(mask), 1, patch * grid[0], patch * grid[1])
         _, of_text, of_image, *_ = denoiser.rope_embedder(blank, mask)
-        attention = denoiser.get_submodule(site.path)
+        layer = denoiser.get_submodule(site.path)
         keys, of_keys, bias = slice(None), of_image, None
         if not site.path.startswith("noise_refiner"):
             # text, at full length, and then the image: behind a short text stand image tokens, which the bias takes out
-            q, k = (
-                behind_text(q, mask, tokens),
-                torch.cat((F.pad(k, (0, 0, 0, width - k.shape[1])), behind_text(k, mask, tokens)), dim=1),
-            )
+            words = F.pad(k, (0, 0, 0, width - k.shape[1]))
+            q, k = behind_text(q, mask, tokens), torch.cat((words, behind_text(k, mask, tokens)), dim=1)
             of_keys = torch.cat((of_text, of_image), dim=1)
             there = torch.arange(width, device=q.device) < mask.sum(1, keepdim=True)
             bias = F.pad(there.to(q), (0, tokens), value=1).log()
             keys = slice(width) if site.id.endswith("cross-map") else slice(width, None)
-        q, k = rotated(q, attention.norm_q, of_image), rotated(k, attention.norm_k, of_keys)
+        q, k = rotated(q, layer.norm_q, of_image), rotated(k, layer.norm_k, of_keys)
         return probabilities(q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), keys, average, bias)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        """With the instruction that diffusers' pipeline puts before a prompt; the empty prompt stands without it, as
-        for guidance.
-        """
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        """With the instruction that diffusers' pipeline puts before a prompt; the empty one, for guidance, has none."""
         from diffusers import Lumina2Pipeline
 
-        from diffusion_backbones.families.text import language_model
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
-        instruction = Lumina2Pipeline(
-            transformer=None, scheduler=None, vae=None, text_encoder=None, tokenizer=None
-        ).system_prompt
+        parts = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
+        instruction = Lumina2Pipeline(**parts).system_prompt
         said = [f"{instruction} <Prompt Start> {prompt}" if prompt else "" for prompt in prompts]
         embeds, mask = language_model.penultimate(tokenizer, model, prompts, said, self.tokens)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}

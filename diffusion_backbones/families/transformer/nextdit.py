@@ -1,22 +1,23 @@
-"""What Lumina-Image 2 and Z-Image share: image and text refined apart, then one sequence of both, whose length differs
-from row to row.
+"""What Lumina-Image 2 and Z-Image share: image and text are refined apart, then run as one sequence.
+
+The length of that sequence differs from row to row.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from diffusion_backbones.families.transformer.base import Transformer
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.ops.execution_order import Step, numbered, stand_in
+from diffusion_backbones.spec.activations import MAP, Port, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_FIRST, TEXT_FIRST = "[:, :N]", "[:, T:]"
-"""Where the N image tokens of a sequence are; T is the number of text tokens in that row."""
+Place = Literal["first", "last"]
+"""Where the image is in a sequence: before the text, or behind it."""
 
 
 class Layout(NamedTuple):
@@ -53,74 +54,71 @@ class NextDiT(Transformer):
         image: Where the image is in the sequence of ``layers``.
     """
 
-    tokens: int
-    image: str
-    one_graph = False  # lengths of texts are read on the host
+    tokens: ClassVar[int]
+    image: ClassVar[Place]
+    text_encoders = ("text_encoder",)
+    compilable = False  # lengths of texts are read on the host
 
+    @property
     @abstractmethod
-    def layout(self, config: Config) -> Layout:
-        """What a network with this config is made of."""
+    def layout(self) -> Layout:
+        """What the network is made of."""
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        return Catalogue(self._sites(self.layout(configs["transformer"]), self.size_divisibility(configs)), network)
-
-    def _sites(self, layout: Layout, stride: int) -> Iterator[Site]:
+    def sites(self) -> Iterator[Site]:
+        layout, stride = self.layout, self.size_divisibility
         for i in range(layout.refiners):
-            yield from _block(f"noise_refiner.{i}", i, layout, stride, IMAGE_FIRST, ("self-map",))
+            yield from _block(f"noise_refiner.{i}", i, layout, stride, "first", ("self-map",))
         for i in range(layout.layers):
             yield from _block(f"layers.{i}", layout.refiners + i, layout, stride, self.image, ("cross-map", "self-map"))
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        return {
-            "prompt_embeds": (self.tokens, configs["transformer"]["cap_feat_dim"]),
-            "prompt_attention_mask": (self.tokens,),
-        }
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.tokens, self.config["cap_feat_dim"]), "prompt_attention_mask": (self.tokens,)}
 
-    def blank_conditioning(self, configs: Configs) -> dict[str, Tensor]:
+    def blank_conditioning(self) -> dict[str, Tensor]:
         """Zeros, and none of them padding: on ``meta`` a prompt costs the most that it can."""
         import torch
 
-        return super().blank_conditioning(configs) | {"prompt_attention_mask": torch.ones(1, self.tokens)}
+        return super().blank_conditioning() | {"prompt_attention_mask": torch.ones(1, self.tokens)}
 
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder",)
-
-    def activation(
-        self,
-        denoiser: Any,
-        site: Site,
-        recorded: tuple[Tensor, ...],
-        conditioning: Mapping[str, Tensor],
-        grid: tuple[int, int],
-        average: bool,
-    ) -> Tensor:
-        if site.port.endswith(IMAGE_FIRST):
-            return recorded[0][:, : grid[0] * grid[1]]
-        if site.port.endswith(TEXT_FIRST):
-            return behind_text(recorded[0], text_mask(conditioning), grid[0] * grid[1])
-        return super().activation(denoiser, site, recorded, conditioning, grid, average)
+    def image_tokens(self, port: Port, x: Tensor, conditioning: Mapping[str, Tensor], tokens: int) -> Tensor:
+        """Behind the text of each row, where padding may follow the image."""
+        if port.tokens == "last":
+            return behind_text(x, text_mask(conditioning), tokens)
+        return super().image_tokens(port, x, conditioning, tokens)
 
 
-def _block(path: str, number: int, layout: Layout, stride: int, image: str, maps: tuple[str, ...]) -> Iterator[Site]:
-    """Activations of a block's image tokens, which are at ``image`` in its sequence, in forward order."""
+def refined(network: Any, text: str, width: int, final: str, out: int) -> list[Step]:
+    """The steps of a network. Text is refined beside the image, so what reads the image's refiner does without it.
+
+    Args:
+        network: It.
+        text: The layer that embeds the text.
+        width: Channels that this layer gives.
+        final: The layer behind the blocks.
+        out: Channels that this one gives.
+    """
+    return [
+        *numbered(network, "noise_refiner"),
+        Step(text, stand_in(width, dim=-1)),
+        *numbered(network, "context_refiner", "layers"),
+        Step(final, stand_in(out, dim=-1)),
+    ]
+
+
+def _block(path: str, number: int, layout: Layout, stride: int, image: Place, maps: tuple[str, ...]) -> Iterator[Site]:
+    """Activations of the image tokens of a block, which are at ``image`` in its sequence, in forward order."""
     name, attention, channels = f"vit-block{number}", f"{path}.{layout.attention}", layout.channels
+    inner, inputs, outputs = f"{path}.feed_forward.{layout.inner}", Port("in", tokens=image), Port(tokens=image)
     for qkv, heads in zip("qkv", (layout.heads, layout.kv_heads, layout.kv_heads), strict=True):
-        yield Site(
-            f"{name}-{qkv}", f"{attention}.to_{qkv}", f"out{image}", channels // layout.heads * heads, stride, "tokens"
-        )
+        wide = channels // layout.heads * heads
+        yield Site(f"{name}-{qkv}", f"{attention}.to_{qkv}", outputs, wide, stride, "tokens")
     for kind in maps:
-        yield Site(f"{name}-{kind}", attention, "map", layout.heads, stride, "attention")
-    yield Site(f"{name}-attn-out", attention, f"out{image}", channels, stride, "tokens")
-    yield Site(f"{name}-norm-out", f"{path}.feed_forward", f"in{image}", channels, stride, "tokens")
-    yield Site(
-        f"{name}-ffn-inner",
-        f"{path}.feed_forward.{layout.inner}",
-        f"in{image}",
-        layout.inner_channels,
-        stride,
-        "tokens",
-    )
-    yield Site(f"{name}-out", path, f"out{image}", channels, stride, "tokens")
+        yield Site(f"{name}-{kind}", attention, MAP, layout.heads, stride, "attention")
+    yield Site(f"{name}-attn-out", attention, outputs, channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.feed_forward", inputs, channels, stride, "tokens")
+    yield Site(f"{name}-ffn-inner", inner, inputs, layout.inner_channels, stride, "tokens")
+    yield Site(f"{name}-out", path, outputs, channels, stride, "tokens")
 
 
 def text_mask(conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -140,7 +138,13 @@ def text_mask(conditioning: Mapping[str, Tensor]) -> Tensor:
 
 
 def behind_text(x: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """(B, sequence, C) with the text of ``mask`` before ``tokens`` of image and padding behind them -> (B, tokens, C)."""
+    """The image of each row of a sequence: (B, sequence, C) -> (B, tokens, C).
+
+    Args:
+        x: The text of ``mask``, then ``tokens`` of image, then padding.
+        mask: (B, T), true for text.
+        tokens: Of the image.
+    """
     import torch
 
     index = mask.sum(1, keepdim=True) + torch.arange(tokens, device=x.device)
@@ -148,8 +152,12 @@ def behind_text(x: Tensor, mask: Tensor, tokens: int) -> Tensor:
 
 
 def rotated(x: Tensor, norm: Any, rotary: Tensor) -> Tensor:
-    """(B, sequence, C) of ``to_q`` or ``to_k`` -> (B, heads, sequence, d), normalised and turned by ``rotary``, which
-    is (B, sequence, d / 2) and complex.
+    """Queries or keys, normalized and turned: (B, sequence, C) -> (B, heads, sequence, d).
+
+    Args:
+        x: What ``to_q`` or ``to_k`` gave.
+        norm: Their norm, or None.
+        rotary: (B, sequence, d / 2), complex.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import Transformer, accepted, single_stream
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.blocks import feed_forward, transformer_block
+from diffusion_backbones.families.tiny import T5
+from diffusion_backbones.families.transformer.base import Transformer, projected, single_stream
+from diffusion_backbones.ops.execution_order import ExecutionOrder
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Length that diffusers' pipelines pad prompts to; the tokenizer's own limit is another."""
@@ -21,38 +24,40 @@ class PixArt(Transformer):
     """The family of ``PixArtTransformer2DModel``."""
 
     networks = ("PixArtTransformer2DModel",)
-    reads_pipeline = True
-
-    def recognises(self, config: Config) -> bool:
-        """Also by the more general class that older files name."""
-        return super().recognises(config) or (config.get("_class_name"), config.get("norm_type")) == (
-            "Transformer2DModel",
-            "ada_norm_single",
-        )
-
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        config, stride = configs["transformer"], self.size_divisibility(configs)
-        blocks = range(config["num_layers"])
-        return Catalogue(
-            (site for i in blocks for site in single_stream(f"transformer_blocks.{i}", i, config, stride, cross=True)),
-            network,
-        )
-
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        tokens = TOKENS.get(configs.get("model_index", {}).get("_class_name", ""), max(TOKENS.values()))
-        return {
-            "prompt_embeds": (tokens, configs["transformer"]["caption_channels"]),
-            "prompt_attention_mask": (tokens,),
+    needs_model_index = True
+    text_encoders = ("text_encoder",)
+    order = ExecutionOrder(
+        steps={
+            "PixArtTransformer2DModel": projected("transformer_blocks"),
+            "BasicTransformerBlock": transformer_block,
+            "FeedForward": feed_forward,
         }
+    )
 
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder",)
+    @classmethod
+    def matches(cls, config: Config) -> bool:
+        """Also by the more general class that older files name."""
+        older = (config.get("_class_name"), config.get("norm_type")) == ("Transformer2DModel", "ada_norm_single")
+        return super().matches(config) or older
 
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import PixArtTransformer2DModel
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["transformer"] |= {
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "cross_attention_dim": 48,
+            "caption_channels": T5["d_model"],
+        }
+        configs["text_encoder"] |= T5
 
-        transformer: nn.Module = PixArtTransformer2DModel(**accepted(PixArtTransformer2DModel, config))
-        return transformer
+    def sites(self) -> Iterator[Site]:
+        for i in range(self.config["num_layers"]):
+            yield from single_stream(f"transformer_blocks.{i}", i, self.config, self.size_divisibility, cross=True)
+
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = TOKENS.get(self.configs.get("model_index", {}).get("_class_name", ""), max(TOKENS.values()))
+        return {"prompt_embeds": (tokens, self.config["caption_channels"]), "prompt_attention_mask": (tokens,)}
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
@@ -82,19 +87,18 @@ class PixArt(Transformer):
         grid: tuple[int, int],
         average: bool,
     ) -> Tensor:
-        from diffusion_backbones.ops.attention_maps import attention_map
+        from diffusion_backbones.ops.attention_maps import attention_map  # torch
 
         q, k = recorded
         padded = site.path.endswith("attn2")  # padding is masked in the text alone
         bias = (1 - conditioning["prompt_attention_mask"].to(q)) * -10000.0 if padded else None
         return attention_map(denoiser.get_submodule(site.path), q, k, average, bias)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        from diffusion_backbones.families.text import language_model
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        """In lower case, as its pipelines do."""
+        from diffusion_backbones.families.text import language_model  # torch
 
-        tokens = self.conditioning_shapes(configs)["prompt_embeds"][0]
         language_model.check_padding(padding)
-        embeds, mask = language_model.encode(
-            *load("text_encoder"), [prompt.lower().strip() for prompt in prompts], tokens
-        )  # as its pipelines do
+        prompts = [prompt.lower().strip() for prompt in prompts]
+        embeds, mask = language_model.encode(*load("text_encoder"), prompts, self.text_tokens)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}

@@ -1,6 +1,4 @@
-"""Sana: diffusers' ``SanaTransformer2DModel`` behind a deep-compression autoencoder, conditioned on a Gemma language
-model.
-"""
+"""Sana: diffusers' ``SanaTransformer2DModel`` behind a deep-compression autoencoder, conditioned on Gemma."""
 
 from __future__ import annotations
 
@@ -9,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import Transformer, width
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.tiny import WORDS
+from diffusion_backbones.families.transformer.base import Transformer, projected, width
+from diffusion_backbones.ops.execution_order import BYPASS, NONE, ExecutionOrder, Step
+from diffusion_backbones.spec.activations import IN, MAP, OUT, Site
+from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,41 +21,63 @@ TOKENS = 300
 
 
 class Sana(Transformer):
-    """The family of ``SanaTransformer2DModel``. Its self-attention is linear: no softmax, and weights that are none the
-    less shares.
+    """The family of ``SanaTransformer2DModel``.
+
+    Its self-attention is linear: it has no softmax, and its weights still sum to one.
     """
 
     networks = ("SanaTransformer2DModel",)
-
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        config, stride = configs["transformer"], self.size_divisibility(configs)
-        return Catalogue(
-            (
-                site
-                for i in range(config["num_layers"])
-                for site in _block(f"transformer_blocks.{i}", i, config, stride)
-            ),
-            network,
-        )
-
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        config = configs["transformer"]
-        shapes: dict[str, tuple[int, ...]] = {
-            "prompt_embeds": (TOKENS, config["caption_channels"]),
-            "prompt_attention_mask": (TOKENS,),
+    text_encoders = ("text_encoder",)
+    order = ExecutionOrder(
+        steps={
+            "SanaTransformer2DModel": projected("transformer_blocks"),
+            "SanaTransformerBlock": lambda block: [
+                Step("attn1", NONE),
+                Step("attn2", NONE),
+                Step("norm2", BYPASS),
+                Step("ff", BYPASS),
+            ],
         }
-        return shapes
+    )
 
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
-        return ("text_encoder",)
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        widths = [8, 8, 16, 16, 32, 32]
+        configs["vae"] |= {
+            "encoder_block_out_channels": widths,
+            "decoder_block_out_channels": widths,
+            "attention_head_dim": 8,
+        }
+        configs["transformer"] |= {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 24,
+        }
+        configs["text_encoder"] |= {
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "vocab_size": WORDS["vocab_size"],
+        }
 
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import SanaTransformer2DModel
+    def sites(self) -> Iterator[Site]:
+        for i in range(self.config["num_layers"]):
+            yield from _block(f"transformer_blocks.{i}", i, self.config, self.size_divisibility)
 
-        if config.get("guidance_embeds"):
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, self.config["caption_channels"]), "prompt_attention_mask": (TOKENS,)}
+
+    def build_denoiser(self) -> nn.Module:
+        if self.config.get("guidance_embeds"):
             raise ValueError("a Sana that is told a guidance scale (Sana-Sprint) is not supported")
-        transformer: nn.Module = SanaTransformer2DModel.from_config(config)
-        return transformer
+        return super().build_denoiser()
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
@@ -78,27 +100,24 @@ class Sana(Transformer):
         grid: tuple[int, int],
         average: bool,
     ) -> Tensor:
-        from diffusion_backbones.ops.attention_maps import linear_probabilities, probabilities, split_heads
+        from diffusion_backbones.ops.attention_maps import linear_probabilities, probabilities, split_heads  # torch
 
-        attention: Any = denoiser.get_submodule(site.path)
-        norms = (attention.norm_q, attention.norm_k)  # over all heads at once, so before they are split
+        layer = denoiser.get_submodule(site.path)
+        norms = (layer.norm_q, layer.norm_k)  # over all heads at once, so before they are split
         q, k = (
-            split_heads(attention, x if norm is None else norm(x), None)
-            for x, norm in zip(recorded, norms, strict=True)
+            split_heads(layer, x if norm is None else norm(x), None) for x, norm in zip(recorded, norms, strict=True)
         )
         if site.path.endswith("attn1"):
             return linear_probabilities(q, k, average)
         bias = (1 - conditioning["prompt_attention_mask"].to(q)) * -10000.0
         return probabilities(q, k, slice(None), average, bias)
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        """With the instruction that diffusers' pipeline puts before a prompt; the empty prompt stands without it, as
-        for guidance.
-        """
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        """With the instruction that diffusers' pipeline puts before a prompt; the empty one, for guidance, has none."""
         import torch
         from diffusers import SanaPipeline
 
-        from diffusion_backbones.families.text import language_model
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
@@ -121,21 +140,15 @@ class Sana(Transformer):
 
 def _block(path: str, block: int, config: Config, stride: int) -> Iterator[Site]:
     name, channels, heads = f"vit-block{block}", width(config), config["num_attention_heads"]
-    cross_heads = config["num_cross_attention_heads"]
+    cross_heads, inner = config["num_cross_attention_heads"], int(config["mlp_ratio"] * channels)
+    cross = cross_heads * config["cross_attention_head_dim"]
     for qkv in "qkv":
-        yield Site(f"{name}-self-{qkv}", f"{path}.attn1.to_{qkv}", "out", channels, stride, "tokens")
-    yield Site(f"{name}-self-map", f"{path}.attn1", "map", heads, stride, "attention")
-    yield Site(f"{name}-self-out", f"{path}.attn1", "out", channels, stride, "tokens")
-    yield Site(
-        f"{name}-cross-q",
-        f"{path}.attn2.to_q",
-        "out",
-        cross_heads * config["cross_attention_head_dim"],
-        stride,
-        "tokens",
-    )
-    yield Site(f"{name}-cross-map", f"{path}.attn2", "map", cross_heads, stride, "attention")
-    yield Site(f"{name}-cross-out", f"{path}.attn2", "out", channels, stride, "tokens")
-    yield Site(f"{name}-norm-out", f"{path}.ff", "in", channels, stride, "map", extension=True)
-    yield Site(f"{name}-ffn-inner", f"{path}.ff.conv_point", "in", int(config["mlp_ratio"] * channels), stride, "map")
-    yield Site(f"{name}-out", path, "out", channels, stride, "tokens")
+        yield Site(f"{name}-self-{qkv}", f"{path}.attn1.to_{qkv}", OUT, channels, stride, "tokens")
+    yield Site(f"{name}-self-map", f"{path}.attn1", MAP, heads, stride, "attention")
+    yield Site(f"{name}-self-out", f"{path}.attn1", OUT, channels, stride, "tokens")
+    yield Site(f"{name}-cross-q", f"{path}.attn2.to_q", OUT, cross, stride, "tokens")
+    yield Site(f"{name}-cross-map", f"{path}.attn2", MAP, cross_heads, stride, "attention")
+    yield Site(f"{name}-cross-out", f"{path}.attn2", OUT, channels, stride, "tokens")
+    yield Site(f"{name}-norm-out", f"{path}.ff", IN, channels, stride, "map", extension=True)
+    yield Site(f"{name}-ffn-inner", f"{path}.ff.conv_point", IN, inner, stride, "map")
+    yield Site(f"{name}-out", path, OUT, channels, stride, "tokens")

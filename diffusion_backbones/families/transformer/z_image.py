@@ -6,17 +6,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.transformer.base import check_positions
-from diffusion_backbones.families.transformer.nextdit import IMAGE_FIRST, Layout, NextDiT, rotated, text_mask
-from diffusion_backbones.spec.activations import Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.tiny import DECODER
+from diffusion_backbones.families.transformer.base import check_positions, round_up
+from diffusion_backbones.families.transformer.nextdit import Layout, NextDiT, refined, rotated, text_mask
+from diffusion_backbones.ops.execution_order import ExecutionOrder, Step, in_order
+from diffusion_backbones.spec.activations import Port, Site
+from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 PATCH = 2
 FILLED = 32
 """What the lengths of image and text are filled up to a multiple of, with learned tokens that are attended to."""
+
+
+def _network(network: Any) -> list[Step]:
+    [size] = network.all_patch_size
+    out = size**2 * network.out_channels
+    return refined(network, "cap_embedder", network.dim, f"all_final_layer.{size}-1", out)
 
 
 class ZImage(NextDiT):
@@ -24,40 +32,50 @@ class ZImage(NextDiT):
 
     networks = ("ZImageTransformer2DModel",)
     tokens = 512
-    image = IMAGE_FIRST
+    image = "first"
+    order = ExecutionOrder(
+        steps={
+            "ZImageTransformer2DModel": _network,
+            "ZImageTransformerBlock": in_order(
+                "attention", "attention_norm2", "ffn_norm1", "feed_forward", "ffn_norm2"
+            ),
+        }
+    )
 
-    def recognises(self, config: Config) -> bool:
-        """Networks that also look at an image through SigLIP want more than latents and a text, and are not of this
-        family.
-        """
-        return super().recognises(config) and not config.get("siglip_feat_dim")
+    @classmethod
+    def matches(cls, config: Config) -> bool:
+        """Not for networks that also look at an image through SigLIP, which want more than latents and a text."""
+        return super().matches(config) and not config.get("siglip_feat_dim")
 
-    def layout(self, config: Config) -> Layout:
-        channels, heads = config["dim"], config["n_heads"]
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["transformer"] |= {
+            "dim": 24,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "axes_dims": [4, 4, 4],
+            "cap_feat_dim": DECODER["hidden_size"],
+        }
+        configs["text_encoder"] |= DECODER
+
+    @property
+    def layout(self) -> Layout:
+        config, channels = self.config, self.config["dim"]
         return Layout(
-            config["n_refiner_layers"],
-            config["n_layers"],
-            "attention",
-            "w2",
-            channels,
-            heads,
-            heads,
-            int(channels / 3 * 8),
+            refiners=config["n_refiner_layers"],
+            layers=config["n_layers"],
+            attention="attention",
+            inner="w2",
+            channels=channels,
+            heads=config["n_heads"],
+            kv_heads=config["n_heads"],
+            inner_channels=int(channels / 3 * 8),
         )
 
-    def image_rows(self, configs: Configs, length: int, tokens: int, stride: int) -> str | None:
-        filled = -(-tokens // FILLED) * FILLED
-        return (
-            IMAGE_FIRST
-            if stride == self.size_divisibility(configs) and length in (filled, filled + self.tokens)
-            else None
-        )
-
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import ZImageTransformer2DModel
-
-        transformer: nn.Module = ZImageTransformer2DModel.from_config(config)
-        return transformer
+    def image_token_slice(self, length: int, tokens: int, stride: int) -> Port | None:
+        filled = round_up(tokens, FILLED)
+        there = stride == self.size_divisibility and length in (filled, filled + self.tokens)
+        return Port(tokens="first") if there else None
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]
@@ -79,14 +97,12 @@ class ZImage(NextDiT):
         grid: tuple[int, int],
         average: bool,
     ) -> Tensor:
-        """A ``cross-map`` also has the learned tokens that a text is filled up with, behind its own; behind those it is
-        zero.
-        """
+        """A ``cross-map`` also has the learned tokens that fill up a text, behind its own, and then zeros."""
         import torch
         import torch.nn.functional as F
         from torch.nn.utils.rnn import pad_sequence
 
-        from diffusion_backbones.ops.attention_maps import probabilities
+        from diffusion_backbones.ops.attention_maps import probabilities  # torch
 
         prompts, q = _prompts(conditioning), recorded[0]
         blank = q.new_zeros(1, 1, PATCH * grid[0], PATCH * grid[1])
@@ -98,18 +114,17 @@ class ZImage(NextDiT):
             ]
         rotary = pad_sequence([denoiser.rope_embedder(row) for row in rows], batch_first=True)
         bias = pad_sequence([q.new_zeros(len(row)) for row in rows], batch_first=True, padding_value=float("-inf"))
-        attention = denoiser.get_submodule(site.path)
-        q, k = (
-            rotated(x, norm, rotary) for x, norm in zip(recorded, (attention.norm_q, attention.norm_k), strict=True)
-        )
+        layer = denoiser.get_submodule(site.path)
+        norms = (layer.norm_q, layer.norm_k)
+        q, k = (rotated(x, norm, rotary) for x, norm in zip(recorded, norms, strict=True))
         tokens, width = grid[0] * grid[1], conditioning["prompt_embeds"].shape[1]
         cross = site.id.endswith("cross-map")
         weights = probabilities(q[:, :, :tokens], k, slice(begin, None) if cross else slice(tokens), average, bias)
         return F.pad(weights, (0, width - weights.shape[-1])) if cross else weights
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         """As the turn of a user in a chat, which the tokenizer's template makes of a prompt."""
-        from diffusion_backbones.families.text import language_model
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
@@ -123,6 +138,6 @@ class ZImage(NextDiT):
 
 
 def _prompts(conditioning: Mapping[str, Tensor]) -> list[Tensor]:
-    """The embeddings of every prompt without its padding; on ``meta``, where nobody can say what is padding, with it."""
+    """The embeddings of every prompt without its padding, or on ``meta``, where nobody can tell padding, with it."""
     embeds, mask = conditioning["prompt_embeds"], text_mask(conditioning)
     return list(embeds) if mask.is_meta else [row[kept] for row, kept in zip(embeds, mask, strict=True)]

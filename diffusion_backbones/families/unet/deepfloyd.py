@@ -4,13 +4,15 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusion_backbones.families.base import Family, LoadText
-from diffusion_backbones.families.unet.latent import UNet, sites
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.base import LoadText
+from diffusion_backbones.families.tiny import T5
+from diffusion_backbones.families.unet.latent import CROSS, UNet
+from diffusion_backbones.families.unet.sites import sites
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,23 +31,35 @@ class DeepFloyd(UNet):
 
     encoder = ""
 
-    def recognises(self, config: Config) -> bool:
+    @classmethod
+    def matches(cls, config: Config) -> bool:
         """Only a first stage: the upscalers also need the image that they enlarge."""
         added = (config.get("addition_embed_type"), config.get("class_embed_type")) == ("text", None)
-        return Family.recognises(self, config) and added
+        return config.get("_class_name") in cls.networks and added
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        config = configs["unet"]
-        heads = [
-            width // config["attention_head_dim"] for width in config["block_out_channels"]
-        ]  # the config states channels of a head
-        return Catalogue(sites({**config, "attention_head_dim": heads}, 1), network)
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        configs["unet"] |= {
+            "block_out_channels": [8, 16, 24, 32],
+            "norm_num_groups": 8,
+            "attention_head_dim": 8,
+            "cross_attention_dim": CROSS,
+            "encoder_hid_dim": T5["d_model"],
+            "addition_embed_type_num_heads": 4,
+        }
+        configs["text_encoder"] |= T5
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (TOKENS, configs["unet"]["encoder_hid_dim"])}
+    def sites(self) -> Iterator[Site]:
+        each = self.config["attention_head_dim"]  # channels of a head
+        heads = [width // each for width in self.config["block_out_channels"]]
+        return sites({**self.config, "attention_head_dim": heads}, 1)
+
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, self.config["encoder_hid_dim"])}
 
     def truncate(self, denoiser: nn.Module, paths: list[str]) -> nn.Module:
-        from diffusion_backbones.ops.truncation import Bypass, StandIn
+        from diffusion_backbones.ops.truncation import Bypass, StandIn  # torch
 
         cut = super().truncate(denoiser, paths)
         if all(isinstance(module, StandIn) for path, module in cut.named_modules() if path.endswith("add_k_proj")):
@@ -63,7 +77,7 @@ class DeepFloyd(UNet):
     ) -> Tensor:
         import torch
 
-        from diffusion_backbones.ops.attention_maps import Precision, probabilities, split_heads
+        from diffusion_backbones.ops.attention_maps import Precision, probabilities, split_heads  # torch
 
         layer = denoiser.get_submodule(site.path)
         q, text, image = (split_heads(layer, x, None) for x in recorded)
@@ -78,11 +92,10 @@ class DeepFloyd(UNet):
             Precision(layer.upcast_attention, layer.upcast_softmax),
         )
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
-        from diffusion_backbones.families.text import language_model
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+        from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
-        embeds, _ = language_model.encode(
-            *load("text_encoder"), [prompt.lower().strip() for prompt in prompts], TOKENS
-        )  # as its pipeline does
+        said = [prompt.lower().strip() for prompt in prompts]  # as its pipeline does
+        embeds, _ = language_model.encode(*load("text_encoder"), said, TOKENS)
         return {"prompt_embeds": embeds}

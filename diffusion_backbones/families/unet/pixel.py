@@ -6,45 +6,43 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
-from diffusion_backbones.families.unet.latent import UNet, plain_attention, sites
-from diffusion_backbones.spec.activations import Catalogue, Site
-from diffusion_backbones.spec.configs import Config, Configs
+from diffusion_backbones.families.unet.latent import UNet
+from diffusion_backbones.families.unet.sites import plain_attention, sites
+from diffusion_backbones.spec.activations import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class PixelUNet(UNet):
-    """The family of ``UNet2DModel``. The latents are the image itself, and nothing conditions the network but the
-    timestep.
-    """
+    """The family of ``UNet2DModel``. The latents are the image itself; the timestep alone conditions the network."""
 
     encoder = ""
     networks = ("UNet2DModel",)
 
-    def catalogue(self, configs: Configs, network: str) -> Catalogue:
-        config = configs["unet"]
-        each: int | None = config.get("attention_head_dim", 8)  # channels of a head; None is one head
-        heads = [width // each if each else 1 for width in config["block_out_channels"]]
-        mid = plain_attention if config.get("add_attention", True) else _nothing
-        return Catalogue(
-            sites({**config, "attention_head_dim": heads, "mid_block_type": "UNetMidBlock2D"}, 1, mid), network
-        )
+    @classmethod
+    def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
+        levels = len(configs["unet"]["block_out_channels"])
+        configs["unet"] |= {"block_out_channels": [8, 8, 16, 16, 24, 24][:levels], "norm_num_groups": 4}
 
-    def latent_channels(self, configs: Configs) -> int:
-        return int(configs["unet"].get("in_channels", 3))
+    def sites(self) -> Iterator[Site]:
+        each: int | None = self.config.get("attention_head_dim", 8)  # channels of a head; None is one head
+        heads = [width // each if each else 1 for width in self.config["block_out_channels"]]
+        mid = plain_attention if self.config.get("add_attention", True) else _nothing
+        config = {**self.config, "attention_head_dim": heads, "mid_block_type": "UNetMidBlock2D"}
+        return sites(config, 1, mid)
 
-    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config.get("in_channels", 3))
+
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def text_encoder_names(self, configs: Configs) -> tuple[str, ...]:
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
         return ()
-
-    def build_denoiser(self, config: Config) -> nn.Module:
-        from diffusers import UNet2DModel
-
-        unet: nn.Module = UNet2DModel.from_config(config)
-        return unet
 
     def call(
         self,
@@ -57,12 +55,12 @@ class PixelUNet(UNet):
         output: Tensor = denoiser(z, timestep, return_dict=False)[0]
         return output
 
-    def encode_prompts(self, configs: Configs, load: LoadText, prompts: list[str], padding: str) -> dict[str, Any]:
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         for prompt in prompts:
             if prompt:
-                raise ValueError(f"prompt={prompt!r}: this network is conditioned on nothing but the timestep")
+                raise ValueError(f"prompt={prompt!r}: the timestep alone conditions this network, it takes no text")
         return {}
 
 
-def _nothing(id: str, path: str, width: int, stride: int, depth: int, heads: int) -> Iterator[Site]:
+def _nothing(*_: Any) -> Iterator[Site]:
     return iter(())

@@ -1,4 +1,4 @@
-"""Cityscapes as GDF trains on it: 19 classes, crops of 1024 from images of 2048 x 1024, which are not scaled at random."""
+"""Cityscapes as GDF trains on it: 19 classes, crops of 1024 from images of 2048 x 1024, never scaled at random."""
 
 _base_ = "gdf_upernet.py"
 

@@ -1,0 +1,241 @@
+"""The pipeline of one call, in the order of the data: pad, encode, noise, denoise, levels, pyramid.
+
+::
+
+    x        (B, 3, H, W) in the backbone's input format
+    pad      on the right and bottom, with mid-grey, to size_divisibility
+    z        the image encoder's latents, scaled
+    z_t      alpha_t z + sigma_t noise
+    denoise  up to the recipe's last activation
+    levels   tokens -> maps, concatenated along channels, cropped to ceil(H / stride) x ceil(W / stride)
+    pyramid  a list of maps, fine to coarse
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_backbones.backbone.call_arguments import (
+    Call,
+    check_image,
+    check_latents,
+    check_prompts,
+    merge_conditioning,
+)
+from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
+from diffusion_backbones.backbone.state import BackboneState
+from diffusion_backbones.ops import micro_batching, noise, postprocessing, pyramid
+from diffusion_backbones.ops.pixel_values import to_symmetric
+from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.levels import LevelInfo
+from diffusion_backbones.surgery import compilation
+
+Visit = Callable[[Site, Tensor], None]
+"""Called with a site and what it gave, while the network runs."""
+
+
+class Latents(NamedTuple):
+    """What the denoiser starts from.
+
+    Attributes:
+        z: (B, C, h, w) clean latents.
+        size: Height and width in pixels of the image before padding.
+        encoder_acts: Id -> map of those activations that are in the image encoder.
+    """
+
+    z: Tensor
+    size: tuple[int, int]
+    encoder_acts: dict[str, Tensor]
+
+
+# Pad and encode.
+
+
+def start(backbone: BackboneState, x: Tensor | None, call: Call, sites: Iterable[Site]) -> Latents:
+    """The latents of a call, from its image or as it gives them, and those of ``sites`` that are in the image encoder.
+
+    Raises:
+        TypeError: Both an image and latents, or neither.
+        ValueError: They are not what they must be, or a site needs the image and latents were given.
+    """
+    if (x is None) == (call.latents is None):
+        raise TypeError("give either images x or latents=")
+    encoder_sites = [site for site in sites if site.encoder]
+    if x is None:
+        return given_latents(backbone, call.latents, None, encoder_sites)
+    with backbone.encoder_recorder.recording(encoder_sites) as recorded:
+        z = encode(backbone, x)
+    acts = {site.id: collect(recorded, site)[0].to(backbone.dtype) for site in encoder_sites}
+    return Latents(z, (x.shape[-2], x.shape[-1]), acts)
+
+
+def given_latents(
+    backbone: BackboneState, z: Tensor, size: tuple[int, int] | None, encoder_sites: Iterable[Site]
+) -> Latents:
+    """Latents that a caller brings, checked.
+
+    Raises:
+        ValueError: They have another shape, or a site is read in the image encoder.
+    """
+    if wanted := [site.id for site in encoder_sites]:
+        raise ValueError(
+            f"{', '.join(wanted)} is read in the image encoder, so it needs the image, and latents were given; take "
+            "other levels with indices="
+        )
+    network = backbone.architecture
+    shape = (network.latent_channels, network.latent_stride, network.size_divisibility)
+    return Latents(z, check_latents(z, size, *shape), {})
+
+
+@explain_oom("image encoder")
+def encode(backbone: BackboneState, x: Tensor) -> Tensor:
+    """(B, 3, H, W) images -> (B, C, h, w) clean latents, padded and scaled; see ``DiffusionBackbone.encode``."""
+    check_image(x, backbone.input_format)
+    x, d = to_symmetric(x, backbone.input_format), backbone.size_divisibility
+    x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
+    check_maps(backbone, x)
+    encoder = backbone.architecture.image_encoder
+    x = compilation.prepare_input(backbone, x.to(backbone.encoder_dtype))
+    with compilation.compile_context(backbone):
+        z = encoder.encode(backbone.encoder, x)
+    if backbone.declaration.recipe.scaled:
+        shift, factor = encoder.scaling
+        z = (z - shift) * factor
+    return z
+
+
+# Noise and denoise.
+
+
+def activations(
+    backbone: BackboneState,
+    latents: Latents,
+    call: Call,
+    sites: Sequence[Site],
+    average_heads: bool = False,
+    visit: Visit | None = None,
+) -> dict[str, Tensor]:
+    """Add noise to the latents, run the denoiser on them, and read what it computed.
+
+    Args:
+        sites: In the denoiser.
+        average_heads: Average attention maps over heads.
+        visit: Takes each activation as it comes, one noise draw after another.
+
+    Returns:
+        Id -> (B, ...), averaged over the ensemble; nothing with ``visit``.
+    """
+    if not sites:
+        return {}
+    z = latents.z
+    b = z.shape[0]  # len() would be a constant of an exported file
+    draws = noise.draw(z, call.noise, call.ensemble, _canvas(backbone, call, z), call.generator)
+    z_t = noise.mix(z, draws, call.timestep, backbone.forward_process)
+    z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
+    t, conditioning = noise.timesteps(call.timestep, b, z.device), _conditioning(backbone, call, b)
+    parts = []
+    for images, slices in micro_batching.split(call.ensemble, b, call.chunk):
+        mean = micro_batching.RunningMean(call.ensemble)
+        given = {name: rows[images] for name, rows in conditioning.items()}
+        for some in slices:
+            acts = denoise(backbone, z_t[some, images], latents.size, t[images], given, sites, average_heads, visit)
+            mean.add(acts, t[images].shape[0])
+        parts.append(mean.take())
+    return micro_batching.cat(parts)
+
+
+def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
+    """The fixed noise of a call's draws, cropped to its latents; None for other kinds of noise."""
+    if not (isinstance(call.noise, str) and call.noise == "fixed"):
+        return None
+    height, width = z.shape[-2:]
+    if backbone.canvas is not None and len(backbone.canvas) >= call.ensemble:
+        return noise.crop(backbone.canvas[: call.ensemble], height, width)
+    with backbone.device:
+        canvas = noise.canvas(backbone.declaration.recipe.seed, call.ensemble, backbone.architecture.latent_channels)
+    return noise.crop(canvas, height, width)
+
+
+def _conditioning(backbone: BackboneState, call: Call, b: int) -> dict[str, Tensor]:
+    """The tensors that condition a call, with a batch axis of ``b``."""
+    given = call.embeddings
+    if call.prompt is not None:
+        given = backbone.prompter(check_prompts(call.prompt, b))
+    return merge_conditioning(dict(backbone.conditioning.items()), given, b, backbone.declaration.name)
+
+
+@explain_oom("denoiser")
+def denoise(
+    backbone: BackboneState,
+    z_t: Tensor,
+    size: tuple[int, int],
+    t: Tensor,
+    conditioning: Mapping[str, Tensor],
+    sites: Sequence[Site],
+    average_heads: bool,
+    visit: Visit | None,
+) -> dict[str, Tensor]:
+    """(draws, B, C, h, w) noisy latents through the denoiser, all at once.
+
+    Returns:
+        Id -> (draws · B, ...), or nothing with ``visit``.
+    """
+    draws, network, stride = z_t.shape[0], backbone.architecture, backbone.latent_stride
+    t = t.repeat(draws)
+    conditioning = {name: rows.repeat(draws, *[1] * (rows.ndim - 1)) for name, rows in conditioning.items()}
+    z_t = compilation.prepare_input(backbone, z_t.flatten(0, 1))
+
+    def activation(site: Site, recorded: tuple[Tensor, ...]) -> Tensor:
+        grid = (z_t.shape[-2] * stride // site.stride, z_t.shape[-1] * stride // site.stride)
+        average = average_heads or site.layout == "tokens"
+        return network.activation(backbone.denoiser, site, recorded, conditioning, grid, average)
+
+    store = StreamingStore(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
+    with compilation.compile_context(backbone), backbone.recorder.recording(sites, store) as recorded:
+        output = network.call(backbone.denoiser, z_t, t, conditioning, size)
+    if store is not None:
+        store.close()
+        return {}
+    acts = {site.id: activation(site, collect(recorded, site)) for site in sites}
+    if backbone.compiled in compilation.CUDA_GRAPHS:
+        acts = {name: act.clone() for name, act in acts.items()}  # the graph's next run writes to the same memory
+    return {name: keep_output_in_graph(act, output) for name, act in acts.items()} if backbone.trainable else acts
+
+
+# Levels and pyramid.
+
+
+def feature_pyramid(backbone: BackboneState, latents: Latents, call: Call, indices: Sequence[int]) -> list[Tensor]:
+    """Latents -> some of the maps that ``DiffusionBackbone.forward`` returns."""
+    plan = backbone.plan
+    inner = [site for site in backbone.sites_of(indices) if not site.encoder]
+    acts = activations(backbone, latents, call, plan.recorded(inner))
+    processed = postprocessing.apply(plan.declaration.recipe, inner, acts)
+    return _levels(backbone, latents.z, latents.size, indices, latents.encoder_acts | processed)
+
+
+@explain_oom("pyramid")
+def _levels(
+    backbone: BackboneState, z: Tensor, size: tuple[int, int], indices: Sequence[int], acts: Mapping[str, Tensor]
+) -> list[Tensor]:
+    out, levels = backbone.out_maps, backbone.levels
+    maps = as_maps(backbone, z, backbone.sites_of(indices), acts)
+    native = {i: pyramid.assemble(levels[i], maps, size) for i in sorted({out[i].level for i in indices})}
+    chosen = [out[i] for i in indices]
+    return [pyramid.resample(native[m.level], levels[m.level].stride, m.stride, size) for m in chosen]
+
+
+def as_maps(backbone: BackboneState, z: Tensor, sites: Iterable[Site], acts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Activations of the padded image -> id -> (B, C, h, w), padding included."""
+    height, width = (side * backbone.latent_stride for side in z.shape[-2:])
+    return {site.id: pyramid.to_map(acts[site.id], site, height, width) for site in sites}
+
+
+def single_map(backbone: BackboneState, latents: Latents, site: Site, act: Tensor) -> Tensor:
+    """One activation of the padded image as a map (B, C, h, w), the padding cropped off."""
+    return pyramid.assemble(LevelInfo((site,)), as_maps(backbone, latents.z, [site], {site.id: act}), latents.size)

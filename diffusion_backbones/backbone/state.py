@@ -1,0 +1,222 @@
+"""What a backbone is: its networks, its plan, and the settings that every call shares."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_backbones.families import Architecture
+from diffusion_backbones.loading.prompts import Prompter
+from diffusion_backbones.ops.recording import Recorder
+from diffusion_backbones.spec.activations import Catalogue, Site
+from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
+from diffusion_backbones.spec.input_format import SYMMETRIC, InputFormat
+from diffusion_backbones.spec.levels import LevelInfo, OutMap, out_maps
+from diffusion_backbones.surgery import compilation, constant_folding
+from diffusion_backbones.surgery.plan import Plan, unique_sites
+
+
+class Conditioning(nn.Module):
+    """The tensors that condition the denoiser unless a call gives others, (1, ...) each: persistent buffers, or
+    parameters if they are ``learned``.
+    """
+
+    def __init__(self, embeddings: Mapping[str, Tensor], learned: Collection[str] = ()):
+        super().__init__()
+        self.names = tuple(embeddings)
+        for name, tensor in embeddings.items():
+            if name in learned:
+                self.register_parameter(name, nn.Parameter(tensor.clone()))
+            else:
+                self.register_buffer(name, tensor)
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """(Name, tensor) of each."""
+        return ((name, getattr(self, name)) for name in self.names)
+
+
+class BackboneState(nn.Module):
+    """A backbone's parts. The constructor stores what it is given, and changes none of it.
+
+    Args:
+        plan: What the recipe reads of the network.
+        encoder, denoiser: The stock networks, without what the plan does not reach.
+        conditioning: The recipe's prompt, embedded.
+        canvas: The fixed noise, (ensemble, C, S, S); None for other kinds of noise.
+        recorder, encoder_recorder: With their hooks in the two networks.
+        prompter: Embeds the prompts of calls.
+        out_strides: The strides that maps are resampled to; None keeps the levels' own.
+        input_format: How the images that it takes were normalized.
+        provenance: Where the weights came from; ``commit`` for the hub, empty for random weights.
+        trainable: What is trained: False, True, ``"lora"`` or ``"prompt"``.
+        chunk: How many noisy latents the denoiser is run on at once unless a call says otherwise; None for all.
+        weight_dtype: ``"int8"`` if the denoiser's weights are kept so.
+
+    Attributes:
+        forward_process: How noise is mixed into clean latents.
+        folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot
+            change those.
+        compiled: Whether, and in which mode of ``torch.compile``, the networks are compiled.
+    """
+
+    canvas: Tensor | None
+    compiled: bool | str = False
+    encoder: nn.Module
+    denoiser: nn.Module
+    conditioning: Conditioning
+
+    def __init__(
+        self,
+        plan: Plan,
+        denoiser: nn.Module,
+        encoder: nn.Module,
+        conditioning: Conditioning,
+        canvas: Tensor | None,
+        recorder: Recorder,
+        encoder_recorder: Recorder,
+        prompter: Prompter,
+        *,
+        out_strides: Sequence[int] | None = None,
+        input_format: InputFormat = SYMMETRIC,
+        provenance: Mapping[str, str] | None = None,
+        trainable: bool | str = False,
+        chunk: int | None = None,
+        weight_dtype: str | None = None,
+    ):
+        super().__init__()
+        self.plan = plan
+        self.forward_process = plan.architecture.forward_process
+        self.folded = bool(constant_folding.constants(denoiser))
+        self.encoder, self.denoiser, self.conditioning = encoder, denoiser, conditioning
+        self.register_buffer("canvas", canvas)
+        self.recorder, self.encoder_recorder, self.prompter = recorder, encoder_recorder, prompter
+        self.out_strides = tuple(out_strides) if out_strides else None
+        self.input_format, self.provenance = input_format, dict(provenance or {})
+        self.trainable, self.chunk, self.weight_dtype = trainable, chunk, weight_dtype
+
+    @property
+    def declaration(self) -> Declaration:
+        """Name, checkpoint and recipe."""
+        return self.plan.declaration
+
+    @property
+    def architecture(self) -> Architecture:
+        """The checkpoint's network."""
+        return self.plan.architecture
+
+    @property
+    def configs(self) -> Configs:
+        """The upstream configs of its components."""
+        return self.architecture.configs
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Every activation of the whole network."""
+        return self.architecture.catalogue
+
+    @property
+    def levels(self) -> tuple[LevelInfo, ...]:
+        """Channels, stride and source of every native level, fine to coarse."""
+        return self.plan.levels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in, and the dtype of the maps."""
+        return compute_dtype(self.denoiser)
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """What the image encoder computes in."""
+        return compute_dtype(self.encoder)
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the input is padded to a multiple of, in pixels. Any size is accepted."""
+        return self.architecture.size_divisibility
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent position."""
+        return self.architecture.latent_stride
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.architecture.latent_channels
+
+    @property
+    def out_maps(self) -> list[OutMap]:
+        """Channels, stride and native level of every map that a call returns."""
+        return out_maps(self.levels, self.out_strides)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the coarsest map."""
+        return self.out_maps[-1].channels
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What ``timm.data.resolve_model_data_config`` reads."""
+        return pretrained_cfg(self.declaration, self.input_format)
+
+    @property
+    def feature_info(self) -> Any:
+        """timm's ``FeatureInfo`` of a call's maps: ``channels()``, ``reduction()``, ``module_name()``."""
+        from timm.models import FeatureInfo
+
+        infos = [
+            {"num_chs": m.channels, "reduction": m.stride, "module": self.levels[m.level].module, "index": i}
+            for i, m in enumerate(self.out_maps)
+        ]
+        return FeatureInfo(infos, tuple(range(len(infos))))
+
+    def sites_of(self, indices: Sequence[int]) -> list[Site]:
+        """What must be read for some of the maps that a call returns."""
+        out = self.out_maps
+        return unique_sites(self.levels[i] for i in sorted({out[i].level for i in indices}))
+
+    def extra_repr(self) -> str:
+        """Name, channels and strides, for ``repr``."""
+        return f"{self.declaration.name}: {', '.join(f'{m.channels}@{m.stride}' for m in self.out_maps)}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles of a compiled backbone are compiled anew, when they are first called. Pickles of version
+        0.1 hold the parts of a plan apart.
+        """
+        if "plan" not in state:
+            state = dict(state)
+            whole = Plan.of(state["declaration"], state["configs"])
+            state["plan"] = replace(whole, levels=state["levels"])
+            for name in MOVED_TO_PLAN:
+                state.pop(name, None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.compiled:
+            compilation.compile_in_place(self, self.compiled)
+
+
+MOVED_TO_PLAN = (
+    "declaration",
+    "configs",
+    "catalogue",
+    "levels",
+    "latent_stride",
+    "_widest",
+    "num_features",
+    "pretrained_cfg",
+)
+"""Attributes of version 0.1 that follow from the others now."""
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """What a network computes in; weights of one byte are only stored so, and some always have more."""
+    return next((p.dtype for p in module.parameters() if p.dtype.itemsize > 1), torch.get_default_dtype())

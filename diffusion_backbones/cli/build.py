@@ -1,0 +1,74 @@
+"""From the options of a verb to a device and a backbone on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from diffusion_backbones.cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_backbones.backbone.module import DiffusionBackbone
+
+
+def build_backbone(name: str, model: ModelOptions, dtype: str | None = None) -> DiffusionBackbone:
+    """The backbone that the options ask for.
+
+    Args:
+        name: A backbone's name or place.
+        model: The options.
+        dtype: What it computes in, except on the CPU; the default of ``create_model`` if None.
+    """
+    import torch
+
+    from diffusion_backbones.evaluation.visualize import UNTRAINED  # torch
+    from diffusion_backbones.factory.entry_points import create_model  # torch
+
+    where = find_device(model.device)
+    if model.random_weights:
+        torch.manual_seed(0)
+    backbone = create_model(
+        name,
+        pretrained=not model.random_weights,
+        checkpoint_path=model.checkpoint_path,
+        out_indices=model.levels,
+        dtype=None if where.type == "cpu" else dtype,
+        device=where,
+        prompt=model.prompt,
+        timestep=model.timestep,
+        encoder=model.encoder,
+    )
+    if model.random_weights:
+        click.echo(UNTRAINED, err=True)
+    return backbone
+
+
+def random_provenance(model: ModelOptions, backbone: DiffusionBackbone) -> dict[str, str] | None:
+    """Where weights came from that are random; None for others, whose backbone knows it itself."""
+    if not model.random_weights:
+        return None
+    return {"random": f"seed 0 on {backbone.device.type}"} | ({"encoder": model.encoder} if model.encoder else {})
+
+
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        BadParameter: The device does not exist or cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return available or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(
+            f"{name!r} cannot be used here: {str(error).splitlines()[0]}", param_hint="'--device'"
+        ) from error
+    return device

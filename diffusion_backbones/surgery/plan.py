@@ -1,0 +1,152 @@
+"""A plan: what one recipe reads of one architecture.
+
+The factory, costs, cards, benchmarks and selection all ask it, so a recipe becomes levels, sites, module paths and a
+truncated network in this one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from diffusion_backbones.families import Architecture, architecture
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.levels import LevelInfo, encoder_levels, make_levels, take
+from diffusion_backbones.spec.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one recipe reads of one architecture. Made by :meth:`of`.
+
+    Args:
+        declaration: Name, checkpoint and recipe.
+        architecture: The checkpoint's network, without what the recipe leaves out.
+        levels: What is read, fine to coarse.
+        truncated: Whether the network is cut behind the last activation of the plan, or behind the last that it has.
+    """
+
+    declaration: Declaration
+    architecture: Architecture
+    levels: tuple[LevelInfo, ...]
+    truncated: bool = True
+
+    @classmethod
+    def of(cls, declaration: Declaration, configs: Configs | None = None, truncate: bool = True) -> Plan:
+        """The plan of a declaration, for its checkpoint's packaged configs unless others are given.
+
+        Raises:
+            KeyError: The network lacks an activation of the recipe.
+            ValueError: Levels that cannot be, or a recipe that asks for what an activation or a network does not have.
+        """
+        recipe, whole = declaration.recipe, architecture(declaration.checkpoint, configs)
+        network = whole.without(recipe.without)
+        _check_without(recipe, whole, network)
+        ids, tokens = [level.activations for level in recipe.levels], network.text_tokens
+        levels = make_levels([[network.catalogue[name].over_text(tokens) for name in level] for level in ids])
+        return cls(declaration, network, levels, truncate)
+
+    def select(self, indices: int | Sequence[int] | None) -> Plan:
+        """The plan of fewer levels, in the order fine to coarse; see :func:`~diffusion_backbones.spec.levels.take`."""
+        return replace(self, levels=tuple(self.levels[i] for i in sorted(take(indices, len(self.levels)))))
+
+    def with_encoder_levels(self, strides: Sequence[int]) -> Plan:
+        """The plan with levels of the image encoder for those strides that are finer than all of the recipe's.
+
+        Raises:
+            ValueError: The image encoder has no map at such a stride.
+        """
+        return replace(self, levels=(*encoder_levels(self.catalogue_sites, strides, self.levels), *self.levels))
+
+    @property
+    def catalogue_sites(self) -> list[Site]:
+        """Every site of the network, image encoder included."""
+        return self.architecture.catalogue.all()
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """What the levels are made of, each site once."""
+        return unique_sites(self.levels)
+
+    @property
+    def encoder_sites(self) -> list[Site]:
+        """Those in the image encoder."""
+        return [site for site in self.sites if site.encoder]
+
+    @property
+    def denoiser_sites(self) -> list[Site]:
+        """What is recorded in the denoiser: the rest, and what modulates it."""
+        return self.recorded(self.sites)
+
+    def recorded(self, sites: Iterable[Site]) -> list[Site]:
+        """Which sites of the denoiser must be recorded for some of the plan's sites."""
+        inner = [site for site in sites if not site.encoder]
+        adaptive = self.declaration.recipe.normalize == "adaptive"
+        return [*inner, *(site.modulation_site for site in inner)] if adaptive else inner
+
+    @property
+    def paths(self) -> list[str]:
+        """The denoiser's modules that are kept: those that are recorded, or all that any activation is read from."""
+        sites = self.denoiser_sites if self.truncated else [*self.architecture.sites(), *self.denoiser_sites]
+        return [path for site in sites for path in site.modules]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a level has one channel for each token of the text."""
+        return any(site.id.endswith("cross-map") for site in self.sites)
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the recipe's square image, padded as the backbone pads it."""
+        size, divisor = self.declaration.input_size, self.architecture.size_divisibility
+        return size + -size % divisor
+
+    def check_postprocessing(self) -> None:
+        """Raise ``ValueError`` if the recipe asks for what one of its activations does not have."""
+        recipe = self.declaration.recipe
+        for site in (site for site in self.sites if not site.encoder):
+            if recipe.discard and max(recipe.discard) >= site.channels:
+                raise ValueError(
+                    f"recipe {recipe.name!r}: discard={recipe.discard}, and {site.id} has channels 0 to "
+                    f"{site.channels - 1}"
+                )
+            if recipe.normalize == "adaptive" and not site.modulation:
+                raise ValueError(
+                    f"recipe {recipe.name!r}: normalize='adaptive' needs a block with an adaptive LayerNorm behind the "
+                    f"activation, and there is none behind {site.id}; take the output of another transformer block, or "
+                    "normalize='layer'"
+                )
+
+    def cut(self, denoiser: nn.Module) -> nn.Module:
+        """A stock denoiser without what the plan does not reach, in place."""
+        return self.architecture.truncate(denoiser, self.paths)
+
+    def denoiser(self) -> nn.Module:
+        """The stock denoiser without what the plan does not reach, on the current default device."""
+        return self.cut(self.architecture.build_denoiser())
+
+
+def unique_sites(levels: Iterable[LevelInfo]) -> list[Site]:
+    """The sites of some levels, each once, in order."""
+    return list(dict.fromkeys(site for level in levels for site in level.sites))
+
+
+def _check_without(recipe: Recipe, whole: Architecture, network: Architecture) -> None:
+    """Whether the components that a recipe leaves out are text encoders that the network can do without."""
+    present = {
+        name: config for name, config in whole.configs.items() if config is not None
+    }  # a saved folder lacks some
+    known, kept = type(whole)(present, whole.name).text_encoders, network.text_encoders
+    for name in recipe.without:
+        if name in kept or name not in known:
+            raise ValueError(
+                f"recipe {recipe.name!r}: without={name!r} is not a text encoder that this checkpoint can do without; "
+                f"it has {', '.join(known) or 'none'}"
+            )
