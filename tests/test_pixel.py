@@ -63,7 +63,7 @@ def test_a_network_that_was_cut_gives_the_same_and_holds_less(name, tiny_folder,
 def test_nothing_conditions_it(tiny_folder):
     backbone = db.create_model(NAMES[0], recipe=["mid-vit-out"], checkpoint_path=tiny_folder(NAMES[0]))
     x = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="conditioned on nothing but the timestep"):
+    with pytest.raises(ValueError, match="the timestep alone conditions this network"):
         backbone(x, prompt="a cat")
     with pytest.raises(TypeError, match="is not conditioned on prompt_embeds; it takes none"):
         backbone(x, prompt_embeds=torch.zeros(1, 4))
