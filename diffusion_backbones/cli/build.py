@@ -47,7 +47,7 @@ def build_backbone(name: str, model: ModelOptions, dtype: str | None = None) -> 
 
 
 def random_provenance(model: ModelOptions, backbone: DiffusionBackbone) -> dict[str, str] | None:
-    """Where weights came from that are random; None for others, whose backbone knows it itself."""
+    """The provenance of random weights; None for other weights, whose provenance the backbone has."""
     if not model.random_weights:
         return None
     return {"random": f"seed 0 on {backbone.device.type}"} | ({"encoder": model.encoder} if model.encoder else {})

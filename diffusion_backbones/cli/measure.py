@@ -128,7 +128,7 @@ def compare(
     from diffusion_backbones.extraction import images as files  # torch
 
     if model.encoder is None:
-        raise click.UsageError("--encoder tiny is missing: it says what is compared with the exact features.")
+        raise click.UsageError("--encoder tiny is missing; compare needs the encoder that deviates from the exact one.")
     model.check(name)
     photos = [file.path for file in files.find(images)]
 

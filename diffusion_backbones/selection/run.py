@@ -7,7 +7,7 @@
       recipe.yaml           the choice: create_model(checkpoint, recipe="selection/recipe.yaml")
       card.md               its model card
       activations.csv       every activation: what it is, its cost, its properties, why it was dropped, its score
-      curves.csv            of each its noise by octave of frequency, and the similarity of two places by their distance
+      curves.csv            the noise of each by octave of frequency, the similarity of two places by their distance
       redundancy.csv        similarity (linear CKA) of those that were measured
       measured.json         the properties, so that a second run need not measure again
       evidence/, pictures/  the caches of the comparison and of the report; may be removed

@@ -42,7 +42,7 @@ def _activations(selection: Selection) -> Iterable[Sequence[Any]]:
 
 
 def _curves(selection: Selection) -> Iterable[Sequence[Any]]:
-    """Of each its noise by octave of frequency, and the similarity of two places by their distance."""
+    """The noise of each by octave of frequency, and the similarity of two places by their distance."""
     yield ["id", "curve", "at", "value"]
     for site in selection.sites:
         found = selection.measured.properties[site.id]

@@ -97,7 +97,7 @@ class Segmentation(Task):
         self.classes = np.unique(labels[labels != IGNORED])
         if len(self.classes) < 2:
             raise ValueError(
-                f"a probe tells classes apart, and the masks hold {len(self.classes)}: {self.classes.tolist()}"
+                f"a probe needs at least two classes, and the masks hold {len(self.classes)}: {self.classes.tolist()}"
             )
         self.labels = labels
         self.splits = [rng.permutation(len(images)) < len(images) // 2 for _ in range(SPLITS)]
