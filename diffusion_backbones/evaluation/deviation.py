@@ -59,7 +59,7 @@ def deviations(exact: DiffusionBackbone, other: DiffusionBackbone, images: Itera
         seen = [_sums(a.double(), b.double()) for a, b in pairs]
         sums = [total + new for total, new in zip(sums, seen, strict=True)] if sums else seen
     if not sums:
-        raise ValueError("images is empty; two backbones are compared on at least one image")
+        raise ValueError("there are no images; give at least one to compare two backbones on")
     strides = [exact.latent_stride, *exact.feature_info.reduction()]
     return [
         Deviation(
