@@ -18,7 +18,7 @@ PACKAGE = "diffusion_backbones"
 MOVED = {
     "activations": ("spec.activations",),
     "attention": ("ops.attention_maps",),
-    "bench": ("evaluation.benchmark",),
+    "bench": ("evaluation.benchmark", "evaluation.benchmark_table"),
     "calls": (
         "backbone.call_arguments",
         "ops.noise",
