@@ -1,9 +1,10 @@
 # make demo and make test need Python >= 3.10, git and make; everything else is installed into .venv.
 PYTHON ?= python3
+LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 PICTURE := demo/tinysd_gdf.png
 
-.PHONY: demo test test-fast lint cards check bench clean
+.PHONY: demo test test-fast test-lowest lint cards check bench clean
 
 demo: .venv/installed                  ## the maps of tinysd as colours, beside the photograph
 	@mkdir -p $(dir $(PICTURE))
@@ -15,6 +16,9 @@ test: .venv/installed-dev              ## the whole suite; make test ARGS="-k ca
 FAST := activations bad_input chunks house image_encoders import_hook inputs old_pickles plan unchanged
 test-fast: .venv/installed-dev         ## the inner loop: every registered name on meta, what must not change, the house rules
 	$(BIN)/python -m pytest -n 2 $(FAST:%=tests/test_%.py) $(ARGS)
+
+test-lowest: .venv-lowest/installed    ## the same at the lowest versions that pyproject.toml promises, with LOWEST_PYTHON
+	.venv-lowest/bin/python -m pytest -n 2 -m "not newer" $(FAST:%=tests/test_%.py) $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -32,7 +36,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv .venv-lowest demo build dist *.egg-info
 
 # The stamps are older than pyproject.toml when dependencies may have changed.
 .venv/installed: pyproject.toml
@@ -44,4 +48,10 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv-lowest/installed: pyproject.toml scripts/lowest.py .venv/installed-dev
+	@test -x .venv-lowest/bin/python || $(LOWEST_PYTHON) -m venv .venv-lowest
+	@$(BIN)/python scripts/lowest.py > .venv-lowest/lowest.txt
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-lowest/lowest.txt pytest pytest-xdist
 	@touch $@

@@ -137,6 +137,7 @@ def test_a_default_for_frameworks_that_pass_no_keywords(x, seen, backbone):
             build()
 
 
+@pytest.mark.newer
 def test_chunks_compile_to_one_graph(x):
     backbone = db.create_model("tinysd_gdf", pretrained=True, ensemble=2, chunk=2)
     torch._dynamo.reset()

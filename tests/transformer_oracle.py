@@ -291,7 +291,7 @@ class Case:
                 scores = scores.masked_fill(~attn_mask, -torch.inf)
             elif attn_mask is not None:
                 scores = scores + attn_mask
-            kept.maps[running[-1]] = scores.softmax(-1)
+            kept.maps[running[-1]] = scores.softmax(-1).nan_to_num(0)  # a row of padding attends to nothing
             return kept.maps[running[-1]] @ value
 
         monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
@@ -328,9 +328,11 @@ class Case:
             scores = q @ k.transpose(-1, -2)
             return scores / (scores.sum(-1, keepdim=True) + 1e-15)
         layer = f"{at}.attn" if hasattr(block, "attn") else f"{at}.attn1"
+        if kind == "cross-map" and f"{at}.attn2" in kept.maps and layer.endswith("attn1"):
+            return kept.maps[f"{at}.attn2"]
         p = kept.maps[layer]
         if p.shape[-1] == n:  # text and image are not one sequence
-            return p if kind == "self-map" else kept.maps[f"{at}.attn2"]
+            return p
         if type(self.network).__name__.startswith("SD3"):  # the image stands before the text
             return p[:, :, :n, :n] if kind == "self-map" else p[:, :, :n, n:]
         return p[:, :, -n:, -n:] if kind == "self-map" else p[:, :, -n:, -n - TEXT : -n]
@@ -468,12 +470,12 @@ def from_pipeline(case: Case) -> dict[str, Any]:
     parts = {"transformer": case.network, "vae": vae, "scheduler": scheduler}
     pipeline = cls(**{name: parts.get(name) for name in inspect.signature(cls.__init__).parameters if name != "self"})
     taken = inspect.signature(cls.__call__).parameters
-    given = dict(case.conditioning)
+    given = {k: v.bool() if k.startswith("prompt_attention_mask") else v for k, v in case.conditioning.items()}
     asked = {"output_type": "latent", "num_inference_steps": 1, "use_resolution_binning": False, "guidance_scale": 1.0}
     guidance = given.pop("guidance", None)
     given |= {"height": case.size[0], "width": case.size[1]} | {k: v for k, v in asked.items() if k in taken}
     if "prompt_attention_mask" not in given and "prompt_attention_mask" in taken:
-        given["prompt_attention_mask"] = torch.ones(given["prompt_embeds"].shape[:2])
+        given["prompt_attention_mask"] = torch.ones(given["prompt_embeds"].shape[:2], dtype=torch.bool)
     unread = given.keys() - taken.keys()
     assert not unread, (
         f"{cls.__name__} does not take {sorted(unread)}: write the arguments of its network into ARGUMENTS"

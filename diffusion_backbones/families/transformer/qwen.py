@@ -67,7 +67,8 @@ class Qwen(Transformer):
         }
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
         text = configs["text_encoder"]
-        text["text_config"] |= DECODER | {"num_attention_heads": 3, "rope_parameters": rope}
+        text["text_config"] |= DECODER | {"num_attention_heads": 3, "rope_parameters": rope, "rope_scaling": rope}
+        text |= {"vision_start_token_id": 1}  # which transformers 4 reads, as it reads rope_scaling
         text["vision_config"] |= {
             "depth": 1,
             "hidden_size": 8,
