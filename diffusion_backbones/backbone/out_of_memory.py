@@ -24,7 +24,7 @@ OOM_MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "could not create a memory object",
 )
-"""What devices and libraries say that raise a plain ``RuntimeError`` when there is no memory left."""
+"""Messages of devices and libraries that raise a plain ``RuntimeError`` when there is no memory left."""
 
 
 class OutOfMemoryError(torch.OutOfMemoryError):

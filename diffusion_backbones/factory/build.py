@@ -87,7 +87,7 @@ class Builder:
         return backbone
 
     def check(self) -> None:
-        """Whether this network can be built as it is asked for, before anything is read.
+        """Check that this network can be built as asked, before anything is read.
 
         Raises:
             TypeError: Folding goes with nothing that is trained.

@@ -185,13 +185,13 @@ def _check(backbone: DiffusionBackbone, size: Sequence[int] | None, batch: int |
     if not backbone.architecture.compilable:
         raise ValueError(
             f"{name} cannot be exported: its network reads the lengths of texts on the host in every call, so it is "
-            "no single graph"
+            "not a single graph"
         )
     if backbone.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and has no weights to export; build it on another")
     if backbone.declaration.recipe.noise == "random":
         raise ValueError(
-            f"{name} draws noise in every call, and a file has none to draw; build it with noise='fixed' or "
+            f"{name} uses noise='random', which an exported file cannot draw; build it with noise='fixed' or "
             "noise='none'"
         )
     if size is not None and (len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size)):

@@ -36,7 +36,7 @@ EMBEDDINGS = (
 )
 """Every tensor that a denoiser may be conditioned on, under the names of diffusers' pipelines."""
 TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_2")
-"""Those that a prompt is embedded in."""
+"""The tensors that a prompt is embedded in."""
 
 
 class Architecture(ABC):

@@ -143,7 +143,7 @@ class Flux2VAE(AutoencoderKL):
 
     @property
     def stride(self) -> int:
-        """Of patches: noise is mixed into latents that are already gathered, 128 channels at 16 pixels."""
+        """Pixels per patch: noise is mixed into latents that are already gathered, 128 channels at 16 pixels."""
         return super().stride * int(self.config.get("patch_size", (2, 2))[0])
 
     def truncate(self, encoder: Any) -> nn.Module:

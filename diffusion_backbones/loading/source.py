@@ -256,7 +256,7 @@ class WithComponent:
         return self.base.text(component)
 
     def text_fingerprint(self) -> str:
-        """That of ``base``."""
+        """The fingerprint of ``base``."""
         return self.base.text_fingerprint()
 
 

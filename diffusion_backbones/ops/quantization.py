@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 WEIGHT_DTYPES = (None, "int8")
 ROW_BYTES = 1
-"""Of the zero point of a row; its step has the dtype of the weight."""
+"""Bytes per row for the zero point; the scale of a row has the dtype of the weight."""
 
 
 def check_weight_dtype(weight_dtype: Any, trainable: Any) -> str | None:
@@ -44,7 +44,7 @@ def check_weight_dtype(weight_dtype: Any, trainable: Any) -> str | None:
 
 def quantized_names(network: nn.Module, called: Collection[str]) -> frozenset[str]:
     """Which tensors of a network's ``state_dict`` can be kept in eight bits: weights of linear and convolutional layers
-    that run as such.
+    whose own forward runs; other weights are read directly by their parent.
 
     Args:
         network: The denoiser.

@@ -55,7 +55,7 @@ class Costs:
 
     @property
     def bytes(self) -> int:
-        """Of the weights that are kept, denoiser and image encoder, in float32."""
+        """Bytes of the kept weights, denoiser and image encoder, in float32."""
         return 4 * (self.parameters + self.encoder_parameters)
 
 

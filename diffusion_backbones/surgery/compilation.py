@@ -46,7 +46,7 @@ class Compiled(Protocol):
 
 
 def check_compile(mode: bool | str, device: torch.device, trainable: bool | str = False) -> None:
-    """Whether a backbone can be compiled here, before any weights are read.
+    """Check that a backbone can be compiled here, before any weights are read.
 
     Raises:
         ValueError: No such mode, or weights that are trained would be frozen.
@@ -73,8 +73,7 @@ def check_compiler(instead: str = "leave compile out, which changes no feature")
     except InvalidCxxCompiler:
         raise FileNotFoundError(
             "compiling for the CPU needs a C++ compiler, and PyTorch found none. Install g++ or clang, or name one in "
-            "the environment variable CXX; "
-            f"or {instead}."
+            f"the environment variable CXX; or {instead}."
         ) from None
 
 
@@ -87,13 +86,12 @@ def compile_in_place(backbone: Compiled, mode: bool | str, backend: str = "induc
         backend: Of ``torch.compile``.
 
     Raises:
-        ValueError: The network is no single graph.
+        ValueError: The network is not a single graph.
     """
     if not backbone.architecture.compilable:
         raise ValueError(
             f"{backbone.declaration.name} cannot be compiled: its network reads the lengths of texts on the host in "
-            "every call, so it is no single graph; "
-            "leave compile out"
+            "every call, so it is not a single graph; leave compile out"
         )
     backbone.compiled = mode
     for network in networks(backbone):

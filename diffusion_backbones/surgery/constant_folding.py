@@ -116,10 +116,10 @@ def restore(network: nn.Module, described: Mapping[str, Any]) -> None:
 
 
 def check_fold(fold: Any, folded: Mapping[str, Any], trainable: Any, device: torch.device, name: str) -> None:
-    """Whether a backbone can be folded as it was asked for; ``folded`` describes one that already is.
+    """Check that a backbone can be folded as asked; ``folded`` describes one that already is.
 
     Raises:
-        TypeError: ``fold`` is no bool, or something is to be trained.
+        TypeError: ``fold`` is not a bool, or something is to be trained.
         ValueError: There are no weights, on ``meta``.
     """
     if not isinstance(fold, bool):

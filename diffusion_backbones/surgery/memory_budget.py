@@ -1,6 +1,4 @@
-"""Whether weights fit where they are asked to go, before any of them is read; and what would take less, when a call
-does not fit.
-"""
+"""The memory budget of weights: whether they fit their device, before any is read, and what would take less."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ CHEAPER_DTYPES = {torch.float32: (torch.bfloat16, torch.float16), torch.float64:
 def check_budget(
     parts: list[tuple[nn.Module, torch.dtype]], device: torch.device, name: str, rounded: Collection[str] = ()
 ) -> None:
-    """Raise ``MemoryError`` if networks on ``meta`` would not fit on a device, in the dtypes that they are to have.
+    """Raise ``MemoryError`` if networks on ``meta`` would not fit on a device, in their target dtypes.
 
     On a GPU it is the free memory that counts; on the CPU, where weights may stay in their files, all that the machine
     has. What the activations of a call need comes on top and is not known here.
@@ -61,7 +59,7 @@ def weights(parts: list[tuple[nn.Module, torch.dtype]], rounded: Collection[str]
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that weights may take on a device; None where nobody says."""
+    """Bytes that weights may take on a device; None if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
             device
@@ -78,5 +76,5 @@ def available(device: torch.device) -> int | None:
 
 
 def capacity(device: torch.device) -> int | None:
-    """Bytes that a device has in all; None where nobody says."""
+    """Bytes that a device has in all; None if unknown."""
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else available(device)

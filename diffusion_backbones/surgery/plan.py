@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def encoder_sites(self) -> list[Site]:
-        """Those in the image encoder."""
+        """The sites in the image encoder."""
         return [site for site in self.sites if site.encoder]
 
     @property
@@ -86,7 +86,7 @@ class Plan:
         return self.recorded(self.sites)
 
     def recorded(self, sites: Iterable[Site]) -> list[Site]:
-        """Which sites of the denoiser must be recorded for some of the plan's sites."""
+        """The sites of the denoiser that must be recorded for some of the plan's sites."""
         inner = [site for site in sites if not site.encoder]
         adaptive = self.declaration.recipe.normalize == "adaptive"
         return [*inner, *(site.modulation_site for site in inner)] if adaptive else inner
@@ -139,7 +139,7 @@ def unique_sites(levels: Iterable[LevelInfo]) -> list[Site]:
 
 
 def _check_without(recipe: Recipe, whole: Architecture, network: Architecture) -> None:
-    """Whether the components that a recipe leaves out are text encoders that the network can do without."""
+    """Check that the components that a recipe leaves out are text encoders that the network can do without."""
     present = {
         name: config for name, config in whole.configs.items() if config is not None
     }  # a saved folder lacks some

@@ -20,13 +20,13 @@ from diffusion_backbones.surgery.plan import Plan
 
 TRAINABLE = (False, True, "lora", "prompt")
 RANK = 8
-"""Of adapters, unless ``lora_rank`` says otherwise."""
+"""Rank of adapters, unless ``lora_rank`` gives another."""
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Modules of an attention layer that get adapters, where they are left and linear."""
 
 
 def check_trainable(trainable: Any, lora_rank: Any, prompt_tokens: Any) -> None:
-    """Whether what ``create_model`` was given goes together.
+    """Check that the keywords of ``create_model`` about training go together.
 
     Raises:
         ImportError: Adapters are asked for and peft is not there.
@@ -47,7 +47,7 @@ def check_trainable(trainable: Any, lora_rank: Any, prompt_tokens: Any) -> None:
 
 
 def check_prompt(plan: Plan, prompt_tokens: int | None) -> None:
-    """Whether a network has a prompt to learn, of that many tokens.
+    """Check that a network has a prompt to learn, of that many tokens.
 
     Args:
         plan: Of the backbone.

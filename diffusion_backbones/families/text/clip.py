@@ -112,7 +112,7 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
         where: Names the files in errors.
 
     Raises:
-        ValueError: It is no CLIP text model, or the weights are not its weights.
+        ValueError: It is not a CLIP text model, or the weights are not its weights.
     """
     import transformers
 
@@ -161,8 +161,7 @@ class BlankTokenizer:
         if any(prompts):
             raise FileNotFoundError(
                 f"the prompt {prompts!r} needs a tokenizer, and a single-file checkpoint has none, so that only the "
-                "empty prompt can be encoded. "
-                "Give prompt_embeds=, or load a diffusers folder."
+                "empty prompt can be encoded. Give prompt_embeds=, or load a diffusers folder."
             )
         row = [self.bos, self.eos]
         if padding == "max_length":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GUIDANCE = 3.5
-"""What guidance-distilled weights are told unless a call says otherwise; the default of diffusers' pipeline."""
+"""The guidance scale of guidance-distilled weights unless a call gives another; the default of diffusers' pipeline."""
 TOKENS = {True: 512, False: 256}
 """Length of the T5 prompt, with guidance (dev) and without (schnell, which was distilled at 256)."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GUIDANCE = 4.0
-"""What guidance-distilled weights are told unless a call says otherwise; the default of diffusers' pipeline."""
+"""The guidance scale of guidance-distilled weights unless a call gives another; the default of diffusers' pipeline."""
 TOKENS = 512
 """Length that diffusers' pipelines pad prompts to, the words around them included. The padding is text to the network.
 """

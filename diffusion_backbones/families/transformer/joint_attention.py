@@ -103,7 +103,7 @@ def joint_map(
         text_first: Whether text comes before image in the layer's sequence.
         rotate: (B, heads, sequence, d) -> the same with positions applied, or None.
         average: Average over heads.
-        registers: Learned tokens before the text, which are no part of it.
+        registers: Learned tokens before the text, which are not part of it.
         bias: (B, sequence), added to the scores of every head and query.
 
     Returns:

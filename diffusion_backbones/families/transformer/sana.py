@@ -76,7 +76,9 @@ class Sana(Transformer):
 
     def build_denoiser(self) -> nn.Module:
         if self.config.get("guidance_embeds"):
-            raise ValueError("a Sana that is told a guidance scale (Sana-Sprint) is not supported")
+            raise ValueError(
+                "Sana with an embedded guidance scale (Sana-Sprint) is not supported; use a Sana without guidance_embeds"
+            )
         return super().build_denoiser()
 
     def call(
