@@ -77,7 +77,7 @@ class Sana(Transformer):
     def build_denoiser(self) -> nn.Module:
         if self.config.get("guidance_embeds"):
             raise ValueError(
-                "Sana with an embedded guidance scale (Sana-Sprint) is not supported; use a Sana without guidance_embeds"
+                "Sana with an embedded guidance scale (Sana-Sprint) is not supported; use one without guidance_embeds"
             )
         return super().build_denoiser()
 
