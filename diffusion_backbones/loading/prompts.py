@@ -83,14 +83,19 @@ class Prompter:
         return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
 
     def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
+        if not self.network.text_encoders:  # nothing is loaded, so there is nothing to keep
+            return self._encode(source, prompt)
         path = self._path(fingerprint, prompt)
         with _encoding:  # two threads load one text encoder, not two
             row = _read(path)
             if row is None:
-                with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-                    row = self.network.encode_prompts(source.text, [prompt], self.padding)
+                row = self._encode(source, prompt)
                 _write(path, row)
         return row
+
+    def _encode(self, source: Source, prompt: str) -> dict[str, Tensor]:
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            return self.network.encode_prompts(source.text, [prompt], self.padding)
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
         said = [fingerprint, family_name(self.network), self.network.text_encoders, self.padding, prompt]

@@ -131,6 +131,9 @@ class SingleFile:
         stat = self.path.stat()
         return digest([str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])
 
+    def __str__(self) -> str:
+        return str(self.path)
+
 
 def _layer(name: str) -> int:
     found = re.search(r"encoder\.layers\.(\d+)\.", name)
