@@ -13,7 +13,7 @@ from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.state import Conditioning
 from diffusion_backbones.factory.locate import Resolved
 from diffusion_backbones.factory.options import BuildOptions
-from diffusion_backbones.loading.prompts import Prompter
+from diffusion_backbones.loading.prompts import Prompter, misfit
 from diffusion_backbones.ops import quantization, safetensors_io
 from diffusion_backbones.ops.noise import UnknownProcess, canvas
 from diffusion_backbones.ops.recording import Recorder
@@ -187,7 +187,10 @@ class Builder:
         assert restored is not None
         restored.load("denoiser", self.denoiser, self.whole["denoiser"], self.options.dtype, self.home, self._store)
         restored.load("encoder", self.encoder, self.whole["encoder"], self.encoder_dtype, self.home)
-        return restored.embeddings()
+        embeddings = restored.embeddings()
+        if wrong := misfit(self.network, {name: tensor.float() for name, tensor in embeddings.items()}):
+            raise ValueError(f"{self.name}: the saved prompt does not belong to the network: {wrong}")
+        return embeddings
 
     def _fill_from_source(self) -> dict[str, Tensor]:
         source, network = self.resolved.source, self.network

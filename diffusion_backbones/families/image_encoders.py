@@ -321,6 +321,7 @@ def check_statistics(config: Config, channels: int) -> None:
         ValueError: It has one, or other values; the message goes on behind the file's name.
     """
     mean, deviation = (config.get(name) for name in STATISTICS)
+    values: Any
     for name, values, other in zip(STATISTICS, (mean, deviation), (deviation, mean), strict=True):
         if values is None and other is None:
             continue

@@ -42,7 +42,9 @@ def read(family: type[Architecture], configs: Configs, where: str) -> Configs:
     """
     if not isinstance(configs, Mapping):
         raise ValueError(f"{where}: configs must be a JSON object, got {type(configs).__name__}")
-    out = {name: config if config is None else _object(config, f"{where}: {name}") for name, config in configs.items()}
+    out: dict[str, Any] = {
+        name: config if config is None else _object(config, f"{where}: {name}") for name, config in configs.items()
+    }
     for name in (family.denoiser, family.encoder, "scheduler"):
         if name and out.get(name) is None:
             raise ValueError(f"{where} has no config of {name}")

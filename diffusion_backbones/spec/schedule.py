@@ -168,7 +168,7 @@ def _laplace(share: float) -> float:
     """The signal of a Laplace distribution of log-SNRs (https://arxiv.org/abs/2407.03297), a root as in diffusers."""
     log_snr = -0.5 * math.copysign(1, 0.5 - share) * math.log(1 - 2 * abs(0.5 - share) + 1e-6)
     snr = math.exp(log_snr)
-    return (snr / (1 + snr)) ** 0.5
+    return math.sqrt(snr / (1 + snr))
 
 
 _OF_ALPHA_BAR = {"squaredcos_cap_v2": _of_alpha_bar(_cosine), "laplace": _of_alpha_bar(_laplace)}
