@@ -142,7 +142,7 @@ def test_a_key_that_is_left_out_is_diffusers_default(key, folder):
         ({"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim 4096"),
         ({"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type 'ip_image_proj'"),
         ({"attention_type": "gated"}, "attention_type 'gated'"),
-        ({"cross_attention_dim": [96, 96, 96]}, "cross_attention_dim"),
+        ({"cross_attention_dim": [96, 96, 96, 96]}, "cross_attention_dim"),
         ({"_class_name": "ControlNetModel"}, "ControlNetModel.*UNet2DConditionModel"),
         ({"_class_name": ["UNet2DConditionModel"]}, "class"),
         ({"_class_name": ...}, "no _class_name"),
@@ -150,8 +150,8 @@ def test_a_key_that_is_left_out_is_diffusers_default(key, folder):
         ({"quantization_config": "gptq"}, "gptq"),
         ({"block_out_channels": 320}, "block_out_channels 320"),
         ({"block_out_channels": [8]}, "1 levels"),
-        ({"block_out_channels": ["a", "b", "c"]}, "UNet2DConditionModel"),
-        ({"block_out_channels": [0, 0, 0]}, "block_out_channels 0"),
+        ({"block_out_channels": ["a", "b", "c", "d"]}, "UNet2DConditionModel"),
+        ({"block_out_channels": [0, 0, 0, 0]}, "block_out_channels 0"),
         ({"in_channels": "4"}, "in_channels '4'"),
         ({"in_channels": [4]}, "in_channels .4."),
         ({"in_channels": True}, "in_channels True"),
@@ -161,7 +161,7 @@ def test_a_key_that_is_left_out_is_diffusers_default(key, folder):
         ({"cross_attention_dim": None}, "cross_attention_dim None"),
         ({"down_block_types": "DownBlock2D"}, "down_block_types 'DownBlock2D'"),
         ({"norm_eps": NAN}, "norm_eps nan"),
-        ({"down_block_types": ["NoBlock2D"] * 3}, "NoBlock2D|UNet2DConditionModel"),
+        ({"down_block_types": ["NoBlock2D"] * 4}, "NoBlock2D|UNet2DConditionModel"),
         ({"norm_num_groups": 7}, "UNet2DConditionModel"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_weight_that_is_not_finite_is_named(value, dtype, folder):
 
 
 def test_a_weight_that_float16_cannot_hold_is_named(folder):
-    name = change_weights(folder / WEIGHTS, lambda weight: weight * 0 + 1e5)
+    name = change_weights(folder / WEIGHTS, lambda weight: weight.float() * 0 + 1e5)
     with pytest.raises(ValueError, match=f"{name} in .*torch.float16 cannot hold"):
         build(folder, dtype="float16")
     assert all(level.isfinite().all() for level in build(folder)(X))

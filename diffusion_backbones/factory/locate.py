@@ -69,6 +69,7 @@ class Resolved:
         configs: Configs = package_configs(self.checkpoint)
         if self.source:
             configs = upstream.read(self.family, self.source.configs(self.family), str(self.source))
+            tiny_encoder.check_unscaled(configs.get(self.family.encoder), str(self.source))
         return {**configs, self.family.encoder: self.encoder} if self.encoder else configs
 
 

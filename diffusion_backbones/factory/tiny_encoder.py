@@ -71,6 +71,21 @@ def fitted(config: Config, network: Architecture, declared: ImageEncoder) -> dic
     return {**config, "shift_factor": shift, "scaling_factor": factor}
 
 
+def check_unscaled(config: Config | None, where: str) -> None:
+    """Check that a published tiny encoder gives latents as denoisers take them; scaling is what :func:`fitted` adds.
+
+    Raises:
+        ValueError: Its config scales them.
+    """
+    if config and config["_class_name"] == "AutoencoderTiny":
+        scaling = (config["scaling_factor"], config["shift_factor"] or 0)
+        if scaling != (1, 0):
+            raise ValueError(
+                f"{where}: vae/config.json has scaling_factor and shift_factor {scaling}, and a tiny encoder is read "
+                "with 1 and 0 alone"
+            )
+
+
 def source(tiny: TinyEncoder, base: Source, family: type[Architecture], cache_dir: str | Path | None) -> WithComponent:
     """A source with the weights of a tiny encoder for those of its own.
 

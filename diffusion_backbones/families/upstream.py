@@ -157,8 +157,8 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter, where: str)
         kinds |= {_kind(parameter.default)}
     if kinds == {type(None)}:  # a default that says nothing
         return
-    whole = float not in kinds
-    if not whole or (int in kinds and parameter.default is None):
+    whole = not _holds_floats(parameter.annotation) and float not in kinds
+    if float in kinds or (int in kinds and parameter.default is None):
         kinds |= {int, float}
     if _kind(value) not in kinds:
         names = sorted({list: "a list", type(None): "null"}.get(kind, kind.__name__) for kind in kinds)
@@ -176,6 +176,10 @@ def _check_number(key: str, value: Any, whole: bool, where: str) -> None:
     most = DEEPEST if "layers" in key else LARGEST
     if whole and not least <= value <= most:
         raise ValueError(f"{where} has {key} {repr(value)[:80]}; it must be from {least} to {most}")
+
+
+def _holds_floats(annotation: Any) -> bool:
+    return annotation is float or any(map(_holds_floats, typing.get_args(annotation)))
 
 
 def _flat(value: Any) -> list[Any]:

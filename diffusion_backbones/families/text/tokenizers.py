@@ -50,7 +50,8 @@ def load(folder: Path, encoder: str) -> Any:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {error}. Download it again.") from error
     if tokenizer.pad_token is None:
         raise ValueError(f"{folder} names no padding token, which {CONFIG} must; download it again")
-    _check_whole(tokenizer, folder)
+    if always or not (folder / "tokenizer.json").is_file():
+        _check_whole(tokenizer, folder)
     return tokenizer
 
 
@@ -62,9 +63,8 @@ def fit(tokenizer: Any, model: Any, folder: Path) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int):
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    table = model.get_input_embeddings()
 
-    def check(_module: Any, args: tuple[Tensor, ...]) -> None:
+    def check(table: Any, args: tuple[Tensor, ...]) -> None:
         beyond = args[0][args[0] >= table.num_embeddings]
         if len(beyond):
             token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
@@ -73,11 +73,11 @@ def fit(tokenizer: Any, model: Any, folder: Path) -> None:
                 f"{table.num_embeddings} rows; the two do not belong together, or the prompt must do without it"
             )
 
-    table.register_forward_pre_hook(check)
+    model.get_input_embeddings().register_forward_pre_hook(check)
 
 
 def _named_class(folder: Path, encoder: str) -> str | None:
-    """The class that a tokenizer's config names, without ``Fast``; None without a config."""
+    """The class that a tokenizer's config names, or 'None'; None without a config."""
     import transformers
 
     path = folder / CONFIG
@@ -103,7 +103,8 @@ def _check_whole(tokenizer: Any, folder: Path) -> None:
     """Check of byte-pair encodings that merges give every token, which is not so where either list is cut short."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
-    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
+    other = ("byte_fallback", "ignore_merges", "continuing_subword_prefix")  # in which other rules give tokens
+    if model.get("type") != "BPE" or any(model.get(key) for key in other):
         return
     pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     suffix = model.get("end_of_word_suffix") or ""
