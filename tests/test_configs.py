@@ -103,6 +103,7 @@ def test_scaling_of_before_the_key_existed(folder):
         ({"in_channels": 1}, "in_channels 1"),
         ({"latent_channels": "4"}, "latent_channels '4'"),
         ({"block_out_channels": 4}, "block_out_channels 4"),
+        ({"block_out_channels": [32]}, "block_out_channels says 1 levels"),
         ({"_class_name": "AsymmetricAutoencoderKL"}, "AsymmetricAutoencoderKL"),
         ({"_class_name": ...}, "None"),
     ],
@@ -111,6 +112,13 @@ def test_an_image_encoder_that_does_not_say_its_latents_is_refused(changes, said
     edit(folder / VAE, **changes)
     with pytest.raises(ValueError, match=f"{folder}: vae/config.json.*{said}"):
         build(folder)
+
+
+@pytest.mark.parametrize("changes", [{"norm_num_groups": 7}, {"down_block_types": ["NoBlock"] * 4}])
+def test_an_image_encoder_that_cannot_be_built_is_named(changes, folder):
+    edit(folder / VAE, **changes)
+    with pytest.raises(ValueError, match="cannot build AutoencoderKL with this vae/config.json"):
+        build(folder, device="meta")
 
 
 # The network.

@@ -67,7 +67,7 @@ def stock(folder: Path, prompt: str = PROMPT) -> torch.Tensor:
     """What transformers' own classes for CLIP make of it."""
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = tokenizer([prompt], padding="max_length", max_length=77, return_tensors="pt").input_ids
-    return transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")(ids)[0]
+    return transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").float()(ids)[0]
 
 
 # Tokenizers.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion_backbones.families.image_encoders import ImageEncoder, get_image_encoder
+from diffusion_backbones.families.image_encoders import UNBUILDABLE, ImageEncoder, get_image_encoder
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.spec.activations import Catalogue, Port, Site
 from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from diffusion_backbones.ops.noise import ForwardProcess
-
-UNBUILDABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError)
-"""What diffusers' constructors raise for configs that do not describe a network."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a conditioning tensor -> its shape, without the batch axis."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 OLD_SCALING = 0.18215
 """What diffusers' pipelines multiplied latents by before configs said it."""
+UNBUILDABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError)
+"""What diffusers' constructors raise for configs that do not describe a network."""
 STATISTICS = ("latents_mean", "latents_std")
 
 
@@ -107,7 +109,10 @@ class Autoencoder(ImageEncoder):
     def build(self) -> nn.Module:
         import diffusers
 
-        autoencoder: nn.Module = getattr(diffusers, self.network).from_config(self.config)
+        try:
+            autoencoder: nn.Module = getattr(diffusers, self.network).from_config(self.config)
+        except UNBUILDABLE as error:
+            raise ValueError(f"diffusers cannot build {self.network} with this vae/config.json: {error}") from error
         return autoencoder
 
     def truncate(self, encoder: Any) -> nn.Module:
@@ -159,6 +164,9 @@ class AutoencoderKL(Autoencoder):
     def check(self) -> None:
         super().check()
         check_statistics(self.config, self.channels)
+        blocks, widths = (self.config.get(key, ()) for key in ("down_block_types", "block_out_channels"))
+        if len(blocks) != len(widths):
+            raise ValueError(f"has {len(blocks)} down_block_types, and block_out_channels says {len(widths)} levels")
         if self.statistics and self.scaling[0]:
             raise ValueError(f"has shift_factor {self.scaling[0]!r} beside latents_mean; it must have one of them")
 

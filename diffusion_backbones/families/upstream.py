@@ -14,8 +14,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_backbones.families.base import UNBUILDABLE, Architecture
-from diffusion_backbones.families.image_encoders import OLD_SCALING, get_image_encoder
+from diffusion_backbones.families.base import Architecture
+from diffusion_backbones.families.image_encoders import OLD_SCALING, UNBUILDABLE, get_image_encoder
 from diffusion_backbones.spec.configs import Config, Configs
 
 LARGEST = 2**20

@@ -6,7 +6,8 @@ straight to their device and dtype.
 Small files are copied into memory. A view of a memory-mapped file lies where the file's header put it, and the same
 weights at another alignment give other last digits (2e-6 was seen), so copies make features equal bit for bit wherever
 weights were stored. From :data:`MAP_FROM` bytes on, weights that stay on the CPU in their own dtype stay views, as in
-diffusers: loading takes no time, processes share the pages, and only the file's last digits are its own.
+diffusers: loading copies nothing, processes share the pages, and only the file's last digits are its own. Every tensor
+is looked through once for NaN and infinity.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from diffusion_backbones.families.text import clip, language_model, tokenizers
 from diffusion_backbones.families.upstream import DEEPEST, check_quantization
@@ -82,7 +83,7 @@ def read(config: Config, files: Sequence[Path], tokenizer: Path, where: str) -> 
             state = dict(weights.read(names, torch.float32, torch.device("cpu")))
             build = clip.text_model if kind in clip.ARCHITECTURES else language_model.text_model
             model = build(config, state, str(weights))
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{where} does not describe {kind}: {error}") from error
     tokenizers.fit(words, model, tokenizer)
     return words, model
