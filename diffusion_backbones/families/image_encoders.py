@@ -336,9 +336,7 @@ def check_statistics(config: Config, channels: int) -> None:
         listed = isinstance(values, Sequence) and len(values) == channels and all(map(_is_number, values))
         if not listed or (name == STATISTICS[1] and min(values) <= 0):
             kind = "numbers" if name == STATISTICS[0] else "numbers above 0"
-            raise ValueError(
-                f"has {name} {values!r}; it must have {channels} {kind}, one for each channel of the latents"
-            )
+            raise ValueError(f"has {name} {values!r}; it must be {channels} {kind}, one for each channel of latents")
 
 
 def _is_number(value: Any) -> bool:
