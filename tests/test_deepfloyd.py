@@ -11,7 +11,7 @@ from torch import nn
 
 import diffusion_backbones as db
 from diffusion_backbones import Recipe
-from diffusion_backbones.families import FAMILIES, architecture, meta_trace
+from diffusion_backbones.families import FAMILIES, architecture, meta_trace, upstream
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.ops.truncation import Bypass, count_parameters
@@ -271,5 +271,9 @@ def test_a_folder_says_itself_what_it_is(folder):
     backbone = db.create_model(f"local-dir:{folder}", recipe=["mid-vit-out"])
     assert (backbone.declaration.checkpoint.family, backbone.declaration.input_size) == ("deepfloyd", 64)
     config = package_configs(db.get_checkpoint(NAME))["unet"]
-    for other in ({"class_embed_type": "timestep"}, {"addition_embed_type": "image"}):
-        assert not any(family.matches(config | other) for family in FAMILIES.values()), "an upscaler of IF, Kandinsky"
+    configs = package_configs(db.get_checkpoint(NAME))
+    for other in ({"class_embed_type": "timestep"}, {"addition_embed_type": "image"}):  # an upscaler of IF, Kandinsky
+        family = next(family for family in FAMILIES.values() if family.matches(config | other))
+        missing = {} if family.encoder == "" else {"vae": package_configs(db.get_checkpoint("sd15"))["vae"]}
+        with pytest.raises(ValueError, match="|".join(other)):
+            upstream.read(family, configs | missing | {"unet": config | other}, "here")

@@ -53,7 +53,7 @@ def backbone():
 def test_every_declared_one_fits_its_checkpoint(name):
     checkpoint = FITTED[name]
     network = architecture(checkpoint)
-    config = tiny_encoder.fitted(packaged(checkpoint.tiny_encoder), network)
+    config = tiny_encoder.fitted(packaged(checkpoint.tiny_encoder), network, network.image_encoder)
     assert get_image_encoder(config).scaling == network.image_encoder.scaling
     assert config["latent_channels"] == network.latent_channels
     assert get_image_encoder(config).stride == network.latent_stride
@@ -85,7 +85,7 @@ def test_latents_are_those_of_the_stock_network_without_its_scale(name):
     """Scaled as the checkpoint's own, with its shift, they are the stock network's output."""
     checkpoint = FITTED[name]
     configs = package_configs(checkpoint)
-    config = tiny_encoder.fitted(packaged(checkpoint.tiny_encoder), architecture(checkpoint))
+    config = tiny_encoder.fitted(packaged(checkpoint.tiny_encoder), own := architecture(checkpoint), own.image_encoder)
     kind = get_image_encoder(config)
     torch.manual_seed(0)
     encoder = kind.truncate(kind.build()).eval()

@@ -103,10 +103,7 @@ def encode(backbone: BackboneState, x: Tensor) -> Tensor:
     x = compilation.prepare_input(backbone, x.to(backbone.encoder_dtype))
     with compilation.compile_context(backbone):
         z = encoder.encode(backbone.encoder, x)
-    if backbone.declaration.recipe.scaled:
-        shift, factor = encoder.scaling
-        z = (z - shift) * factor
-    return z
+    return encoder.scaled(z) if backbone.declaration.recipe.scaled else z
 
 
 # Noise and denoise.

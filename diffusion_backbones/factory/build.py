@@ -13,9 +13,9 @@ from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.state import Conditioning
 from diffusion_backbones.factory.locate import Resolved
 from diffusion_backbones.factory.options import BuildOptions
-from diffusion_backbones.loading.prompts import Prompter
+from diffusion_backbones.loading.prompts import Prompter, misfit
 from diffusion_backbones.ops import quantization, safetensors_io
-from diffusion_backbones.ops.noise import canvas
+from diffusion_backbones.ops.noise import UnknownProcess, canvas
 from diffusion_backbones.ops.recording import Recorder
 from diffusion_backbones.spec.configs import Configs
 from diffusion_backbones.spec.declaration import Declaration
@@ -91,9 +91,11 @@ class Builder:
 
         Raises:
             TypeError: Folding goes with nothing that is trained.
-            ValueError: There is nothing to fold, or no prompt to train.
+            ValueError: There is nothing to fold, or no prompt to train; or the noise level of a timestep is not known.
         """
-        options = self.options
+        options, process = self.options, self.network.forward_process
+        if isinstance(process, UnknownProcess) and self.recipe.noise != "none":
+            raise ValueError(f"{self.resolved.source or self.name}: {process.reason}")
         constant_folding.check_fold(options.fold, self.folded, options.trainable, options.device, self.name)
         if options.trainable == "prompt":
             trainable.check_prompt(self.plan, options.prompt_tokens)
@@ -185,7 +187,10 @@ class Builder:
         assert restored is not None
         restored.load("denoiser", self.denoiser, self.whole["denoiser"], self.options.dtype, self.home, self._store)
         restored.load("encoder", self.encoder, self.whole["encoder"], self.encoder_dtype, self.home)
-        return restored.embeddings()
+        embeddings = restored.embeddings()
+        if wrong := misfit(self.network, {name: tensor.float() for name, tensor in embeddings.items()}):
+            raise ValueError(f"{self.name}: the saved prompt does not belong to the network: {wrong}")
+        return embeddings
 
     def _fill_from_source(self) -> dict[str, Tensor]:
         source, network = self.resolved.source, self.network

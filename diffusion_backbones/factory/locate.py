@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.factory import tiny_encoder
-from diffusion_backbones.families import FAMILIES, Architecture, architecture
+from diffusion_backbones.families import FAMILIES, Architecture, architecture, upstream
 from diffusion_backbones.loading.hub import HubRepo, open_checkpoint
 from diffusion_backbones.loading.saved_folder import SavedBackbone, is_saved
 from diffusion_backbones.loading.single_file import SingleFile, is_single_file
@@ -59,10 +59,17 @@ class Resolved:
         return place.provenance if place else {}
 
     def configs(self) -> Configs:
-        """The upstream configs of the network's components."""
+        """The upstream configs of the network's components, those of files checked.
+
+        Raises:
+            ValueError: See :func:`diffusion_backbones.families.upstream.read`.
+        """
         if self.restored:
             return self.restored.configs
-        configs = self.source.configs(self.family) if self.source else package_configs(self.checkpoint)
+        configs: Configs = package_configs(self.checkpoint)
+        if self.source:
+            configs = upstream.read(self.family, self.source.configs(self.family), str(self.source))
+            tiny_encoder.check_unscaled(configs.get(self.family.encoder), str(self.source))
         return {**configs, self.family.encoder: self.encoder} if self.encoder else configs
 
 
@@ -120,7 +127,7 @@ def _undeclared(folder: Folder) -> Checkpoint:
             f"{folder} holds no denoiser that is known here ({wanted}, of one of {known}); is it a folder in the "
             "diffusers layout?"
         )
-    network = FAMILIES[kind](folder.configs(FAMILIES[kind]))
+    network = FAMILIES[kind](upstream.read(FAMILIES[kind], folder.configs(FAMILIES[kind]), str(folder)))
     named = Path(folder.provenance.get("repo") or folder.path.resolve()).name.lower()
     return Checkpoint(
         name="my_" + re.sub(r"[^a-z0-9]+", "_", named).strip("_"),
@@ -194,7 +201,8 @@ def with_encoder(found: Resolved, encoder: str, pretrained: bool, cache_dir: str
             )
         source = tiny_encoder.source(tiny, found.source, found.family, cache_dir)
     config = (source and source.config) or packaged(tiny)
-    fitted = tiny_encoder.fitted(config, architecture(found.checkpoint, found.configs()))
+    declared = architecture(found.checkpoint).image_encoder
+    fitted = tiny_encoder.fitted(config, architecture(found.checkpoint, found.configs()), declared)
     checkpoint = replace(found.checkpoint, encoder_float16=True)  # it is the checkpoint's own encoder that overflows
     declaration = found.declaration and replace(found.declaration, checkpoint=checkpoint)
     return Resolved(checkpoint, declaration, source, encoder=fitted)

@@ -14,6 +14,7 @@ from diffusion_backbones.spec.validation import check_count, closest
 from diffusion_backbones.surgery.compilation import check_compile
 from diffusion_backbones.surgery.trainable import check_trainable
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
 """Settings of a recipe that ``create_model`` takes by themselves."""
 
@@ -119,7 +120,7 @@ def check_strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """A floating-point dtype, by itself or by name; None is torch's default.
+    """A dtype that networks compute in, by itself or by name; None is torch's default.
 
     Raises:
         ValueError: It is another dtype, or unknown.
@@ -127,8 +128,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if dtype is None:
         return torch.get_default_dtype()
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"dtype must be a floating-point torch.dtype or its name ('float32', 'float16', 'bfloat16'), got {dtype!r}"
-        )
+    if found not in DTYPES:
+        names = ", ".join(repr(str(known).removeprefix("torch.")) for known in DTYPES)
+        raise ValueError(f"dtype must be one that networks compute in, {names} or the torch.dtype, got {dtype!r}")
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.families import Architecture
-from diffusion_backbones.families.image_encoders import get_image_encoder
+from diffusion_backbones.families.image_encoders import ImageEncoder, get_image_encoder
 from diffusion_backbones.loading import hub
 from diffusion_backbones.loading.source import Source, WithComponent
 from diffusion_backbones.spec.checkpoint import Checkpoint, TinyEncoder
@@ -41,9 +41,14 @@ def find(checkpoint: Checkpoint, encoder: str) -> TinyEncoder:
     return checkpoint.tiny_encoder
 
 
-def fitted(config: Config, network: Architecture) -> dict[str, Any]:
+def fitted(config: Config, network: Architecture, declared: ImageEncoder) -> dict[str, Any]:
     """A tiny encoder's config for the place of a network's own encoder, whose scaling it takes over: recipes that do
     not scale their latents need it.
+
+    Args:
+        config: The tiny encoder's.
+        network: Has the weights' own encoder.
+        declared: The encoder that it was distilled from.
 
     Raises:
         ValueError: It gives other latents, as for a fine-tune with another autoencoder.
@@ -58,7 +63,27 @@ def fitted(config: Config, network: Architecture) -> dict[str, Any]:
             f"{says[1]}; leave encoder= out"
         )
     shift, factor = own.scaling
+    if (own.scaling, own.statistics) != (declared.scaling, declared.statistics):
+        raise ValueError(
+            f"the vae/config.json of these weights scales latents otherwise than that of {network.name}, which the "
+            "tiny encoder stands for; leave encoder= out"
+        )
     return {**config, "shift_factor": shift, "scaling_factor": factor}
+
+
+def check_unscaled(config: Config | None, where: str) -> None:
+    """Check that a published tiny encoder gives latents as denoisers take them; scaling is what :func:`fitted` adds.
+
+    Raises:
+        ValueError: Its config scales them.
+    """
+    if config and config["_class_name"] == "AutoencoderTiny":
+        scaling = (config["scaling_factor"], config["shift_factor"] or 0)
+        if scaling != (1, 0):
+            raise ValueError(
+                f"{where}: vae/config.json has scaling_factor and shift_factor {scaling}, and a tiny encoder is read "
+                "with 1 and 0 alone"
+            )
 
 
 def source(tiny: TinyEncoder, base: Source, family: type[Architecture], cache_dir: str | Path | None) -> WithComponent:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion_backbones.families.image_encoders import ImageEncoder, get_image_encoder
+from diffusion_backbones.families.image_encoders import UNBUILDABLE, ImageEncoder, get_image_encoder
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.spec.activations import Catalogue, Port, Site
 from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
+from diffusion_backbones.spec.schedule import check_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,9 @@ class Architecture(ABC):
         order: In which order the parts of the network run, and what may stand in for a part that is cut off.
         stages: Part of the denoiser -> its position from input (0) to output; numbered parts add their number.
         registers: Learned tokens that stand before those of the text.
+        supplied: Key of the denoiser's config that asks for an input -> the values whose input is supplied. A key that
+            is not in the config is None.
+        wider: Channels of latents that some denoisers of its class take -> what these are, for errors.
         needs_model_index: Whether ``model_index.json`` matters, which names the pipeline's class.
         compilable: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
             exported.
@@ -68,6 +72,8 @@ class Architecture(ABC):
     order: ClassVar[ExecutionOrder]
     stages: ClassVar[Mapping[str, int]]
     registers: ClassVar[int] = 0
+    supplied: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    wider: ClassVar[Mapping[int, str]] = {}
     needs_model_index: ClassVar[bool] = False
     compilable: ClassVar[bool] = True
 
@@ -92,6 +98,26 @@ class Architecture(ABC):
     @abstractmethod
     def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
         """Shrink the widths of a checkpoint's configs in place, for tests. Depths, kinds of blocks and flags stay."""
+
+    def check(self) -> None:
+        """Check that the network asks for no input but those that the family supplies.
+
+        Raises:
+            ValueError: It does; the message goes on behind the name of the denoiser's file.
+        """
+        for key, values in self.supplied.items():
+            if self.config.get(key) not in values:
+                raise ValueError(
+                    f"has {key} {self.config[key]!r}, which asks for an input that is not supplied here; such networks "
+                    f"are not read, only those with {key} {' or '.join(map(repr, values))}"
+                )
+        wanted, given = self.latent_channels, self.image_encoder.channels
+        if wanted != given:
+            known = f" (as those for {self.wider[wanted]} do)" if wanted in self.wider else ""
+            raise ValueError(
+                f"has in_channels {self.config['in_channels']}: the network takes {wanted} channels{known}, and the "
+                f"image encoder gives {given}. Networks that take more than noisy latents are not read"
+            )
 
     # What it is: arithmetic on the configs.
 
@@ -159,10 +185,14 @@ class Architecture(ABC):
 
     @property
     def forward_process(self) -> ForwardProcess:
-        """How noise is mixed into clean latents."""
-        from diffusion_backbones.ops.noise import RectifiedFlow, VariancePreserving  # torch
+        """How noise is mixed into clean latents; unknown where the scheduler's config does not say it."""
+        from diffusion_backbones.ops.noise import RectifiedFlow, UnknownProcess, VariancePreserving  # torch
 
         scheduler = self.configs["scheduler"]
+        try:
+            check_schedule(scheduler)
+        except ValueError as error:
+            return UnknownProcess(str(error))
         return RectifiedFlow() if is_flow(scheduler) else VariancePreserving.from_config(scheduler)
 
     def without(self, components: Iterable[str]) -> Architecture:
@@ -200,7 +230,12 @@ class Architecture(ABC):
 
         network = getattr(diffusers, self.networks[0])
         known = inspect.signature(network).parameters  # older configs also hold the settings of a more general class
-        denoiser: nn.Module = network(**{key: value for key, value in self.config.items() if key in known})
+        try:
+            denoiser: nn.Module = network(**{key: value for key, value in self.config.items() if key in known})
+        except UNBUILDABLE as error:
+            raise ValueError(
+                f"{self.name}: diffusers cannot build {network.__name__} with this {self.denoiser}/config.json: {error}"
+            ) from error
         return denoiser
 
     def truncate(self, denoiser: nn.Module, paths: list[str]) -> nn.Module:

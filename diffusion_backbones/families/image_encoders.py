@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +11,13 @@ from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+OLD_SCALING = 0.18215
+"""What diffusers' pipelines multiplied latents by before configs said it."""
+UNBUILDABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError)
+"""What diffusers' constructors raise for configs that do not describe a network."""
+STATISTICS = ("latents_mean", "latents_std")
 
 
 class ImageEncoder:
@@ -35,9 +43,31 @@ class ImageEncoder:
         return 1
 
     @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return 3
+
+    @property
     def scaling(self) -> tuple[float, float]:
         """(shift, factor): the denoiser was trained on (z - shift) * factor."""
         return 0.0, 1.0
+
+    @property
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and deviation of each channel, where the denoiser was trained on (z - mean) * factor / deviation."""
+        return None
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) latents as :meth:`encode` gives them -> as the denoiser takes them."""
+        shift, factor = self.scaling
+        return (z - shift) * factor
+
+    def check(self) -> None:
+        """Check that the config says what latents depend on.
+
+        Raises:
+            ValueError: A key is missing or has a value that cannot be; the message goes on behind the file's name.
+        """
 
     @property
     def sites(self) -> list[Site]:
@@ -63,10 +93,26 @@ class ImageEncoder:
 class Autoencoder(ImageEncoder):
     """The encoder half of one of diffusers' autoencoders."""
 
+    @property
+    def channels(self) -> int:
+        return int(self.config.get("latent_channels", 4))
+
+    def check(self) -> None:
+        if (channels := self.config.get("in_channels", 3)) != 3:
+            raise ValueError(f"has in_channels {channels!r}, and images have 3")
+        shift, factor = self.scaling
+        if not (_is_number(factor) and factor > 0):
+            raise ValueError(f"has scaling_factor {factor!r}; it must be a number above 0")
+        if not _is_number(shift):
+            raise ValueError(f"has shift_factor {shift!r}; it must be a number")
+
     def build(self) -> nn.Module:
         import diffusers
 
-        autoencoder: nn.Module = getattr(diffusers, self.network).from_config(self.config)
+        try:
+            autoencoder: nn.Module = getattr(diffusers, self.network).from_config(self.config)
+        except UNBUILDABLE as error:
+            raise ValueError(f"diffusers cannot build {self.network} with this vae/config.json: {error}") from error
         return autoencoder
 
     def truncate(self, encoder: Any) -> nn.Module:
@@ -86,7 +132,7 @@ class AutoencoderDC(Autoencoder):
 
     @property
     def scaling(self) -> tuple[float, float]:
-        return 0.0, self.config["scaling_factor"]
+        return 0.0, self.config.get("scaling_factor")  # type: ignore[return-value]  # checked
 
     @property
     def stride(self) -> int:
@@ -101,8 +147,28 @@ class AutoencoderKL(Autoencoder):
 
     @property
     def scaling(self) -> tuple[float, float]:
-        # diffusers' default for configs written before the key existed, as SD 1.x's is
-        return self.config.get("shift_factor") or 0.0, self.config.get("scaling_factor") or 0.18215
+        return self.config.get("shift_factor") or 0.0, self.config.get("scaling_factor", OLD_SCALING)
+
+    @property
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        mean, deviation = (self.config.get(name) for name in STATISTICS)
+        return None if mean is None or deviation is None else (mean, deviation)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """As in diffusers' pipelines, which leave the shift out where there are statistics."""
+        if self.statistics is None:
+            return super().scaled(z)
+        mean, deviation = (z.new_tensor(list(values))[:, None, None] for values in self.statistics)
+        return (z - mean) * self.scaling[1] / deviation
+
+    def check(self) -> None:
+        super().check()
+        check_statistics(self.config, self.channels)
+        blocks, widths = (self.config.get(key, ()) for key in ("down_block_types", "block_out_channels"))
+        if len(blocks) != len(widths):
+            raise ValueError(f"has {len(blocks)} down_block_types, and block_out_channels says {len(widths)} levels")
+        if self.statistics and self.scaling[0]:
+            raise ValueError(f"has shift_factor {self.scaling[0]!r} beside latents_mean; it must have one of them")
 
     @property
     def stride(self) -> int:
@@ -138,6 +204,10 @@ class Flux2VAE(AutoencoderKL):
     latent_description = "the mode of the posterior in patches, standardised channel by channel"
 
     @property
+    def channels(self) -> int:
+        return super().channels * math.prod(self.config.get("patch_size", (2, 2)))
+
+    @property
     def scaling(self) -> tuple[float, float]:
         return 0.0, 1.0
 
@@ -164,8 +234,17 @@ class QwenImageVAE(AutoencoderKL):
     latent_description = "the mode of the posterior, standardised channel by channel"
 
     @property
+    def channels(self) -> int:
+        return int(self.config.get("z_dim", 16))
+
+    @property
     def scaling(self) -> tuple[float, float]:
         return 0.0, 1.0
+
+    @property
+    def statistics(self) -> None:
+        """None: they are part of :meth:`encode`."""
+        return
 
     @property
     def stride(self) -> int:
@@ -204,7 +283,7 @@ class TinyAutoencoder(Autoencoder):
 
     @property
     def scaling(self) -> tuple[float, float]:
-        return self.config.get("shift_factor", 0.0), self.config.get("scaling_factor", 1.0)
+        return self.config.get("shift_factor") or 0.0, self.config.get("scaling_factor", 1.0)
 
     @property
     def stride(self) -> int:
@@ -241,6 +320,27 @@ def get_image_encoder(config: Config) -> ImageEncoder:
     if name not in KINDS:
         raise ValueError(f"the image encoder is of class {name!r}, by its config.json; known are {', '.join(KINDS)}")
     return KINDS[name](config)
+
+
+def check_statistics(config: Config, channels: int) -> None:
+    """Check that a config has mean and deviation of each channel of the latents, or neither.
+
+    Raises:
+        ValueError: It has one, or other values; the message goes on behind the file's name.
+    """
+    mean, deviation = (config.get(name) for name in STATISTICS)
+    values: Any
+    for name, values, other in zip(STATISTICS, (mean, deviation), (deviation, mean), strict=True):
+        if values is None and other is None:
+            continue
+        listed = isinstance(values, Sequence) and len(values) == channels and all(map(_is_number, values))
+        if not listed or (name == STATISTICS[1] and min(values) <= 0):
+            kind = "numbers" if name == STATISTICS[0] else "numbers above 0"
+            raise ValueError(f"has {name} {values!r}; it must be {channels} {kind}, one for each channel of latents")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def channels_innermost(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,21 @@ class Prompter:
         return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
 
     def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
+        if not self.network.text_encoders:  # nothing is loaded, so there is nothing to keep
+            return self._encode(source, prompt)
         path = self._path(fingerprint, prompt)
         with _encoding:  # two threads load one text encoder, not two
-            row = _read(path)
+            row = _read(path, self.network)
             if row is None:
-                with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-                    row = self.network.encode_prompts(source.text, [prompt], self.padding)
+                row = self._encode(source, prompt)
                 _write(path, row)
+        return row
+
+    def _encode(self, source: Source, prompt: str) -> dict[str, Tensor]:
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            row = self.network.encode_prompts(source.text, [prompt], self.padding)
+        if wrong := misfit(self.network, row):
+            raise ValueError(f"{source}: the text encoders do not belong to the {self.network.denoiser}: {wrong}")
         return row
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
@@ -98,14 +106,39 @@ class Prompter:
         return cache_folder() / "prompts" / f"{key}.safetensors"
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def misfit(network: Architecture, row: Mapping[str, Tensor]) -> str:
+    """What is wrong with the embeddings of one prompt as a network's conditioning, or nothing."""
+    for name, shape in network.conditioning_shapes.items():
+        if name not in row:
+            return f"there is no {name}"
+        given = row[name]
+        width = shape[-1:] if "mask" not in name else ()  # tokens are as many as the text encoder takes
+        if (
+            given.ndim != 1 + len(shape)
+            or len(given) != 1
+            or not given.numel()
+            or (width and given.shape[-1:] != width)
+        ):
+            return f"{name} must be {(1, *shape)}, and is {tuple(given.shape)}"
+        if given.dtype != torch.float32 and shape:
+            return f"{name} must be torch.float32, and is {given.dtype}"
+        if not bool(given.isfinite().all()):
+            return f"{name} holds NaN or infinity"
+    return ""
+
+
+def _read(path: Path, network: Architecture) -> dict[str, Tensor] | None:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path, device="cpu") if path.is_file() else None
+        row = load_file(path, device="cpu") if path.is_file() else None
+        wrong = misfit(network, row) if row is not None else ""
     except (SafetensorError, OSError) as error:
-        log.warning("the cached prompt %s cannot be read and is made again: %s", path, error)
+        row, wrong = None, str(error)
+    if wrong:
+        log.warning("the cached prompt %s cannot be read and is made again: %s", path, wrong)
         return None
+    return row
 
 
 def _write(path: Path, embeddings: dict[str, Tensor]) -> None:

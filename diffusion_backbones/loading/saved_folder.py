@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.families import FAMILIES, upstream
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec.checkpoint import Checkpoint
@@ -91,7 +92,7 @@ class SavedConfig:
         try:
             recipe, checkpoint = Recipe.from_dict(data["recipe"]), Checkpoint.from_dict(data["checkpoint"])
             self.declaration = Declaration(data["name"], checkpoint, recipe)
-            self.configs: Configs = data["configs"]
+            self.configs: Configs = upstream.read(FAMILIES[checkpoint.family], data["configs"], "its configs")
             self.provenance: dict[str, str] = data["provenance"]
             self.out_strides: list[int] | None = data["out_strides"]
             self.input_format = InputFormat.from_dict(data["input_format"]) if "input_format" in data else SYMMETRIC

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones.families import Architecture
-from diffusion_backbones.loading.source import digest
+from diffusion_backbones.loading.source import content, digest
 from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
 
@@ -127,9 +127,11 @@ class SingleFile:
         }  # SD 2.x leaves the last one out
 
     def text_fingerprint(self) -> str:
-        """A string that changes with path, size or time of the file."""
-        stat = self.path.stat()
-        return digest([str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])
+        """A string that changes with path or content of the file."""
+        return digest([str(self.path.resolve()), content(self.path)])
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 def _layer(name: str) -> int:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import torch
-
 from diffusion_backbones.families import Architecture
 from diffusion_backbones.ops.safetensors_io import PICKLE_REFUSED, PICKLES, TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
@@ -23,6 +21,8 @@ from diffusion_backbones.spec.configs import Config, Configs
 log = logging.getLogger(__name__)
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+SAMPLE, SAMPLES = 2**12, 256
+"""Size in bytes and number of the samples that tell a file from another."""
 _SMALL = (".json", ".txt", ".model", ".jinja")  # what configs and tokenizers are made of
 
 
@@ -95,7 +95,7 @@ class Folder:
             )
         try:
             data: Config = json.loads(self.file(name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self}: {name} is not JSON: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{self}: {name} must hold a JSON object, got {type(data).__name__}")
@@ -183,35 +183,25 @@ class Folder:
 
     def text(self, component: str) -> tuple[Any, Any]:
         """Tokenizer and text model; see :meth:`Source.text`."""
-        from diffusion_backbones.families.text import clip, language_model
+        from diffusion_backbones.families.text import reading
 
         files = self._weights(component, "model", half=False)
-        config = self.json(f"{component}/config.json")
-        tokenizer = self._tokenizer(component.replace("text_encoder", "tokenizer"))
-        architectures = set(config.get("architectures") or ())
-        if architectures & set(language_model.GENERATIVE):
-            return tokenizer, language_model.pretrained(config, files[0].parent)
-        weights = TensorFiles(files)
-        build = language_model.text_model if architectures & set(language_model.ARCHITECTURES) else clip.text_model
-        return tokenizer, build(
-            config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights)
-        )
+        name = f"{component}/config.json"
+        words = self._tokenizer_folder(component.replace("text_encoder", "tokenizer"))
+        return reading.read(self.json(name), files, words, f"{self}: {name}")
 
-    def _tokenizer(self, component: str) -> Any:
-        from transformers import AutoTokenizer
-
+    def _tokenizer_folder(self, component: str) -> Path:
         files = [self.file(name) for name in self.names() if name.startswith(component + "/") and name.endswith(_SMALL)]
         if not files:
             raise FileNotFoundError(f"{self} has no {component}/, so prompts cannot be encoded")
-        return AutoTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+        return files[0].parent
 
     def text_fingerprint(self) -> str:
-        """A string that changes with path, size or time of any file of text encoders and tokenizers."""
-        parts = [str(self.path.resolve())]
-        for path in sorted(self.path.glob("t*/*")):  # text_encoder*, tokenizer*
-            stat = path.stat()
-            parts.append(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}")
-        return digest(parts)
+        """A string that changes with path or content of any file of text encoders and tokenizers."""
+        files = [path for path in sorted(self.path.glob("t*/*")) if path.is_file()]  # text_encoder*, tokenizer*
+        return digest(
+            [str(self.path.resolve()), *(f"{path.parent.name}/{path.name} {content(path)}" for path in files)]
+        )
 
     def __str__(self) -> str:
         return str(self.path)
@@ -259,6 +249,9 @@ class WithComponent:
         """The fingerprint of ``base``."""
         return self.base.text_fingerprint()
 
+    def __str__(self) -> str:
+        return str(self.base)
+
 
 def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
     """Choose the file of a checkpoint that holds a component's weights.
@@ -304,6 +297,17 @@ def _modern_attention(name: str) -> str:
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
     )
+
+
+def content(path: Path) -> str:
+    """What tells a file from another without reading gigabytes: size, time, and samples, the header among them."""
+    stat = path.stat()
+    taken = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in sorted({0, *range(0, stat.st_size, max(SAMPLE, stat.st_size // SAMPLES))}):
+            file.seek(start)
+            taken.update(file.read(SAMPLE))
+    return f"{stat.st_size} {stat.st_mtime_ns} {taken.hexdigest()}"
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -37,7 +37,10 @@ class VariancePreserving:
 
     @classmethod
     def from_config(cls, config: Config) -> VariancePreserving:
-        """Read the schedule from a scheduler's config, as diffusers computes it."""
+        """Read the schedule from a scheduler's config, as diffusers computes it.
+
+        The config is one that :func:`~diffusion_backbones.spec.schedule.check_schedule` accepts.
+        """
         from diffusers import DDPMScheduler
 
         keys = (
@@ -74,6 +77,25 @@ class VariancePreserving:
                 f"timestep must be from 0 to {len(self.alpha_bar) - 1} to have a noise level, got {timestep}; with "
                 "noise='none' any is possible"
             )
+
+
+@dataclass(frozen=True)
+class UnknownProcess:
+    """A schedule that is not known here, so that there are no noise levels; without noise a network is still read.
+
+    Args:
+        reason: What is not known, as an error says it.
+    """
+
+    reason: str
+
+    def levels(self, timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:  # noqa: ARG002
+        """See :class:`ForwardProcess`.
+
+        Raises:
+            ValueError: Always, with the reason.
+        """
+        raise ValueError(self.reason)
 
 
 @dataclass(frozen=True)

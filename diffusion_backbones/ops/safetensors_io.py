@@ -6,7 +6,8 @@ straight to their device and dtype.
 Small files are copied into memory. A view of a memory-mapped file lies where the file's header put it, and the same
 weights at another alignment give other last digits (2e-6 was seen), so copies make features equal bit for bit wherever
 weights were stored. From :data:`MAP_FROM` bytes on, weights that stay on the CPU in their own dtype stay views, as in
-diffusers: loading takes no time, processes share the pages, and only the file's last digits are its own.
+diffusers: loading copies nothing, processes share the pages, and only the file's last digits are its own. Every tensor
+is looked through once for NaN and infinity.
 """
 
 from __future__ import annotations
@@ -38,6 +39,17 @@ PICKLE_REFUSED = (
     "place you trust: "
     "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'out.safetensors')`, or take the repository's "
     "safetensors files."
+)
+_SCALES = (
+    *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
+    *(".SCB", ".weight_format", ".qweight", ".qzeros", ".g_idx"),
+    *(".scale_weight", ".weight_scale", ".weight_scale_inv", ".scale_input", ".input_scale", "scaled_fp8"),
+    *(".comfy_quant", ".weight_scale_2"),
+)
+"""Ends of the names of what belongs to quantized weights: bitsandbytes, GPTQ and AWQ, scaled float8."""
+_QUANTIZED = (
+    "They are of quantized weights, which are not read. Give those in float32, float16 or bfloat16; "
+    "weight_dtype='int8' quantizes them as they are read."
 )
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -99,6 +111,9 @@ class TensorFiles:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) one at a time, on ``device``; floating-point ones in ``dtype``, or as stored where that
         is None.
+
+        Raises:
+            ValueError: A tensor holds NaN or infinity.
         """
         wanted: dict[Path, list[str]] = {}
         for name in names:
@@ -113,8 +128,35 @@ class TensorFiles:
                     for name in some:
                         view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
                         tensor = view.to(device=device, dtype=dtype if view.is_floating_point() else None, copy=copy)
+                        check_finite(tensor, name, str(path), view)
                         del view
                         yield name, tensor
+
+
+def check_finite(tensor: Tensor, name: str, where: str, stored: Tensor | None = None) -> None:
+    """Check that a weight is finite, in one pass over it and without a copy.
+
+    Args:
+        tensor: The weight in the dtype that is computed in.
+        name: Its name.
+        where: Names its file in errors.
+        stored: The weight as its file holds it.
+
+    Raises:
+        ValueError: It holds NaN or infinity.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or _is_finite(tensor):
+        return
+    if stored is not None and _is_finite(stored):
+        raise ValueError(f"{name} in {where} has values that {tensor.dtype} cannot hold; use bfloat16 or float32")
+    raise ValueError(f"{name} in {where} holds NaN or infinity, so every feature would; download or make it again")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.itemsize == 1:  # float8, in which nothing is computed
+        tensor = tensor.float()
+    least, most = torch.aminmax(tensor)  # NaN is both
+    return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
 def _chunks(items: Sequence[str], n: int) -> Iterator[Sequence[str]]:
@@ -187,11 +229,38 @@ def load(
         store: Turns each tensor, by its name, into what is kept of it.
 
     Raises:
-        ValueError: Tensors are missing, not of this network, or of another shape; the first five are named.
+        ValueError: Tensors are missing, not of this network, of another shape, or no numbers that are computed with;
+            the first five are named.
     """
-    needed = list(module.state_dict())
-    check_tensors(needed, files.shapes, full, what, str(files))
-    fill(module, ((name, store(name, tensor)) for name, tensor in files.read(needed, dtype, device)))
+    empty = module.state_dict()
+    check_tensors(empty, files.shapes, full, what, str(files))
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in files.read(empty, dtype, device):
+            check_floating({name: tensor.dtype}, empty, what, str(files))
+            yield name, store(name, tensor)
+
+    fill(module, stored())
+
+
+def check_floating(found: Mapping[str, torch.dtype], wanted: Mapping[str, Tensor], what: str, where: str) -> None:
+    """Check that weights are stored as floating-point numbers, and not as whole ones without their scales.
+
+    Args:
+        found: Name -> the dtype that it is stored in.
+        wanted: Name -> the tensor of the network.
+        what: Names the network in errors.
+        where: Names the files in errors.
+
+    Raises:
+        ValueError: See :func:`load`.
+    """
+    whole = [
+        f"{name} ({dtype})"
+        for name, dtype in found.items()
+        if name in wanted and wanted[name].is_floating_point() and not dtype.is_floating_point
+    ]
+    _refuse(f"{what}: stored as whole numbers in {where}", whole, _QUANTIZED)
 
 
 def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str, where: str) -> None:
@@ -215,7 +284,9 @@ def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str,
     _refuse(
         f"{what}: missing from {where}", missing, "Is it a checkpoint of another architecture, or is a shard missing?"
     )
-    _refuse(f"{what}: not part of this network, in {where}", foreign, "Does its config.json belong to these weights?")
+    scales = [name for name in foreign if name.endswith(_SCALES)]
+    hint = _QUANTIZED if scales else "Does its config.json belong to these weights?"
+    _refuse(f"{what}: not part of this network, in {where}", scales or foreign, hint)
     _refuse(f"{what}: of another shape in {where}", wrong, "Does its config.json belong to these weights?")
 
 

@@ -145,6 +145,8 @@ class Facts:
         encoder = self.network.image_encoder
         shift, factor = encoder.scaling
         moved = f"{f'less {shift:g}, ' if shift else ''}multiplied by {factor:g}"
+        if encoder.statistics:
+            moved = f"standardised channel by channel, {moved}"
         if not scaled:
             moved = "not scaled"
         elif (shift, factor) == (0, 1):

@@ -23,7 +23,8 @@ def drop_components(configs: Configs, components: Iterable[str]) -> Configs:
 
 def is_flow(scheduler: Config) -> bool:
     """Whether a scheduler's config is that of a rectified flow, z_t = (1 - t) z + t noise, and not of a diffusion."""
-    return "FlowMatch" in scheduler.get("_class_name", "") or scheduler.get("prediction_type") == "flow_prediction"
+    named = "FlowMatch" in str(scheduler.get("_class_name"))
+    return named or bool(scheduler.get("use_flow_sigmas")) or scheduler.get("prediction_type") == "flow_prediction"
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -132,6 +132,8 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
         if name.removeprefix("text_model.") not in _UNUSED or name in full
     }
     safetensors_io.check_tensors(full, {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where)
+    stored = {name: tensor.dtype for name, tensor in named.items()}
+    safetensors_io.check_floating(stored, model.state_dict(), kind, where)
     safetensors_io.fill(model, named.items())
     for name, buffer in list(model.named_buffers()):  # no file holds them: the positions 0, 1, 2 ...
         owner, _, leaf = name.rpartition(".")

@@ -22,6 +22,7 @@ GENERATIVE = (
     "Mistral3ForConditionalGeneration",
 )
 """Whole language models of billions of parameters, which are run in the dtype that their files hold."""
+_DECODER = ("decoder.", "lm_head.")
 _UNUSED = "embeddings.position_ids"  # some files of BERT hold it, and the model makes it itself
 
 
@@ -109,6 +110,8 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
     safetensors_io.check_tensors(
         dict.fromkeys(first.values()), {name: tuple(tensor.shape) for name, tensor in named.items()}, full, kind, where
     )
+    stored = {name: tensor.dtype for name, tensor in named.items()}
+    safetensors_io.check_floating(stored, model.state_dict(), kind, where)
     safetensors_io.fill(model, named.items())
     model.tie_weights()
     return model
@@ -131,13 +134,26 @@ def pretrained(config: Config, folder: Path) -> Any:
 
     cls = getattr(transformers, config["architectures"][0])
     model, loaded = cls.from_pretrained(
-        folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        config=cls.config_class.from_dict(dict(config)),
+        dtype="auto",
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"{folder} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}; download it again"
         )
+    for name, tensor in model.named_parameters():
+        safetensors_io.check_finite(tensor, name, str(folder))
     return model.eval()
+
+
+def is_decoder(kind: str, name: str) -> bool:
+    """Whether a tensor is of the decoder of a whole T5, whose encoder alone is read."""
+    return "T5" in kind and name.startswith(_DECODER)
 
 
 def _first_names(model: Any) -> dict[str, str]:

@@ -45,6 +45,7 @@ class Flux(Transformer):
 
     networks = ("FluxTransformer2DModel",)
     text_encoders = ("text_encoder", "text_encoder_2")
+    wider = {32: "FLUX.1 Depth and Canny", 96: "FLUX.1 Fill"}
     order = ExecutionOrder(
         steps={
             "FluxTransformer2DModel": projected("transformer_blocks", "single_transformer_blocks"),

@@ -26,6 +26,7 @@ class PixArt(Transformer):
     networks = ("PixArtTransformer2DModel",)
     needs_model_index = True
     text_encoders = ("text_encoder",)
+    supplied = {"attention_type": (None, "default")}
     order = ExecutionOrder(
         steps={
             "PixArtTransformer2DModel": projected("transformer_blocks"),

@@ -40,6 +40,12 @@ class Qwen(Transformer):
 
     networks = ("QwenImageTransformer2DModel",)
     text_encoders = ("text_encoder",)
+    supplied = {  # those for editing and for layers have others
+        "guidance_embeds": (None, False),
+        "zero_cond_t": (None, False),
+        "use_additional_t_cond": (None, False),
+        "use_layer3d_rope": (None, False),
+    }
     order = ExecutionOrder(
         steps={
             "QwenImageTransformer2DModel": projected("transformer_blocks"),

@@ -14,7 +14,7 @@ from diffusion_backbones.spec.activations import IN, MAP, OUT, Site
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 TOKENS = 300
 """Length that diffusers' pipeline cuts prompts to, the start token included."""
@@ -28,6 +28,7 @@ class Sana(Transformer):
 
     networks = ("SanaTransformer2DModel",)
     text_encoders = ("text_encoder",)
+    supplied = {"guidance_embeds": (None, False)}  # True is Sana-Sprint
     order = ExecutionOrder(
         steps={
             "SanaTransformer2DModel": projected("transformer_blocks"),
@@ -73,13 +74,6 @@ class Sana(Transformer):
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (TOKENS, self.config["caption_channels"]), "prompt_attention_mask": (TOKENS,)}
-
-    def build_denoiser(self) -> nn.Module:
-        if self.config.get("guidance_embeds"):
-            raise ValueError(
-                "Sana with an embedded guidance scale (Sana-Sprint) is not supported; use one without guidance_embeds"
-            )
-        return super().build_denoiser()
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]

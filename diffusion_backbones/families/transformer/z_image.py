@@ -33,6 +33,7 @@ class ZImage(NextDiT):
     networks = ("ZImageTransformer2DModel",)
     tokens = 512
     image = "first"
+    supplied = {"siglip_feat_dim": (None,)}
     order = ExecutionOrder(
         steps={
             "ZImageTransformer2DModel": _network,

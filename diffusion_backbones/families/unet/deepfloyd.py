@@ -30,12 +30,20 @@ class DeepFloyd(UNet):
     """
 
     encoder = ""
+    supplied = {
+        "addition_embed_type": ("text",),
+        "class_embed_type": (None,),  # the upscalers of later stages have one, and need the image that they enlarge
+        "num_class_embeds": (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+        "time_cond_proj_dim": (None,),
+        "attention_type": (None, "default"),
+    }
+    wider = {6: "upscaling"}
 
     @classmethod
     def matches(cls, config: Config) -> bool:
-        """Only a first stage: the upscalers also need the image that they enlarge."""
-        added = (config.get("addition_embed_type"), config.get("class_embed_type")) == ("text", None)
-        return config.get("_class_name") in cls.networks and added
+        """Those that pool the text into the embedding of the timestep."""
+        return config.get("_class_name") in cls.networks and config.get("addition_embed_type") == "text"
 
     @classmethod
     def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:

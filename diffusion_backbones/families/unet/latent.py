@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 
 CROSS, POOLED, TIME = 32, 16, 8
 """Widths of the text, the pooled text and the embedded sizes in tiny networks."""
+BY_LEVEL = (
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+)
+"""Keys that have one value for each level, if they have several."""
+GUIDANCE = 8.5
+"""The guidance scale of networks that embed it, unless a call gives another; the default of diffusers' pipeline."""
 
 
 class UNet(Architecture):
@@ -27,11 +40,44 @@ class UNet(Architecture):
     networks: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
     order = ORDER
     stages = {"down_blocks": 1, "mid_block": 100, "up_blocks": 101, "conv_norm_out": 200, "conv_out": 200}
+    supplied = {
+        "addition_embed_type": (None, "text_time"),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "attention_type": (None, "default"),
+    }
+    wider = {
+        5: "depth maps",
+        7: "upscaling",
+        8: "InstructPix2Pix, Marigold and others with a second image",
+        9: "inpainting",
+    }
 
     @classmethod
     def matches(cls, config: Config) -> bool:
-        """Not those that add the text or an image in another way, as DeepFloyd IF and Kandinsky do."""
-        return super().matches(config) and config.get("addition_embed_type") in (None, "text_time")
+        """Not those that add the text in another way, as DeepFloyd IF does."""
+        return super().matches(config) and config.get("addition_embed_type") != "text"
+
+    def check(self) -> None:
+        super().check()
+        config = self.config
+        n = len(config["block_out_channels"])
+        for key, value in config.items():
+            by_level = key in BY_LEVEL and isinstance(value, (list, tuple))
+            if by_level and len(value) != n:
+                raise ValueError(f"has {len(value)} {key}, and block_out_channels says {n} levels")
+        if isinstance(config.get("cross_attention_dim"), (list, tuple)):
+            raise ValueError("has several cross_attention_dim, and the text has one; such networks are not read")
+        if _has_added_text(config):
+            width, five = config["projection_class_embeddings_input_dim"], 5 * config["addition_time_embed_dim"]
+            if width - five == config["cross_attention_dim"]:
+                raise ValueError(
+                    f"has projection_class_embeddings_input_dim {width}, room for five numbers beside the text: it is "
+                    "SDXL's refiner, which takes an aesthetic score and one text encoder, and is not read; give the "
+                    "base network"
+                )
 
     @classmethod
     def tiny(cls, configs: dict[str, dict[str, Any]]) -> None:
@@ -73,7 +119,15 @@ class UNet(Architecture):
         if _has_added_text(config):
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             shapes["pooled_prompt_embeds"] = (pooled,)
-        return shapes
+        return shapes | ({"guidance": ()} if self.embeds_guidance else {})
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether a guidance scale is an input of the network, as after consistency distillation."""
+        return self.config.get("time_cond_proj_dim") is not None
+
+    def blank_conditioning(self) -> dict[str, Tensor]:
+        return super().blank_conditioning() | self._guidance(1)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -91,15 +145,33 @@ class UNet(Architecture):
         if "pooled_prompt_embeds" in conditioning:
             ids = z.new_tensor([*size, 0, 0, *size]).expand(z.shape[0], 6)  # original size, crop corner, target size
             added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": ids}
+        scale = conditioning.get("guidance")
         output: Tensor = denoiser(
-            z, timestep, encoder_hidden_states=conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            z,
+            timestep,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            timestep_cond=None if scale is None else self._embedded(scale).to(z.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
         return output
+
+    def _embedded(self, scale: Tensor) -> Tensor:
+        """(B,) guidance scales -> (B, channels), as diffusers' pipeline for latent consistency embeds them."""
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        embedded: Tensor = get_timestep_embedding(1000 * (scale.float() - 1), self.config["time_cond_proj_dim"])
+        return embedded
+
+    def _guidance(self, rows: int) -> dict[str, Tensor]:
+        import torch
+
+        return {"guidance": torch.full((rows,), GUIDANCE)} if self.embeds_guidance else {}
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text.clip import encode  # torch
 
-        return encode(load, prompts, padding, self.text_encoders)
+        return encode(load, prompts, padding, self.text_encoders) | self._guidance(len(prompts))
 
 
 def _has_added_text(config: Config) -> bool:
