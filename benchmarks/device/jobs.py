@@ -1,0 +1,93 @@
+"""What is measured, in the order in which it is wanted: a run that is cut off has told the most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WHOLE, EACH = "whole", "each"
+"""What a job times in place of the backbone: GDF's way, the whole network with hooks; DIFT's, an encode a draw."""
+
+LAYOUT, GRAPH, FOLD = {"channels_last": True}, {"graph": True}, {"fold": True}
+"""``channels_last`` and ``graph`` are done to a backbone once it is built; the rest are options of ``create_model``."""
+PLAIN: tuple[Mapping[str, Any], ...] = ({}, LAYOUT, GRAPH, FOLD, LAYOUT | GRAPH | FOLD)
+COMPILED = {"compile": "default"}
+ALL = LAYOUT | GRAPH | FOLD | COMPILED
+
+
+@dataclass(frozen=True)
+class Job:
+    """One backbone, built once in one way, at several batch sizes.
+
+    Args:
+        measure: A function of :mod:`~benchmarks.device.measures`.
+        backbone: A registered backbone.
+        batches: Images in a call; a row for each, or a few.
+        options: Options of ``create_model``, ``channels_last`` and ``graph``.
+        dtype: Dtype of weights and maps.
+        instead: :data:`WHOLE` or :data:`EACH`, or empty for the backbone itself.
+        expects: Seconds that it is thought to take. With fewer left it is skipped.
+        limit: Seconds after which it is stopped.
+    """
+
+    measure: str
+    backbone: str = ""
+    batches: Sequence[int] = (1,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    instead: str = ""
+    expects: float = 10
+    limit: float = 45
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it waits for a compiler, which takes long or never ends."""
+        return "compile" in self.options
+
+    @property
+    def name(self) -> str:
+        """How the job is called where it is chosen and reported."""
+        words = [self.measure, self.backbone, self.instead, *(f"{k}={v}" for k, v in self.options.items()), self.dtype]
+        return " ".join(filter(None, words))
+
+
+def jobs() -> Iterator[Job]:
+    """All jobs; the first says whether anything can be measured at all."""
+    yield Job("product", expects=0, limit=90)
+    yield from _plain("sd15_gdf", (1, 8, 32), expects=12)
+    yield Job("profile", "sd15_gdf", (1, 8))
+    yield Job("profile", "sd15_gdf", (8,), LAYOUT)
+    yield _compiled("sd15_gdf", (8, 32, 1), COMPILED)
+    yield from _plain("sdxl_gdf", (1, 8), expects=15)
+    yield from _plain("sd21_dift", (1, 8), expects=15)
+    yield Job("extract", "sd15_gdf", (8,), expects=30, limit=90)
+    yield from _int8("flux_dev_ditf", expects=25)
+    yield from _int8("sd3_medium_seg4diff", expects=10)
+    yield _compiled("sd15_gdf", (8, 32, 1), ALL)
+    yield Job("load", "sd15_gdf", expects=45, limit=120)
+    yield _compiled("sdxl_gdf", (1, 8), ALL)
+    yield _compiled("sd15_gdf", (8, 1), {"compile": "reduce-overhead"})
+    yield _compiled("sdxl_gdf", (1, 8), COMPILED)
+    yield _compiled("sd21_dift", (8, 1), COMPILED)
+    yield _compiled("sd21_dift", (8, 1), ALL)
+
+
+def _plain(name: str, batches: Sequence[int], expects: float) -> Iterator[Job]:
+    """What needs no compiler. GDF's way comes first: the others are so many times as fast."""
+    for dtype in ("float16", "bfloat16"):
+        yield Job("speed", name, batches, dtype=dtype, instead=WHOLE, expects=expects)
+    if name == "sd21_dift":  # the only one of several draws
+        yield Job("speed", name, batches, dtype="float16", instead=EACH, expects=expects)
+    for options in PLAIN:
+        yield Job("speed", name, batches, options, expects=expects)
+
+
+def _int8(name: str, expects: float) -> Iterator[Job]:
+    yield Job("speed", name, instead=WHOLE, expects=expects, limit=90)
+    for options in ({}, {"weight_dtype": "int8"}):
+        yield Job("speed", name, (1,), options, expects=expects, limit=90)
+
+
+def _compiled(name: str, batches: Sequence[int], options: Mapping[str, Any]) -> Job:
+    return Job("speed", name, batches, options, expects=60, limit=150)
