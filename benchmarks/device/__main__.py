@@ -61,7 +61,7 @@ def _measure(chosen: list[Job], worker: Worker, table: Table, until: float) -> N
             _fail(job, table, waiting, str(error))
             if job.measure == "product":
                 sys.exit(f"Nothing can be measured here: {error}")
-            if job.compiles and isinstance(error, TimeoutError):
+            if job.compiles and len(waiting) == len(job.batches) and isinstance(error, TimeoutError):
                 compiling = float("inf")
         if job.compiles:
             compiling = max(compiling, time.monotonic() - started)

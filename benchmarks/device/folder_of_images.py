@@ -19,18 +19,17 @@ DRAWN = 16
 """Photographs that are drawn; the others are the same again under other names, and decoded anew."""
 
 
-def extraction(backbone: DiffusionBackbone, setting: Setting, count: int, out: Path) -> tuple[float, float, float]:
+def extraction(backbone: DiffusionBackbone, setting: Setting, count: int) -> tuple[float, float, float]:
     """Seconds an image: of the extraction, of reading alone in one thread, of the network alone.
 
     Args:
         backbone: The network.
         setting: Of its call: batch, side and device.
         count: Photographs of 1.9 megapixels.
-        out: A folder on the disk that features are written to.
     """
     call = partial(backbone, setting.images())
     alone = statistics.median(benchmark.alternate({"network": call}, 5, setting.device)["network"]) / setting.batch
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch) / "photos"
         drawn = draw(photos, "photographs", min(DRAWN, count))
         for i in range(len(drawn), count):

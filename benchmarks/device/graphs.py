@@ -21,7 +21,8 @@ def captured(run: Callable[[Tensor], Maps], x: Tensor) -> Callable[[], Maps]:
     graphs, it is the call itself, without the check.
 
     Raises:
-        RuntimeError: The call cannot be captured, or its graph gives other maps.
+        AssertionError: The graph gives other maps.
+        RuntimeError: The call cannot be captured.
     """
     with mock.patch.object(pipeline, "check_image"):
         expected, given = [level.clone() for level in run(x)], x.clone()

@@ -45,6 +45,8 @@ class Worker:
             TimeoutError: It took longer than so many seconds, and was stopped.
             RuntimeError: It failed, or its process ended.
         """
+        if self.process is not None and not self.process.is_alive():  # it was killed while it waited
+            self.stop()
         if self.process is None:
             self._start()
         self.pipe.send(job)
