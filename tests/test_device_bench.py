@@ -19,7 +19,13 @@ from benchmarks.device.table import COLUMNS, Table, keep
 from benchmarks.device.worker import Worker
 
 ROOT = Path(__file__).parent.parent
-ONLY = ["sd15_gdf", "bfloat16"]
+ONLY = [
+    ["sd15_gdf", "whole", "bfloat16"],
+    ["sd15_gdf", "channels_last=True graph=True"],
+    ["profile"],
+    ["extract"],
+    ["load"],
+]
 
 
 def rows_of(file):
@@ -36,14 +42,14 @@ def script(out, *words):
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal")
-    said = script(out, "--rehearse", "--seconds", "600", "--only", *ONLY)
+    said = script(out, "--rehearse", "--seconds", "600", *(word for words in ONLY for word in ("--only", *words)))
     assert said.returncode == 0, said.stderr
     return out, rows_of(out / "rows.csv"), said.stdout
 
 
 def test_every_batch_of_every_job_is_measured(rehearsal):
     _, rows, _ = rehearsal
-    chosen = [job for job in jobs() if all(word in job.name for word in ONLY)]
+    chosen = [job.rehearsed() for job in jobs() if any(map(job.has, ONLY))]
     assert {job.measure for job in chosen} == {"speed", "profile", "extract", "load"}
     for job in chosen:
         options = " ".join(f"{key}={value}" for key, value in job.options.items())
@@ -57,7 +63,7 @@ def test_every_batch_of_every_job_is_measured(rehearsal):
 
 def test_speed_is_relative_to_the_first_whole_network(rehearsal):
     _, rows, _ = rehearsal
-    for batch in ("1", "8", "32"):
+    for batch in ("1", "2"):
         some = [row for row in rows if row["batch"] == batch and row["seconds"]]
         first = next(float(row["seconds"]) for row in some if row["way"] == table.HOOKS)
         assert all(float(row["speed"]) == pytest.approx(first / float(row["seconds"]), rel=2e-3) for row in some)
@@ -145,7 +151,7 @@ def test_an_error_costs_its_own_job(worker):
     [
         ("fault", RuntimeError, "RuntimeError: of the device"),
         ("crash", RuntimeError, "its process ended with exit code -11"),
-        ("sleep", TimeoutError, "stopped after [12] s"),
+        ("sleep", TimeoutError, "stopped after 2 s"),
     ],
 )
 def test_after_a_fault_a_crash_and_a_job_without_end_there_is_a_new_process(worker, job, error, message):

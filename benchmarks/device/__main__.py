@@ -32,7 +32,9 @@ def main() -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "profile.txt").unlink(missing_ok=True)
-    chosen = [job for job in jobs() if job.measure == "product" or all(word in job.name for word in args.only)]
+    chosen = [job for job in jobs() if job.measure == "product" or not args.only or any(map(job.has, args.only))]
+    if args.rehearse:
+        chosen = [job.rehearsed() for job in chosen]
     table = Table(args.out / "rows.csv", " ".join(["scripts/device_bench.sh", *sys.argv[1:]]))
     worker = Worker(Place(device, args.out.resolve(), args.rehearse).prepare)
     try:
@@ -87,7 +89,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"after which it ends, {SECONDS} by default")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny networks, not compiled")
     parser.add_argument(
-        "--only", nargs="+", default=(), metavar="WORD", help="jobs whose names have all these words: sd15_gdf fold"
+        "--only",
+        nargs="+",
+        action="append",
+        metavar="WORD",
+        help="jobs whose names have all these words, such as sd15_gdf fold; may be given several times",
     )
     parser.add_argument("--keep", type=Path, metavar="ROWS", help="append the rows of a run to speed.csv, and end")
     return parser.parse_args()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 WHOLE, EACH = "whole", "each"
@@ -45,11 +45,19 @@ class Job:
         """Whether it waits for a compiler, which takes long or never ends."""
         return "compile" in self.options
 
+    def rehearsed(self) -> Job:
+        """The same with one and two images in place of many, and with the patience that a CPU needs."""
+        return replace(self, batches=(1, 2)[: len(self.batches)], limit=600)
+
     @property
     def name(self) -> str:
         """How the job is called where it is chosen and reported."""
         words = [self.measure, self.backbone, self.instead, *(f"{k}={v}" for k, v in self.options.items()), self.dtype]
         return " ".join(filter(None, words))
+
+    def has(self, words: Sequence[str]) -> bool:
+        """Whether all the words are in its name."""
+        return all(word in self.name for word in words)
 
 
 def jobs() -> Iterator[Job]:

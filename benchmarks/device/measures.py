@@ -149,7 +149,7 @@ def extract(job: Job, place: Place) -> Iterator[Row]:
 
     def rows(batch: int) -> Iterator[Row]:
         asked = setting(job, batch, place)
-        count = 2 * batch if place.rehearse else 256
+        count = 4 if place.rehearse else 256
         seconds, read, alone = extraction(backbone, asked, count)
         note = f"{count} JPEGs, {1 / seconds:.1f} a second: {alone / seconds:.2f} of the network's own rate, "
         note += f"{1 / alone:.1f}; a thread reads {1 / read:.1f}"

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 READY, DONE = "ready", "done"
-START = 120
+START = 300
 """Seconds in which the process must be ready; they count towards no job."""
 
 Prepare = Callable[[], tuple[Callable[[Any], Iterator[Any]], Callable[[], bool]]]
@@ -51,7 +51,7 @@ class Worker:
             self._start()
         self.pipe.send(job)
         until = time.monotonic() + seconds
-        while (what := self._receive(until)) != DONE:
+        while (what := self._receive(until, seconds)) != DONE:
             if isinstance(what, Failure):
                 if not what.well:
                     self.stop()
@@ -75,13 +75,12 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, self.prepare))
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        self._receive(time.monotonic() + START)
+        self._receive(time.monotonic() + START, START)
 
-    def _receive(self, until: float) -> Any:
-        left = max(0.0, until - time.monotonic())
-        if not self.pipe.poll(left):
+    def _receive(self, until: float, seconds: float) -> Any:
+        if not self.pipe.poll(max(0.0, until - time.monotonic())):
             self.stop()
-            raise TimeoutError(f"stopped after {left:.0f} s")
+            raise TimeoutError(f"stopped after {seconds:.0f} s")
         try:
             return self.pipe.recv()
         except EOFError:
