@@ -7,6 +7,7 @@ OUT/profile.txt. What no longer fits the time is skipped, and what fails costs i
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def main() -> None:
     if args.rehearse:
         chosen = [job.rehearsed() for job in chosen]
     table = Table(args.out / "rows.csv", " ".join(["scripts/device_bench.sh", *sys.argv[1:]]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends this ends its worker too
     worker = Worker(Place(device, args.out.resolve(), args.rehearse).prepare)
     try:
         _measure(chosen, worker, table, began + args.seconds)

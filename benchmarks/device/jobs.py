@@ -46,8 +46,8 @@ class Job:
         return "compile" in self.options
 
     def rehearsed(self) -> Job:
-        """The same with one and two images in place of many, and with the patience that a CPU needs."""
-        return replace(self, batches=(1, 2)[: len(self.batches)], limit=600)
+        """The same with what a CPU can do: one and two images in place of many, no float16, and more time."""
+        return replace(self, batches=(1, 2)[: len(self.batches)], dtype="bfloat16", limit=600)
 
     @property
     def name(self) -> str:
