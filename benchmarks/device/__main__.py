@@ -36,7 +36,8 @@ def main() -> None:
     chosen = [job for job in jobs() if job.measure == "product" or not args.only or any(map(job.has, args.only))]
     if args.rehearse:
         chosen = [job.rehearsed() for job in chosen]
-    table = Table(args.out / "rows.csv", " ".join(["scripts/device_bench.sh", *sys.argv[1:]]))
+    words = ["--rehearse"] * args.rehearse + [word for words in args.only or () for word in ("--only", *words)]
+    table = Table(args.out / "rows.csv", " ".join(["scripts/device_bench.sh", *words]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends this ends its worker too
     worker = Worker(Place(device, args.out.resolve(), args.rehearse).prepare)
     try:
