@@ -39,4 +39,5 @@ class Place:
         torch.set_grad_enabled(False)
         if self.rehearse:
             torch.compiler.set_stance("force_eager")
+            torch.set_num_threads(1)  # tiny tensors: on a busy machine threads wait for each other far longer
         return lambda job: measures.run(job, self), lambda: measures.well(self.device)
