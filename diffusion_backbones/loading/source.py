@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from diffusion_backbones.families import Architecture
-from diffusion_backbones.ops.safetensors_io import PICKLE_REFUSED, PICKLES, TensorFiles
+from diffusion_backbones.ops.file_formats import PICKLE_REFUSED, PICKLES
+from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffusion_backbones.ops import atomic
+from diffusion_backbones.ops.file_formats import PICKLES, is_safetensors, what_is_wrong
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
@@ -31,16 +32,6 @@ Store = Callable[[str, Tensor], Tensor]
 
 MAP_FROM = 2**28
 """Size in bytes from which a file's weights are used where they are mapped."""
-
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PICKLE_REFUSED = (
-    "is a pickle, and loading a pickle runs whatever code it holds. Only .safetensors is read. Convert it once in a "
-    "place you trust: "
-    "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'out.safetensors')`, or take the repository's "
-    "safetensors files."
-)
-_LFS_POINTER = b"version https://git-lfs"
-
 
 class TensorFiles:
     """The tensors of one or more ``.safetensors`` files, by name, unread.
@@ -87,6 +78,15 @@ class TensorFiles:
         out.shapes = {new: self.shapes[old] for new, old in names.items()}
         return out
 
+    def _view(self, file: Any, name: str) -> Tensor:
+        """A tensor as its open file has it, mapped and not read."""
+        view: Tensor = file.get_tensor(self._where[name][1])
+        return view
+
+    def stored(self, name: str) -> str:
+        """The name under which a tensor is in its file; the name itself if it is in none."""
+        return self._where[name][1] if name in self._where else name
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
         path, stored = self._where[name]
@@ -111,7 +111,7 @@ class TensorFiles:
             ):  # closing a file gives back the pages that were read
                 with _open(path) as file:
                     for name in some:
-                        view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
+                        view = self._view(file, name).reshape(self.shapes[name])
                         tensor = view.to(device=device, dtype=dtype if view.is_floating_point() else None, copy=copy)
                         del view
                         yield name, tensor
@@ -122,26 +122,18 @@ def _chunks(items: Sequence[str], n: int) -> Iterator[Sequence[str]]:
 
 
 def _open(path: Path) -> Any:
-    if path.suffix in PICKLES:
-        raise ValueError(f"{path} {PICKLE_REFUSED}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist")
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a safetensors file under another suffix; rename it to {path.stem}.safetensors"
+            if is_safetensors(path)
+            else f"{path} {what_is_wrong(path)}"
+        )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} {_what_is_wrong(path)}: {error}.") from error
-
-
-def _what_is_wrong(path: Path) -> str:
-    size = path.stat().st_size
-    if size == 0:
-        return "is empty; delete it and download or write it again"
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            return (
-                "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was cloned, or download it"
-            )
-    return f"({size} bytes) is cut short or not in the safetensors format; delete it and download or write it again"
+        raise ValueError(f"{path} {what_is_wrong(path)} ({error})") from error
 
 
 class _NoInit(TorchFunctionMode):
