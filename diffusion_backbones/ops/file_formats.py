@@ -21,8 +21,8 @@ _UNPACK = "; unpack it and give what is in it"
 _PICTURE = " and holds no weights"
 
 MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was cloned, "
-     "or download it"),
+    (b"version https://git-lfs", "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was "
+     "cloned, or download it"),
     (b"GGUF", "is a GGUF file, whose weights are quantized" + _ONLY),
     (b"GGML", "is a GGML file, whose weights are quantized" + _ONLY),
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras and TensorFlow write them" + _ONLY),
@@ -89,7 +89,7 @@ def what_is_wrong(path: Path) -> str:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does: the length of its header, and then the header, which is JSON."""
+    """Whether a file begins as a safetensors file does: with the length of its header, and then the header."""
     with path.open("rb") as file:
         start = file.read(16)
     return _header_length(start) is not None
@@ -112,7 +112,9 @@ def _cut_safetensors(path: Path, start: bytes, size: int) -> str | None:
             header = _json(file.read(length))
         if not isinstance(header, dict):
             return f"({size} bytes) has a safetensors header that is not JSON; download or write it again"
-        ends = [entry["data_offsets"][1] for entry in header.values() if isinstance(entry, dict) and "data_offsets" in entry]
+        ends = [
+            entry["data_offsets"][1] for entry in header.values() if isinstance(entry, dict) and "data_offsets" in entry
+        ]
         wanted += max(ends, default=0)
     if wanted == size:
         return f"({size} bytes) is a safetensors file that the installed safetensors library does not open"
@@ -140,8 +142,8 @@ def _text(path: Path, start: bytes) -> str | None:
         return None
     if text[:200].lower().startswith(("<!doctype", "<html", "<head", "<?xml")):
         return (
-            "is a web page and not the file that it was meant to be, as when a download needs a login; download it with "
-            "`hf download OWNER/REPO FILE`"
+            "is a web page and not the file that it was meant to be, as when a download needs a login; download it "
+            "with `hf download OWNER/REPO FILE`"
         )
     if text.startswith("{"):
         return _json_file(path)

@@ -33,6 +33,7 @@ Store = Callable[[str, Tensor], Tensor]
 MAP_FROM = 2**28
 """Size in bytes from which a file's weights are used where they are mapped."""
 
+
 class TensorFiles:
     """The tensors of one or more ``.safetensors`` files, by name, unread.
 

@@ -19,7 +19,9 @@ _CACHE = "the files are huggingface_hub's: `hf download OWNER/REPO` has such opt
 _TOKEN = "log in with `hf auth login`, or set HF_TOKEN"
 _INT8 = "weight_dtype='int8' keeps the denoiser's weights in eight bits"
 _CODE = "no code of a repository is run; leave it out"
-_CONFIG = "configs are those of the checkpoint; for other ones give a folder in the diffusers layout as checkpoint_path="
+_CONFIG = (
+    "configs are those of the checkpoint; for other ones give a folder in the diffusers layout as checkpoint_path="
+)
 _NAME = "the first argument names the checkpoint, such as 'hf-hub:OWNER/REPO' or 'local-dir:FOLDER' with recipe="
 
 COUNTERPARTS: Mapping[str, str] = {
@@ -34,14 +36,14 @@ COUNTERPARTS: Mapping[str, str] = {
         "checkpoint_path= takes the sub-folder itself, such as FOLDER/unet, with pretrained=True for what it lacks"
     ),
     "use_safetensors": "nothing but .safetensors is read; leave it out",
-    "local_files_only": "without pretrained=True nothing is fetched; with it, set HF_HUB_OFFLINE=1 to read the cache alone",
+    "local_files_only": ("without pretrained=True nothing is fetched; with it, HF_HUB_OFFLINE=1 reads the cache alone"),
     **dict.fromkeys(("token", "use_auth_token"), _TOKEN),
     **dict.fromkeys(("force_download", "resume_download", "proxies", "mirror", "local_dir"), _CACHE),
     **dict.fromkeys(("vae", "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"), _PART),
     **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), _PART),
     "scheduler": (
-        "the schedule is read from scheduler/scheduler_config.json of the checkpoint; timestep= and noise= say how much "
-        "noise there is"
+        "the schedule is read from scheduler/scheduler_config.json of the checkpoint; timestep= and noise= say how "
+        "much noise there is"
     ),
     **dict.fromkeys(
         ("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder", "add_watermarker"), _NO_PART
@@ -68,8 +70,11 @@ COUNTERPARTS: Mapping[str, str] = {
     "ignore_mismatched_sizes": "weights that do not fit the network are refused; leave it out",
     **dict.fromkeys(("weights", "pretrained_backbone"), "pretrained=True takes the published weights"),
     **dict.fromkeys(
-        ("checkpoint", "ckpt_path", "model_path", "state_dict"), "checkpoint_path= takes a folder or a .safetensors file"
+        ("checkpoint", "ckpt_path", "model_path", "state_dict"),
+        "checkpoint_path= takes a folder or a .safetensors file",
     ),
-    **dict.fromkeys(("out_features", "return_nodes"), "recipe= takes a list of activation ids, and out_indices= chooses levels"),
+    **dict.fromkeys(
+        ("out_features", "return_nodes"), "recipe= takes a list of activation ids, and out_indices= chooses levels"
+    ),
 }
 """Keyword -> a clause that says what does its work here."""
