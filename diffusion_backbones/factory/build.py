@@ -97,7 +97,7 @@ class Builder:
         """
         options = self.options
         if self.fills and isinstance(self.resolved.source, Completed):
-            self.resolved.source.check(self.network)
+            self.resolved.source.check()
         constant_folding.check_fold(options.fold, self.folded, options.trainable, options.device, self.name)
         if options.trainable == "prompt":
             trainable.check_prompt(self.plan, options.prompt_tokens)

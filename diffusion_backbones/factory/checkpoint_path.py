@@ -91,7 +91,7 @@ def open_path(
     if lacks and not base and published:
         base = published()
         part, lacks = opened(path, checkpoint, base)
-    return Completed(part, FAMILIES[checkpoint.family], base, checkpoint.hub_id) if lacks else part
+    return Completed(part, FAMILIES[checkpoint.family], base, lacks, checkpoint.hub_id) if lacks else part
 
 
 def _open_file(path: Path, checkpoint: Checkpoint, base: Source | None) -> tuple[SingleFile, list[str]]:
@@ -108,11 +108,11 @@ def _open_file(path: Path, checkpoint: Checkpoint, base: Source | None) -> tuple
 def _open_folder(path: Path, checkpoint: Checkpoint, base: Source | None) -> tuple[Folder, list[str]]:
     family, folder = FAMILIES[checkpoint.family], Folder(path)
     _check_folder(folder, family, checkpoint.name)
-    configs = folder.over(base.configs(family) if base else {}, family)
-    needed = [family.denoiser, "scheduler", *([family.encoder] if family.encoder else [])]
-    if family.denoiser in configs:
-        needed += [name for name in components(_network(checkpoint, configs)) if name not in needed]
-    return folder, [name for name in needed if not folder.has(name)]
+    own = folder.over({}, family)
+    needed = [family.denoiser, *([family.encoder] if family.encoder else [])]
+    if family.denoiser in (configs := {**(base.configs(family) if base else {}), **own}):
+        needed = components(_network(checkpoint, configs))
+    return folder, [name for name in needed if not folder.has(name)] + ["scheduler"] * ("scheduler" not in own)
 
 
 def _check_folder(folder: Folder, family: type[Architecture], wanted: str) -> None:

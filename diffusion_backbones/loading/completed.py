@@ -5,6 +5,7 @@ What the part holds is taken from it; everything else, configs included, from th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusion_backbones.families import Architecture
@@ -40,11 +41,19 @@ class Completed:
         part: Holds something of a checkpoint.
         family: The family of the checkpoint.
         base: Gives what the part lacks; None if there is nothing that does.
+        lacks: What the part lacks, by the names of the diffusers layout.
         hub_id: Named in errors as the place that could.
     """
 
-    def __init__(self, part: Folder | SingleFile, family: type[Architecture], base: Source | None, hub_id: str = ""):
-        self.part, self.family, self.base, self.hub_id = part, family, base, hub_id
+    def __init__(
+        self,
+        part: Folder | SingleFile,
+        family: type[Architecture],
+        base: Source | None,
+        lacks: Sequence[str],
+        hub_id: str = "",
+    ):
+        self.part, self.family, self.base, self.lacks, self.hub_id = part, family, base, lacks, hub_id
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -59,11 +68,10 @@ class Completed:
     def _network(self) -> Architecture:
         return self.family(self.configs(self.family))
 
-    def check(self, network: Architecture) -> None:
-        """Raise ``FileNotFoundError`` if something that a network needs is neither in the part nor in a base."""
-        lacks = [name for name in components(network) if not self.part.has(name)]
-        if lacks and not self.base:
-            raise self._lacking(*lacks)
+    def check(self) -> None:
+        """Raise ``FileNotFoundError`` if there is no base for what the part lacks."""
+        if not self.base:
+            raise self._lacking()
 
     def configs(self, family: type[Architecture]) -> Configs:
         """The configs of the base, with those that a folder brings.
@@ -75,8 +83,8 @@ class Completed:
             return self.part.over(self.base.configs(family), family)
         own = self.part.over({}, family)
         needed = [family.denoiser, *([family.encoder] if family.encoder else []), "scheduler"]
-        if lacks := [name for name in needed if name not in own]:
-            raise self._lacking(*lacks)
+        if any(name not in own for name in needed):
+            raise self._lacking()
         return own
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
@@ -111,11 +119,11 @@ class Completed:
             return self.part
         if self.base:
             return self.base
-        raise self._lacking(component)
+        raise self._lacking()
 
-    def _lacking(self, *lacks: str) -> FileNotFoundError:
+    def _lacking(self) -> FileNotFoundError:
         held = f"; it holds {self.part.held()}" if isinstance(self.part, Folder) else ""
-        return FileNotFoundError(f"{self.part} lacks {', '.join(lacks)}{held}. {rule(self.hub_id)}")
+        return FileNotFoundError(f"{self.part} lacks {', '.join(self.lacks)}{held}. {rule(self.hub_id)}")
 
 
 def _tokenizer(component: str) -> str:

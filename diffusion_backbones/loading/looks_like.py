@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
 
 from diffusion_backbones.families import FAMILIES, Architecture, architecture
 from diffusion_backbones.loading import layouts
 from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec.registry import get_checkpoint, get_declaration, list_checkpoints, list_models
-
-if TYPE_CHECKING:
-    from diffusion_backbones.loading.single_file import SingleFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -63,13 +59,16 @@ def _unet_difference(shapes: Shapes, network: Architecture) -> str:
     return ""
 
 
-def readers(file: SingleFile) -> str:
+def readers(names: Collection[str], convert: Callable[[Architecture], Shapes | None]) -> str:
     """Which registered checkpoints read a file's denoiser, as a sentence; empty where none does.
 
     It is compared with every architecture that travels with the package: those that fit exactly are named, else those
     that differ in widths alone.
+
+    Args:
+        names: Of the denoiser's tensors, without what stands before them.
+        convert: Network -> the shapes of those tensors in diffusers' names, None where they are not of its kind.
     """
-    names = layouts.denoiser_names(file.names())
     author = layouts.author(names)
     exact: list[str] = []
     alike: list[str] = []
@@ -81,7 +80,7 @@ def readers(file: SingleFile) -> str:
         network = architecture(checkpoint)
         if not author and not layouts.named_as_diffusers(names, network):
             continue
-        found = file.converted(network)
+        found = convert(network)
         with safetensors_io.unfilled():
             full = safetensors_io.shapes(network.build_denoiser())
         if found and set(full) <= set(found):

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_backbones.families import FAMILIES, Architecture
 from diffusion_backbones.loading import layouts
 from diffusion_backbones.loading.looks_like import difference, readers
-from diffusion_backbones.loading.source import digest
+from diffusion_backbones.loading.source import digest, modern_attention
 from diffusion_backbones.loading.what_it_is import what_a_file_is
 from diffusion_backbones.ops.conversion import ConvertedFiles
 from diffusion_backbones.ops.safetensors_io import TensorFiles
@@ -45,6 +45,7 @@ _CLIP = {
 """Text encoder -> what stands before its names; the first that is there counts."""
 _T5 = ("text_encoders.t5xxl.", "text_encoders.pile_t5xl.")
 _IMAGE_ENCODER = ("first_stage_model.", "vae.")
+_HINT = "Is it a file of another architecture?"
 _UNREADABLE = (KeyError, IndexError, RuntimeError, ValueError, AttributeError)
 """What diffusers' converters raise for names and shapes that they do not expect."""
 
@@ -112,14 +113,14 @@ class SingleFile:
                 f"give a folder in the diffusers layout, or a file of its {network.denoiser}/"
             )
         if how := difference(self._denoiser(network).shapes, network):
-            said = readers(self)
+            said = readers(names, self.converted)
             raise ValueError(f"{self.path} is not a file of {wanted}: {how}. {said}".rstrip())
 
     def _another(self, author: str | None, names: Mapping[str, str], wanted: str, network: Architecture) -> str:
         head = f"{self.path} holds no {network.denoiser} of the kind of {wanted}"
         if author is None and (called := layouts.stranger(names)):
             return f"{head}: by its names it is of {called}, which is not read."
-        if said := readers(self):
+        if said := readers(names, self.converted):
             return f"{head}. {said}"
         if author:
             return f"{head}: it has the names that the authors of {FAMILIES[author].__name__} give."
@@ -175,10 +176,12 @@ class SingleFile:
         names = layouts.denoiser_names(self._stored.shapes)
         convert = None if layouts.named_as_diffusers(names, network) else layouts.converter(type(network))
         if convert is None:
-            return self._stored.renamed(names)
+            files = self._stored.renamed({modern_attention(name): stored for name, stored in names.items()})
+            files.hint = _HINT
+            return files
         prefix = layouts.PREFIX if network.denoiser == "unet" else ""  # that converter wants it, others take it off
         try:
-            return ConvertedFiles(
+            files = ConvertedFiles(
                 self._stored,
                 {prefix + name: stored for name, stored in names.items()},
                 lambda state: convert(state, config=dict(network.config)),
@@ -188,6 +191,8 @@ class SingleFile:
                 f"{self.path}: diffusers' converter for {type(network).__name__} does not read it ({error!r}); convert "
                 "it where it comes from to the diffusers layout"
             ) from error
+        files.hint = _HINT
+        return files
 
     def _image_encoder(self) -> TensorFiles:
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -235,9 +240,9 @@ class SingleFile:
         prefix = self._text_prefix(component)
         if not prefix:
             raise FileNotFoundError(f"{self.path} holds no {component}, so the prompt cannot be encoded")
-        weights = self._text_weights(prefix, config)
+        weights, behind = self._text_weights(prefix, config)
         of_language = set(config.get("architectures") or ()) & set(language_model.ARCHITECTURES)
-        return (language_model if of_language else clip).text_model(config, weights, str(self.path))
+        return (language_model if of_language else clip).text_model(config, weights, f"{self.path} (behind {behind!r})")
 
     def _text_prefix(self, component: str) -> str:
         """What stands before the names of a text encoder; empty where there is none."""
@@ -247,9 +252,10 @@ class SingleFile:
     def _is_t5(self, component: str) -> bool:
         return "T5" in str((self._configs.get(component) or {}).get("architectures"))
 
-    def _text_weights(self, prefix: str, config: Config) -> dict[str, Tensor]:
+    def _text_weights(self, prefix: str, config: Config) -> tuple[dict[str, Tensor], str]:
         """A text encoder's weights under transformers' names, of which the file has those or OpenCLIP's. What lies
         beside the transformer (``logit_scale`` and other companions) is left, as diffusers' converter leaves it.
+        Beside them, what stands before their names in the file.
         """
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
@@ -258,13 +264,12 @@ class SingleFile:
         if any(name.startswith(f"{inner}transformer.resblocks.") for name in names):
             like = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
             converted: dict[str, Tensor] = convert_open_clip_checkpoint(like, self._read(names), inner)
-            return {  # SD 2.x leaves the last one out
-                name: tensor for name, tensor in converted.items() if _layer(name) < config["num_hidden_layers"]
-            }
+            layers = config["num_hidden_layers"]  # SD 2.x leaves the last one out
+            return {name: tensor for name, tensor in converted.items() if _layer(name) < layers}, inner
         inside = f"{inner}transformer."
         behind = inside if any(name.startswith(inside) for name in names) else inner
         read = self._read([name for name in names if name.startswith(behind)])
-        return {name.removeprefix(behind): tensor for name, tensor in read.items()}
+        return {name.removeprefix(behind): tensor for name, tensor in read.items()}, behind
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         return dict(self._stored.read(names, torch.float32, torch.device("cpu")))

@@ -167,7 +167,7 @@ class Folder:
             FileNotFoundError: There are none, or a shard is missing.
             ValueError: There is only a pickle, or a file is broken.
         """
-        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), _modern_attention)
+        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), modern_attention)
 
     def _weights(self, component: str, stem: str, half: bool) -> list[Path]:
         names = self.names()
@@ -291,7 +291,7 @@ class WithComponent:
         """The weights of the file, or those of ``base``; see :meth:`Source.tensors`."""
         if component != self.component:
             return self.base.tensors(component, half)
-        return TensorFiles([self._file()], _modern_attention)
+        return TensorFiles([self._file()], modern_attention)
 
     def text(self, component: str) -> tuple[Any, Any]:
         """Tokenizer and text model of ``base``."""
@@ -314,7 +314,7 @@ class WithComponent:
         return self.base.text_fingerprint()
 
 
-def _modern_attention(name: str) -> str:
+def modern_attention(name: str) -> str:
     """The present name of a tensor: in old VAE files, attention layers are named as before diffusers 0.18."""
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name

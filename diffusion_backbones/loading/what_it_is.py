@@ -5,10 +5,11 @@ do with it. Files of other formats are told apart in :mod:`diffusion_backbones.o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from diffusion_backbones.families import FAMILIES
 from diffusion_backbones.loading import layouts
 from diffusion_backbones.ops.file_formats import PICKLE_REFUSED, PICKLES
 
@@ -64,7 +65,7 @@ KINDS = (
     Kind(
         "a LoRA or another adapter",
         _FUSE,
-        r"lora[._]?(A|B|down|up|E|magnitude)|\.lora\.|(hada|lokr|glora|oft)_|\.oft\.",
+        r"lora[._]?(A|B|down|up|E|magnitude|embedding)|\.lora\.|[._](hada|lokr|glora|oft)_|\.oft\.",
     ),
     Kind("a LoRA or another adapter", _FUSE, r"\.(diff|diff_b|dora_scale|ia3_l)$"),
     Kind(
@@ -75,11 +76,15 @@ KINDS = (
     Kind("weights that GPTQ or AWQ quantized", _WHOLE, r"\.(qweight|qzeros|g_idx)$"),
     Kind("weights that Nunchaku (SVDQuant) quantized", _WHOLE, r"\.(wscales|wtscale|wcscales|smooth_factor)$"),
     Kind("scaled float8 weights", _WHOLE, r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale)$"),
+    Kind("a ControlNet", _BESIDE, r"^(input_hint_block|zero_convs|middle_block_out)\."),
+)
+"""Kinds of files that are no checkpoint, by what no checkpoint has, in the order in which they are tried."""
+
+PARTS = (
     Kind(
         "a ControlNet",
         _BESIDE,
-        r"^(control_model|control_net|controlnet)\.|^controlnet_|^input_hint_block|^zero_convs|^control_(all|layers|blocks)"
-        r"|^controlnet_cond_embedding|^middle_block_out\.",
+        r"^(control_model|control_net|controlnet)\.|^controlnet_|^control_(all|layers|blocks)",
     ),
     Kind("an IP-Adapter", _BESIDE, r"^ip_adapter\.|^image_proj\."),
     Kind("a T2I-Adapter", _BESIDE, r"^adapter\.(body|conv_in|total)|^body\.\d+\.(in_conv|block1|resnets)"),
@@ -122,10 +127,11 @@ KINDS = (
         r"(?!model\.diffusion_model\.)",
     ),
 )
-"""Kinds of files that are no checkpoint, in the order in which they are tried."""
+"""The same by what whole checkpoints may hold too, beside a denoiser."""
 
 _WRAPPERS = (
-    r"(module|_orig_mod|state_dict|model|model_state_dict|net|network|unet|transformer|denoiser|ema|ema_model|params)"
+    r"(module|_orig_mod|state_dict|model|model_state_dict|diffusion_model|net|network|unet|transformer|denoiser|"
+    r"ema|ema_model|params)"
 )
 _DIFFUSERS = (
     r"(down_blocks|up_blocks|mid_block|conv_in|time_embedding|transformer_blocks|single_transformer_blocks|"
@@ -149,8 +155,8 @@ def what_a_file_is(path: Path, shapes: Shapes) -> str | None:
             f"is shard {shard[1]} of {shard[2]}; give the folder that it is in, {path.parent}, with all shards and "
             "their index"
         )
-    whole = any(name.startswith(layouts.PREFIX) for name in shapes)
-    kinds = KINDS[:8] if whole else KINDS  # whole checkpoints also hold text and image encoders
+    whole = any(name.startswith(layouts.PREFIX) for name in shapes) or layouts.author(shapes) is not None
+    kinds = (*KINDS, *(() if whole else PARTS))
     if kind := next((kind for kind in kinds if kind.fits(shapes)), None):
         return (
             f"is {kind.what}, {kind.todo}" if kind.todo.startswith(("which", "and")) else f"is {kind.what}; {kind.todo}"
@@ -172,8 +178,8 @@ def what_a_file_is(path: Path, shapes: Shapes) -> str | None:
 def _is_textual_inversion(shapes: Shapes) -> bool:
     known = {"emb_params", "clip_l", "clip_g", "t5", "text_encoders_0", "text_encoders_1"}
     few = len(shapes) <= 4 and all("." not in name and len(shape) in (1, 2) for name, shape in shapes.items())
-    learned = any(name in known or (name.startswith("<") and name.endswith(">")) for name in shapes)
-    return (few and (learned or len(shapes) == 1)) or any(name.startswith("string_to_param") for name in shapes)
+    learned = all(name in known or (name.startswith("<") and name.endswith(">")) for name in shapes)
+    return (few and learned) or any(name.startswith("string_to_param") for name in shapes)
 
 
 def _wrapper(shapes: Shapes) -> str:
@@ -184,20 +190,6 @@ def _wrapper(shapes: Shapes) -> str:
         return ""
     bare = [name.removeprefix(prefix) for name in shapes]
     return prefix if layouts.author(bare) or any(re.match(_DIFFUSERS, name) for name in bare) else ""
-
-
-FOLDERS: tuple[tuple[Callable[[set[str]], bool], str], ...] = (
-    (
-        lambda names: bool(names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}),
-        f"is the folder of a LoRA, {_FUSE}",
-    ),
-    (
-        lambda names: any(re.fullmatch(r"[^/]+/(unet|transformer)/config\.json", name) for name in names),
-        "holds a checkpoint in a folder below it; give that folder",
-    ),
-    (lambda names: bool(names & {"prior/config.json", "decoder/config.json"}), "holds networks that are not read here"),
-    (lambda names: not names, "is empty"),
-)
 
 
 def what_a_folder_is(folder: Folder) -> str:
@@ -213,12 +205,23 @@ def what_a_folder_is(folder: Folder) -> str:
             if re.search("Autoencoder|Text|CLIP|T5", called)
             else f"is the folder of {called}, which is not read here; give the checkpoint that it belongs to"
         )
-    if said := next((said for fits, said in FOLDERS if fits(names)), None):
-        return said
+    if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
+        return f"is the folder of a LoRA, {_FUSE}"
+    if below := _checkpoint_below(folder.path):
+        return f"holds a checkpoint in a folder below it; give {below}"
     here = sorted(name for name in names if "/" not in name)
     if files := [name for name in here if name.endswith((".safetensors", ".sft"))]:
         return f"is no folder in the diffusers layout, but holds {', '.join(files[:3])}; give that file"
     if pickles := [name for name in here if name.endswith(PICKLES)]:
         return f"holds {pickles[0]}, which {PICKLE_REFUSED}"
-    held = ", ".join(sorted({PurePosixPath(name).parts[0] for name in names}))
-    return f"is no folder in the diffusers layout, with unet/config.json and so on; it holds {held}"
+    return f"is no folder in the diffusers layout, with unet/config.json and so on; it holds {folder.held()}"
+
+
+def _checkpoint_below(path: Path) -> Path | None:
+    """The first folder in the diffusers layout below another, also where huggingface_hub's cache has it."""
+    denoisers = {family.denoiser for family in FAMILIES.values()}
+    for depth in ("*", "snapshots/*"):
+        for denoiser in sorted(denoisers):
+            for config in sorted(path.glob(f"{depth}/{denoiser}/config.json")):
+                return config.parent.parent
+    return None

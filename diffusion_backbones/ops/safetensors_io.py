@@ -30,6 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Store = Callable[[str, Tensor], Tensor]
 """Name of a tensor, and the tensor as it was read -> what is kept of it."""
 
+HINT = "Does its config.json belong to these weights?"
 MAP_FROM = 2**28
 """Size in bytes from which a file's weights are used where they are mapped."""
 
@@ -43,12 +44,15 @@ class TensorFiles:
 
     Attributes:
         shapes: Name -> shape.
+        hint: Why its tensors may not fit a network, as a question.
 
     Raises:
         FileNotFoundError: A file does not exist.
         ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; or two files hold the same
             name.
     """
+
+    hint = HINT
 
     def __init__(self, paths: Iterable[Path], rename: Callable[[str], str | None] = lambda name: name):
         self.paths = list(paths)
@@ -183,11 +187,19 @@ def load(
         ValueError: Tensors are missing, not of this network, or of another shape; the first five are named.
     """
     needed = list(module.state_dict())
-    check_tensors(needed, files.shapes, full, what, str(files))
+    check_tensors(needed, files.shapes, full, what, str(files), files.stored, files.hint)
     fill(module, ((name, store(name, tensor)) for name, tensor in files.read(needed, dtype, device)))
 
 
-def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str, where: str) -> None:
+def check_tensors(
+    needed: Iterable[str],
+    found: Shapes,
+    full: Shapes,
+    what: str,
+    where: str,
+    stored: Callable[[str], str] = str,
+    hint: str = HINT,
+) -> None:
     """Check that the tensors that were found are those of a network.
 
     Args:
@@ -196,20 +208,24 @@ def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str,
         full: The tensors that may be found.
         what: Names the network in errors.
         where: Names the files in errors.
+        stored: Name of a tensor that was found -> its name in the files.
+        hint: What may be the reason.
 
     Raises:
         ValueError: See :func:`load`.
     """
     missing = [name for name in needed if name not in found]
-    foreign = [name for name in found if name not in full]
+    foreign = [stored(name) for name in found if name not in full]
     wrong = [
-        f"{name} {found[name]}, expected {full[name]}" for name in found if name in full and found[name] != full[name]
+        f"{stored(name)} {found[name]}, expected {full[name]}"
+        for name in found
+        if name in full and found[name] != full[name]
     ]
     _refuse(
         f"{what}: missing from {where}", missing, "Is it a checkpoint of another architecture, or is a shard missing?"
     )
-    _refuse(f"{what}: not part of this network, in {where}", foreign, "Does its config.json belong to these weights?")
-    _refuse(f"{what}: of another shape in {where}", wrong, "Does its config.json belong to these weights?")
+    _refuse(f"{what}: not part of this network, in {where}", foreign, hint)
+    _refuse(f"{what}: of another shape in {where}", wrong, hint)
 
 
 def _refuse(head: str, names: list[str], hint: str) -> None:

@@ -143,7 +143,7 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
 
 def _own_name(name: str, full: safetensors_io.Shapes) -> str:
     bare = name.removeprefix("text_model.")
-    return bare if bare in full else f"text_model.{bare}"
+    return next((known for known in (bare, f"text_model.{bare}") if known in full), name)
 
 
 class BlankTokenizer:
