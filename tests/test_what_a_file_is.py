@@ -117,7 +117,7 @@ TENSORS: dict[str, tuple[list[str], str]] = {
         ["module.conv_in.weight", "module.down_blocks.0.resnets.0.conv1.weight"],
         "a state dict inside another",
     ),
-    "compiled": (["_orig_mod.conv_in.weight"], r"begin with '_orig_mod\.'"),
+    "compiled": (["_orig_mod.conv_in.weight"], r"a state dict inside another.*'_orig_mod\.'"),
     "ours": (["denoiser.conv_in.weight", "encoder.conv_in.weight"], "diffusion_backbones' own weights.*the folder"),
     "optimizer": (["state.0.exp_avg"], "the state of an optimizer"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from diffusion_backbones.families import FAMILIES, Architecture, architecture
 from diffusion_backbones.loading import layouts
@@ -88,8 +88,15 @@ def readers(names: Collection[str], convert: Callable[[Architecture], Shapes | N
             alike += group if all(len(found[name]) == len(shape) for name, shape in full.items()) else []
     if not (exact or alike):
         return ""
-    said = "It is read as" if exact else "It has the layers, though not the widths, of"
-    chosen = exact or alike
-    backbones = [name for name in list_models() if get_declaration(name).checkpoint.name in chosen]
-    example = f": create_model({backbones[0]!r}, ...)" if backbones else f": create_model({chosen[0]!r}, recipe=[...])"
-    return f"{said} {', '.join(chosen[:4])}{' and others' if len(chosen) > 4 else ''}{example}."
+    if not exact:
+        return (
+            f"It has the layers, though not the widths, of {_few(alike)}; with its own config.json, in a folder in the "
+            "diffusers layout, any width is read."
+        )
+    backbones = [name for name in list_models() if get_declaration(name).checkpoint.name in exact]
+    example = f"create_model({backbones[0]!r}, ...)" if backbones else f"create_model({exact[0]!r}, recipe=[...])"
+    return f"It is read as {_few(exact)}: {example}."
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")

@@ -76,6 +76,12 @@ KINDS = (
     Kind("weights that GPTQ or AWQ quantized", _WHOLE, r"\.(qweight|qzeros|g_idx)$"),
     Kind("weights that Nunchaku (SVDQuant) quantized", _WHOLE, r"\.(wscales|wtscale|wcscales|smooth_factor)$"),
     Kind("scaled float8 weights", _WHOLE, r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale)$"),
+    Kind(
+        "averaged (EMA) weights alone, whose names have lost their dots",
+        "give the file with the weights themselves, or save the average in the diffusers layout",
+        r"^model_ema\.",
+        r"(?!model\.diffusion_model\.)",
+    ),
     Kind("a ControlNet", _BESIDE, r"^(input_hint_block|zero_convs|middle_block_out)\."),
 )
 """Kinds of files that are no checkpoint, by what no checkpoint has, in the order in which they are tried."""
@@ -119,12 +125,6 @@ PARTS = (
         "the state of an optimizer",
         "give the folder that the training script wrote beside it, which holds unet/ or transformer/",
         r"exp_avg|^(optimizer|param_groups|lr_scheduler)(\.|$)",
-    ),
-    Kind(
-        "averaged (EMA) weights alone, whose names have lost their dots",
-        "give the file with the weights themselves, or save the average in the diffusers layout",
-        r"^model_ema\.",
-        r"(?!model\.diffusion_model\.)",
     ),
 )
 """The same by what whole checkpoints may hold too, beside a denoiser."""
