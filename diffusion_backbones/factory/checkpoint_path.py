@@ -91,7 +91,11 @@ def open_path(
     if lacks and not base and published:
         base = published()
         part, lacks = opened(path, checkpoint, base)
-    return Completed(part, FAMILIES[checkpoint.family], base, lacks, checkpoint.hub_id) if lacks else part
+    family = FAMILIES[checkpoint.family]
+    source = Completed(part, family, base, lacks, checkpoint.hub_id) if lacks else part
+    if isinstance(part, SingleFile) and (base or not lacks):
+        part.check_sizes(_network(checkpoint, source.configs(family)), checkpoint.name)
+    return source
 
 
 def _open_file(path: Path, checkpoint: Checkpoint, base: Source | None) -> tuple[SingleFile, list[str]]:

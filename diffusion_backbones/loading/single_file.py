@@ -84,7 +84,7 @@ class SingleFile:
         return bool(layouts.denoiser_names(self._stored.shapes))
 
     def check(self, network: Architecture, wanted: str) -> None:
-        """Check that this is a file with a network's denoiser, before anything is read.
+        """Check that this is a file of a network's kind, before anything is read.
 
         Args:
             network: What was asked for.
@@ -112,7 +112,11 @@ class SingleFile:
                 f"{self.path} has the names of the authors of {family.__name__}, for which diffusers has no converter; "
                 f"give a folder in the diffusers layout, or a file of its {network.denoiser}/"
             )
-        if how := difference(self._denoiser(network).shapes, network):
+
+    def check_sizes(self, network: Architecture, wanted: str) -> None:
+        """Check that the denoiser's layers are those of a network; arguments and errors as for :meth:`check`."""
+        if self.has(network.denoiser) and (how := difference(self._denoiser(network).shapes, network)):
+            names = layouts.denoiser_names(self._stored.shapes)
             said = readers(names, self.converted)
             raise ValueError(f"{self.path} is not a file of {wanted}: {how}. {said}".rstrip())
 

@@ -30,8 +30,9 @@ _SMALL = (".json", ".txt", ".model", ".jinja")  # what configs and tokenizers ar
 class Source(Protocol):
     """A place that holds a checkpoint: configs, weights, and text encoders with their tokenizers."""
 
-    provenance: dict[str, str]
-    """Where the checkpoint is, for the record: ``repo`` and ``commit``, or ``path``."""
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the checkpoint is, for the record: ``repo`` and ``commit``, or ``path``."""
 
     def configs(self, family: type[Architecture]) -> Configs:
         """The configs of the denoiser, the image encoder and the scheduler, at least."""

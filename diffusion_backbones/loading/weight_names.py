@@ -54,8 +54,11 @@ def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
 def _variants(names: Iterable[str], stem: str) -> dict[str, list[str]]:
     """Variant of a component's weights, such as ``fp16`` -> its file or its index of shards."""
     found: dict[str, list[str]] = {}
-    ways = (r"\.(?!safetensors)([\w-]+)\.safetensors", r"\.safetensors\.index\.([\w-]+)\.json")
-    ways += (r"\.(?!safetensors)([\w-]+)\.safetensors\.index\.json",)
+    ways = (
+        r"\.(?!safetensors)([\w-]+)\.safetensors",
+        r"\.safetensors\.index\.([\w-]+)\.json",
+        r"\.(?!safetensors)([\w-]+)\.safetensors\.index\.json",
+    )
     for way in ways:
         for name in names:
             match = re.fullmatch(re.escape(stem) + way, name)

@@ -161,8 +161,8 @@ class BlankTokenizer:
         if any(prompts):
             raise FileNotFoundError(
                 f"the prompt {prompts!r} needs a tokenizer, and a single-file checkpoint has none, so that only the "
-                "empty prompt can be encoded. Give prompt_embeds=, or the file beside a whole checkpoint in the diffusers "
-                "layout ('local-dir:' or 'hf-hub:'), or load a diffusers folder."
+                "empty prompt can be encoded. Give prompt_embeds=, or the file beside a whole checkpoint in the "
+                "diffusers layout ('local-dir:' or 'hf-hub:'), or load a diffusers folder."
             )
         row = [self.bos, self.eos]
         if padding == "max_length":
