@@ -90,7 +90,7 @@ def readers(names: Collection[str], convert: Callable[[Architecture], Shapes | N
         return ""
     if not exact:
         return (
-            f"It has the layers, though not the widths, of {_few(alike)}; with its own config.json, in a folder in the "
+            f"It has the layers, though not the widths, of {_few(alike)}; with its own configs, in a folder in the "
             "diffusers layout, any width is read."
         )
     backbones = [name for name in list_models() if get_declaration(name).checkpoint.name in exact]

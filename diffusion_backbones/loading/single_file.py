@@ -115,9 +115,14 @@ class SingleFile:
 
     def check_sizes(self, network: Architecture, wanted: str) -> None:
         """Check that the denoiser's layers are those of a network; arguments and errors as for :meth:`check`."""
-        if self.has(network.denoiser) and (how := difference(self._denoiser(network).shapes, network)):
-            names = layouts.denoiser_names(self._stored.shapes)
-            said = readers(names, self.converted)
+        if not self.has(network.denoiser):
+            return
+        shapes = self.converted(network)
+        how = "it lacks layers" if shapes is None else difference(shapes, network)
+        said = readers(layouts.denoiser_names(self._stored.shapes), self.converted) if how else ""
+        if shapes is None and not said:
+            self._denoiser(network)  # says why the converter does not read it
+        if how:
             raise ValueError(f"{self.path} is not a file of {wanted}: {how}. {said}".rstrip())
 
     def _another(self, author: str | None, names: Mapping[str, str], wanted: str, network: Architecture) -> str:
