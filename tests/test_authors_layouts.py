@@ -64,6 +64,7 @@ def test_the_full_size_of_stable_diffusion_3_is_converted_without_a_weight_read(
         header_alone(written, tmp_path / "sd3.safetensors"), package_configs(db.get_checkpoint("sd3_medium"))
     )
     file.check(network, "sd3_medium")
+    file.check_sizes(network, "sd3_medium")
     assert file.tensors("transformer", half=True).shapes == safetensors_io.shapes(stock)
 
 
@@ -96,8 +97,11 @@ def test_a_unet_in_the_original_names_is_no_network_of_another_family(name, tiny
 
 def test_a_file_that_lacks_what_the_converter_reads_says_so(tmp_path):
     save_file({f"{PREFIX}double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, tmp_path / "flux.safetensors")
+    flux = db.get_checkpoint("flux_dev")
+    file = SingleFile(tmp_path / "flux.safetensors", package_configs(flux))
+    file.check(architecture(flux), "flux_dev")
     with pytest.raises(ValueError, match="diffusers' converter for Flux does not read it"):
-        db.create_model("flux_dev_ditf", checkpoint_path=tmp_path / "flux.safetensors")
+        file.check_sizes(architecture(flux), "flux_dev")
 
 
 def test_converted_tensors_are_cut_and_joined_as_the_converter_does_it(tmp_path):

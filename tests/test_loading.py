@@ -194,13 +194,6 @@ def test_a_single_file_of_16_bits_warns_where_more_are_used(
     assert (f"{file} has the weights of unet in 16 bits only" in caplog.text) == warned
 
 
-def test_a_single_file_of_a_transformer_that_nobody_can_convert_is_refused(tmp_path):
-    file = tmp_path / "sd3.safetensors"
-    save_file({"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match=rf"{file}: diffusers' converter for SD3 does not read it"):
-        db.create_model("sd3_medium", recipe=["vit-block2-out"], checkpoint_path=file)
-
-
 def test_a_denoiser_file_needs_a_base(tiny_folder, tmp_path):
     tuned = tiny.build("sd15", seed=1)["unet"]
     tuned.save_pretrained(tmp_path)

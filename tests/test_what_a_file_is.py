@@ -168,7 +168,10 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "vae": ({"config.json": '{"_class_name": "AutoencoderKL"}'}, "is the folder of AutoencoderKL alone, .*sub-folder"),
     "text": ({"config.json": '{"architectures": ["CLIPTextModel"]}'}, "is the folder of CLIPTextModel alone"),
-    "one file": ({"dream.safetensors": ""}, r"holds dream\.safetensors; give that file"),
+    "one file": (
+        {"dream.safetensors": ""},
+        r"is no folder in the diffusers layout, but holds dream\.safetensors; give",
+    ),
     "pickle": ({"dream.ckpt": ""}, r"holds dream\.ckpt, which is a pickle"),
     "above": ({"mine/unet/config.json": "{}", "mine/x.json": "{}"}, "holds a checkpoint in a folder below it"),
     "another": ({"transformer/config.json": "{}", "vae/config.json": "{}"}, "holds transformer/ and no unet/"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from diffusion_backbones.families import FAMILIES, Architecture
+from diffusion_backbones.loading.source import modern_attention
 
 PREFIX = "model.diffusion_model."
 """What stands before a denoiser's names in whole checkpoints, and in what ComfyUI writes."""
@@ -70,9 +71,9 @@ def stranger(names: Collection[str]) -> str | None:
 
 
 def named_as_diffusers(names: Collection[str], network: Architecture) -> bool:
-    """Whether a denoiser has diffusers' names, of which the modules of a network's activations are known."""
-    owners = {name.rpartition(".")[0] for name in names}
-    return any(site.path in owners for site in network.sites())
+    """Whether a denoiser has diffusers' names, by those of its queries, which authors keep in one matrix with keys."""
+    owners = {modern_attention(name).rpartition(".")[0] for name in names}
+    return any(site.path in owners for site in network.sites() if site.path.endswith("to_q"))
 
 
 def converter(family: type[Architecture]) -> Callable[..., dict[str, Any]] | None:

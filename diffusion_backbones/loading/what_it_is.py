@@ -205,6 +205,8 @@ def what_a_folder_is(folder: Folder) -> str:
             if re.search("Autoencoder|Text|CLIP|T5", called)
             else f"is the folder of {called}, which is not read here; give the checkpoint that it belongs to"
         )
+    if not names:
+        return "is empty"
     if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
         return f"is the folder of a LoRA, {_FUSE}"
     if below := _checkpoint_below(folder.path):
