@@ -6,6 +6,7 @@ What the part holds is taken from it; everything else, configs included, from th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.families import Architecture
@@ -55,6 +56,9 @@ class Completed:
     ):
         self.part, self.family, self.base, self.lacks, self.hub_id = part, family, base, lacks, hub_id
 
+    def __str__(self) -> str:
+        return str(self.part)
+
     @property
     def provenance(self) -> dict[str, str]:
         """Where the base is, and beside that where each network of the part is."""
@@ -91,21 +95,20 @@ class Completed:
         """The weights of a network; see :meth:`Source.tensors`."""
         return self._holder(component).tensors(component, half)
 
-    def text(self, component: str) -> tuple[Any, Any]:
-        """Tokenizer and text model; see :meth:`Source.text`."""
-        return self.tokenizer(component), self.text_model(component)
-
-    def tokenizer(self, component: str) -> Any:
-        """The tokenizer of a text encoder."""
-        return self._holder(_tokenizer(component)).tokenizer(component)
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
+        """Tokenizer and text model, perhaps of two places; see :meth:`Source.text`."""
+        model, tokenizer = self._holder(component), self._holder(_tokenizer(component))
+        if words is None and model is not tokenizer:
+            words = tokenizer.tokenizer_folder(_tokenizer(component))
+        return model.text(component, words)
 
     def text_config(self, component: str) -> Config:
         """The config of a text encoder."""
         return self._holder(component).text_config(component)
 
-    def text_model(self, component: str) -> Any:
-        """A text encoder."""
-        return self._holder(component).text_model(component)
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the files of a tokenizer are."""
+        return self._holder(component).tokenizer_folder(component)
 
     def text_fingerprint(self) -> str:
         """That of whoever holds the text encoders and tokenizers, or of both."""

@@ -223,35 +223,36 @@ class SingleFile:
                 f"{self.path}: diffusers' converter does not read its image encoder ({error!r})"
             ) from error
 
-    def text(self, component: str) -> tuple[Any, Any]:
-        """Tokenizer and text model, in float32 on the CPU."""
-        return self.tokenizer(component), self.text_model(component)
-
-    def tokenizer(self, component: str) -> Any:
-        """What encodes the empty prompt, since such a file has no vocabulary."""
-        from diffusion_backbones.families.text import clip
-
-        return clip.BlankTokenizer(**self._configs[component.replace("text_encoder", "tokenizer")])
-
-    def text_model(self, component: str, config: Config | None = None) -> Any:
-        """A text model, in float32 on the CPU.
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
+        """Tokenizer and text model, in float32 on the CPU.
 
         Args:
             component: Name of its folder in the diffusers layout.
-            config: Its config; None for the declared one.
+            words: The folder of a tokenizer; without it only the empty prompt is encoded.
 
         Raises:
             FileNotFoundError: The file does not hold it.
         """
+        from transformers import AutoTokenizer
+
         from diffusion_backbones.families.text import clip, language_model
 
-        config = config or self.text_config(component)
+        config = self.text_config(component)
         prefix = self._text_prefix(component)
         if not prefix:
             raise FileNotFoundError(f"{self.path} holds no {component}, so the prompt cannot be encoded")
+        if words:
+            tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        else:
+            tokenizer = clip.BlankTokenizer(**self._configs[component.replace("text_encoder", "tokenizer")])
         weights, behind = self._text_weights(prefix, config)
         of_language = set(config.get("architectures") or ()) & set(language_model.ARCHITECTURES)
-        return (language_model if of_language else clip).text_model(config, weights, f"{self.path} (behind {behind!r})")
+        build = language_model.text_model if of_language else clip.text_model
+        return tokenizer, build(config, weights, f"{self.path} (behind {behind!r})")
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """Raise ``FileNotFoundError``: such a file has no vocabulary."""
+        raise FileNotFoundError(f"{self.path} holds no {component}, so prompts cannot be encoded")
 
     def _text_prefix(self, component: str) -> str:
         """What stands before the names of a text encoder; empty where there is none."""

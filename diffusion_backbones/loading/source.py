@@ -46,19 +46,24 @@ class Source(Protocol):
                 warning says that there are only those.
         """
 
-    def text(self, component: str) -> tuple[Any, Any]:
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
         """Tokenizer and text model of a text encoder, on the CPU, in float32; language models of billions of parameters
         keep the dtype of their files.
-        """
 
-    def tokenizer(self, component: str) -> Any:
-        """The tokenizer of a text encoder."""
+        Args:
+            component: Name of its folder, ``text_encoder`` ...
+            words: The folder of another tokenizer.
+        """
 
     def text_config(self, component: str) -> Config:
         """The config of a text encoder."""
 
-    def text_model(self, component: str) -> Any:
-        """A text encoder, as :meth:`text` gives it."""
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the files of a tokenizer are, ``tokenizer`` ...
+
+        Raises:
+            FileNotFoundError: There are none.
+        """
 
     def text_fingerprint(self) -> str:
         """A string that changes whenever the text encoders do."""
@@ -215,38 +220,35 @@ class Folder:
                 raise FileNotFoundError(f"{self}: {index} needs {shard}, which is not there; download or save it again")
         return [self.file(shard) for shard in shards]
 
-    def text(self, component: str) -> tuple[Any, Any]:
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
         """Tokenizer and text model; see :meth:`Source.text`."""
-        return self.tokenizer(component), self.text_model(component)
+        from transformers import AutoTokenizer
 
-    def tokenizer(self, component: str) -> Any:
-        """The tokenizer of a text encoder."""
-        return self._tokenizer(component.replace("text_encoder", "tokenizer"))
+        from diffusion_backbones.families.text import clip, language_model
+
+        files = self._weights(component, "model", half=False)
+        config = self.text_config(component)
+        words = words or self.tokenizer_folder(component.replace("text_encoder", "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        architectures = set(config.get("architectures") or ())
+        if architectures & set(language_model.GENERATIVE):
+            return tokenizer, language_model.pretrained(config, files[0].parent)
+        weights = TensorFiles(files)
+        build = language_model.text_model if architectures & set(language_model.ARCHITECTURES) else clip.text_model
+        return tokenizer, build(
+            config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights)
+        )
 
     def text_config(self, component: str) -> Config:
         """The config of a text encoder."""
         return self.json(f"{component}/config.json")
 
-    def text_model(self, component: str) -> Any:
-        """A text encoder; see :meth:`Source.text`."""
-        from diffusion_backbones.families.text import clip, language_model
-
-        files = self._weights(component, "model", half=False)
-        config = self.text_config(component)
-        architectures = set(config.get("architectures") or ())
-        if architectures & set(language_model.GENERATIVE):
-            return language_model.pretrained(config, files[0].parent)
-        weights = TensorFiles(files)
-        build = language_model.text_model if architectures & set(language_model.ARCHITECTURES) else clip.text_model
-        return build(config, dict(weights.read(weights.shapes, torch.float32, torch.device("cpu"))), str(weights))
-
-    def _tokenizer(self, component: str) -> Any:
-        from transformers import AutoTokenizer
-
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the files of a tokenizer are; see :meth:`Source.tokenizer_folder`."""
         files = [self.file(name) for name in self.names() if name.startswith(component + "/") and name.endswith(_SMALL)]
         if not files:
             raise FileNotFoundError(f"{self} has no {component}/, so prompts cannot be encoded")
-        return AutoTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+        return files[0].parent
 
     def text_fingerprint(self) -> str:
         """A string that changes with path, size or time of any file of text encoders and tokenizers."""
@@ -294,21 +296,17 @@ class WithComponent:
             return self.base.tensors(component, half)
         return TensorFiles([self._file()], modern_attention)
 
-    def text(self, component: str) -> tuple[Any, Any]:
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
         """Tokenizer and text model of ``base``."""
-        return self.base.text(component)
-
-    def tokenizer(self, component: str) -> Any:
-        """A tokenizer of ``base``."""
-        return self.base.tokenizer(component)
+        return self.base.text(component, words)
 
     def text_config(self, component: str) -> Config:
         """The config of a text encoder of ``base``."""
         return self.base.text_config(component)
 
-    def text_model(self, component: str) -> Any:
-        """A text encoder of ``base``."""
-        return self.base.text_model(component)
+    def tokenizer_folder(self, component: str) -> Path:
+        """The folder of a tokenizer of ``base``."""
+        return self.base.tokenizer_folder(component)
 
     def text_fingerprint(self) -> str:
         """The fingerprint of ``base``."""
