@@ -10,8 +10,9 @@ from typing import Any
 
 from diffusion_backbones.families import FAMILIES, Architecture
 from diffusion_backbones.loading.source import modern_attention
+from diffusion_backbones.ops.safetensors_io import TensorFiles
 
-PREFIX = "model.diffusion_model."
+MARK = "model.diffusion_model."
 """What stands before a denoiser's names in whole checkpoints, and in what ComfyUI writes."""
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 OTHER_PARTS = ("first_stage_model.", "vae.", "model_ema.", *TEXT)
@@ -51,7 +52,7 @@ STRANGERS = {
 def denoiser_names(names: Iterable[str]) -> dict[str, str]:
     """The denoiser's names, without what stands before them -> the names in the file; empty where there is none."""
     names = list(names)
-    behind = {name.removeprefix(PREFIX): name for name in names if name.startswith(PREFIX)}
+    behind = {name.removeprefix(MARK): name for name in names if name.startswith(MARK)}
     return behind or ({name: name for name in names if not name.startswith(OTHER_PARTS)} if _is_bare(names) else {})
 
 
@@ -84,6 +85,11 @@ def converter(family: type[Architecture]) -> Callable[..., dict[str, Any]] | Non
         found = SINGLE_FILE_LOADABLE_CLASSES.get(family.networks[0])
         return found["checkpoint_mapping_fn"] if found else None
     return None
+
+
+def is_single_file(files: TensorFiles) -> bool:
+    """Whether a file has a denoiser behind :data:`MARK`."""
+    return any(name.startswith(MARK) for name in files.shapes)
 
 
 def _any(pattern: str, names: Collection[str]) -> bool:

@@ -188,7 +188,7 @@ class SingleFile:
             files = self._stored.renamed({modern_attention(name): stored for name, stored in names.items()})
             files.hint = _HINT
             return files
-        prefix = layouts.PREFIX if network.denoiser == "unet" else ""  # that converter wants it, others take it off
+        prefix = layouts.MARK if network.denoiser == "unet" else ""  # that converter wants it, others take it off
         try:
             files = ConvertedFiles(
                 self._stored,

@@ -155,7 +155,7 @@ def what_a_file_is(path: Path, shapes: Shapes) -> str | None:
             f"is shard {shard[1]} of {shard[2]}; give the folder that it is in, {path.parent}, with all shards and "
             "their index"
         )
-    whole = any(name.startswith(layouts.PREFIX) for name in shapes) or layouts.author(shapes) is not None
+    whole = any(name.startswith(layouts.MARK) for name in shapes) or layouts.author(shapes) is not None
     kinds = (*KINDS, *(() if whole else PARTS))
     if kind := next((kind for kind in kinds if kind.fits(shapes)), None):
         return (
