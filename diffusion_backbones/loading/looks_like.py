@@ -50,8 +50,9 @@ def _unet_difference(shapes: Shapes, network: Architecture) -> str:
     if extra:
         return f"it also has {extra[0].removesuffix('.attn1.to_q.weight')}"
     words = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
-    if words and words != {config.get("cross_attention_dim")}:
-        return f"it is for text of {', '.join(map(str, words))} channels and not {config.get('cross_attention_dim')}"
+    wanted = config.get("cross_attention_dim")
+    if words and isinstance(wanted, int) and words != {wanted}:
+        return f"it is for text of {', '.join(map(str, words))} channels and not {wanted}"
     axes = {len(shape) for name, shape in shapes.items() if re.search(r"attentions\.\d+\.proj_in\.weight$", name)}
     if axes and axes != {2 if config.get("use_linear_projection") else 4}:
         kinds = ("convolutions", "linear layers")[:: 1 if config.get("use_linear_projection") else -1]
