@@ -146,3 +146,76 @@ def _open_clip(name: str) -> str:
     for now, then in OPEN_CLIP.items():
         name = name.replace(now, then)
     return name
+
+
+SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+SD3_BLOCK = {
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_FUSED = {
+    ("attn.to_q", "attn.to_k", "attn.to_v"): "x_block.attn.qkv",
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "context_block.attn.qkv",
+    ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block.attn2.qkv",
+}
+Z_IMAGE = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer."}
+
+
+def sd3(state: State) -> State:
+    """Queries, keys and values are one matrix, and what closes a stream has shift before scale."""
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    out: State = {}
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        swapped = path in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if swapped else tensor
+        if found := re.match(r"transformer_blocks\.(\d+)\.(.+)", path):
+            block = f"transformer_blocks.{found[1]}."
+            fused = next((parts for parts in SD3_FUSED if found[2] in parts), None)
+            if fused and found[2] != fused[0]:
+                continue
+            if fused:
+                tensor = torch.cat([state[f"{block}{part}.{leaf}"] for part in fused])
+            out[f"joint_blocks.{found[1]}.{SD3_FUSED[fused] if fused else SD3_BLOCK[found[2]]}.{leaf}"] = tensor
+        else:
+            out[SD3.get(name) or f"{SD3.get(path, path)}.{leaf}"] = tensor
+    return out
+
+
+def z_image(state: State) -> State:
+    """Queries, keys and values are one matrix; the embedders of one size of patch have no number."""
+    out: State = {}
+    for name, tensor in state.items():
+        if re.search(r"attention\.to_[kv]\.", name):
+            continue
+        if ".attention.to_q." in name:
+            tensor = torch.cat([state[name.replace("to_q", f"to_{which}")] for which in "qkv"])
+        for now, then in Z_IMAGE.items():
+            name = name.replace(now, then)
+        name = name.replace("attention.to_q.", "attention.qkv.").replace("attention.to_out.0.", "attention.out.")
+        out[
+            name.replace("attention.norm_q.", "attention.q_norm.").replace("attention.norm_k.", "attention.k_norm.")
+        ] = tensor
+    return out

@@ -25,6 +25,7 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "docs/README.md",
     "docs/activations.md",
+    "docs/checkpoints.md",
     "docs/memory.md",
     "docs/finetuning.md",
     "docs/tinysd.md",

@@ -13,6 +13,7 @@ from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.state import Conditioning
 from diffusion_backbones.factory.locate import Resolved
 from diffusion_backbones.factory.options import BuildOptions
+from diffusion_backbones.loading.completed import Completed
 from diffusion_backbones.loading.prompts import Prompter, misfit
 from diffusion_backbones.ops import quantization, safetensors_io
 from diffusion_backbones.ops.noise import UnknownProcess, canvas
@@ -90,10 +91,13 @@ class Builder:
         """Check that this network can be built as asked, before anything is read.
 
         Raises:
+            FileNotFoundError: A part of the checkpoint is nowhere.
             TypeError: Folding goes with nothing that is trained.
             ValueError: There is nothing to fold, or no prompt to train; or the noise level of a timestep is not known.
         """
         options, process = self.options, self.network.forward_process
+        if self.fills and isinstance(self.resolved.source, Completed):
+            self.resolved.source.check()
         if isinstance(process, UnknownProcess) and self.recipe.noise != "none":
             raise ValueError(f"{self.resolved.source or self.name}: {process.reason}")
         constant_folding.check_fold(options.fold, self.folded, options.trainable, options.device, self.name)

@@ -57,9 +57,9 @@ def create_model(
             or a diffusers folder with ``recipe=``.
         pretrained: Download what the backbone needs from the hub. Without it the weights are random and nothing is
             fetched.
-        checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file: a
-            whole checkpoint in the original layout, or a denoiser alone, which takes the rest from the hub if
-            ``pretrained``.
+        checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file in
+            diffusers' or the authors' names; whole, or a part. What a part lacks comes from the checkpoint that
+            ``name`` places, or from the hub if ``pretrained``.
         cache_dir: huggingface_hub's cache folder.
         recipe: A :class:`Recipe`, a YAML or JSON file, or a list of activation ids, which are grouped by stride and
             read at timestep 50 unless ``timestep=`` says otherwise.

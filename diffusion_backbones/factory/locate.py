@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.factory import tiny_encoder
+from diffusion_backbones.factory.checkpoint_path import from_address, local_path, open_path
 from diffusion_backbones.families import FAMILIES, Architecture, architecture, upstream
 from diffusion_backbones.loading.hub import HubRepo, open_checkpoint
 from diffusion_backbones.loading.saved_folder import SavedBackbone, is_saved
-from diffusion_backbones.loading.single_file import SingleFile, is_single_file
-from diffusion_backbones.loading.source import Folder, Source, WithComponent
-from diffusion_backbones.ops.safetensors_io import TensorFiles
+from diffusion_backbones.loading.source import Folder, Source
 from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.configs import CONFIGS, Config, Configs, package_configs, packaged
 from diffusion_backbones.spec.declaration import Declaration
@@ -79,7 +78,7 @@ def locate(
     """What a name stands for; arguments and errors as for :func:`~diffusion_backbones.create_model`."""
     found = _by_name(name, has_recipe, cache_dir)
     if checkpoint_path:
-        return _with_path(found, Path(checkpoint_path).expanduser(), pretrained, cache_dir)
+        return _with_path(found, local_path(checkpoint_path), pretrained, cache_dir)
     if pretrained and not found.has_weights:
         return replace(found, source=_published(found.checkpoint, cache_dir))
     return found
@@ -101,7 +100,8 @@ def _by_name(name: str, has_recipe: bool, cache_dir: str | Path | None) -> Resol
 def _by_place(name: str, scheme: str, place: str, has_recipe: bool, cache_dir: str | Path | None) -> Resolved:
     """``hf-hub:owner/repo`` or ``local-dir:folder``: a saved backbone, or a diffusers folder with a recipe."""
     if scheme not in ("hf-hub", "local-dir"):
-        raise ValueError(f"{name!r}: a place is written 'hf-hub:owner/repo' or 'local-dir:folder'")
+        more = f". {from_address(name)}" if place.startswith("//") else ""
+        raise ValueError(f"{name!r}: a place is written 'hf-hub:owner/repo' or 'local-dir:folder'{more}")
     repo, _, revision = place.partition("@")
     folder = Folder(place) if scheme == "local-dir" else HubRepo(repo, revision or "main", cache_dir)
     if is_saved(folder):
@@ -148,32 +148,23 @@ def _published(checkpoint: Checkpoint, cache_dir: str | Path | None) -> Source:
 
 
 def _with_path(found: Resolved, path: Path, pretrained: bool, cache_dir: str | Path | None) -> Resolved:
-    """The same with weights from a folder or a file."""
+    """The same with weights from a folder or a file; what they lack comes from what the name stands for, or from the
+    hub if ``pretrained``.
+    """
     checkpoint = found.checkpoint
     if found.restored:
         raise TypeError(
             f"{checkpoint.name} is loaded from a saved backbone, which brings its weights; "
             f"checkpoint_path={str(path)!r} would give others"
         )
-    if path.is_dir():
-        return _with_folder(found, path)
-    if is_single_file(TensorFiles([path])):  # refuses pickles and broken files
-        return replace(found, source=SingleFile(path, package_configs(checkpoint)))
-    if not (found.source or pretrained):
-        raise FileNotFoundError(
-            f"{path} holds a denoiser alone. The image encoder and the prompt must come from somewhere: add "
-            f"pretrained=True to take them from {checkpoint.hub_id}, or give a diffusers folder."
-        )
-    base = found.source or _published(replace(checkpoint, denoiser=None), cache_dir)
-    denoiser = WithComponent(base, found.family.denoiser, partial(Path, path), {"path": str(path)})
-    return replace(found, source=denoiser)
+    if path.is_dir() and is_saved(Folder(path)):
+        return _with_saved(found, path)
+    published = partial(_published, replace(checkpoint, denoiser=None), cache_dir) if pretrained else None
+    return replace(found, source=open_path(path, checkpoint, found.source, published))
 
 
-def _with_folder(found: Resolved, path: Path) -> Resolved:
-    folder = Folder(path)
-    if not is_saved(folder):
-        return replace(found, source=folder)
-    restored = SavedBackbone(folder)
+def _with_saved(found: Resolved, path: Path) -> Resolved:
+    restored = SavedBackbone(Folder(path))
     if found.declaration and restored.declaration.recipe.digest != found.declaration.recipe.digest:
         raise ValueError(
             f"{path} was saved from {restored.declaration.name}, whose recipe differs from that of "

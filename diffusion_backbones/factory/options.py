@@ -9,14 +9,19 @@ from typing import Any
 import torch
 
 from diffusion_backbones.ops.quantization import check_weight_dtype
+from diffusion_backbones.spec.foreign_keywords import COUNTERPARTS
 from diffusion_backbones.spec.input_format import InputFormat, get_input_format
-from diffusion_backbones.spec.validation import check_count, closest
+from diffusion_backbones.spec.suggestions import closest
+from diffusion_backbones.spec.validation import check_count
 from diffusion_backbones.surgery.compilation import check_compile
 from diffusion_backbones.surgery.trainable import check_trainable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
 """Settings of a recipe that ``create_model`` takes by themselves."""
+
+PLACES = ("pretrained", "checkpoint_path", "cache_dir", "recipe", "encoder")
+"""Keywords that say what is built and where its weights are."""
 
 FOREIGN_KEYWORDS: dict[str, Callable[[Any], str]] = {
     "num_classes": lambda n: "" if n == 0 else f"a backbone has no classifier, so num_classes must be 0, got {n}",
@@ -97,12 +102,18 @@ def recipe_overrides(given: dict[str, Any]) -> dict[str, Any]:
         if key in OVERRIDES:
             settings[key] = value
         elif key not in FOREIGN_KEYWORDS:
-            options = [option.name for option in fields(BuildOptions)]
-            known = [*OVERRIDES, *FOREIGN_KEYWORDS, "recipe", "checkpoint_path", "encoder", *options]
-            raise TypeError(f"create_model has no keyword {key!r}.{closest(key, known)}")
+            raise TypeError(f"create_model has no keyword {key!r}{_meant(key)}")
         elif reason := FOREIGN_KEYWORDS[key](value):
             raise ValueError(reason)
     return settings
+
+
+def _meant(key: str) -> str:
+    """What was meant by an unknown keyword, as the end of a sentence: what other libraries call so, or the nearest."""
+    if key in COUNTERPARTS:
+        return f": {COUNTERPARTS[key]}."
+    options = [option.name for option in fields(BuildOptions)]
+    return f".{closest(key, [*OVERRIDES, *FOREIGN_KEYWORDS, *PLACES, *options])}"
 
 
 def check_strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:

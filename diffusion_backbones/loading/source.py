@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from diffusion_backbones.families import Architecture
-from diffusion_backbones.ops.safetensors_io import PICKLE_REFUSED, PICKLES, TensorFiles
+from diffusion_backbones.families import FAMILIES, Architecture
+from diffusion_backbones.loading.weight_names import choose, is_usual
+from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ _SMALL = (".json", ".txt", ".model", ".jinja")  # what configs and tokenizers ar
 class Source(Protocol):
     """A place that holds a checkpoint: configs, weights, and text encoders with their tokenizers."""
 
-    provenance: dict[str, str]
-    """Where the checkpoint is, for the record: ``repo`` and ``commit``, or ``path``."""
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the checkpoint is, for the record: ``repo`` and ``commit``, or ``path``."""
 
     def configs(self, family: type[Architecture]) -> Configs:
         """The configs of the denoiser, the image encoder and the scheduler, at least."""
@@ -44,9 +46,23 @@ class Source(Protocol):
                 warning says that there are only those.
         """
 
-    def text(self, component: str) -> tuple[Any, Any]:
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
         """Tokenizer and text model of a text encoder, on the CPU, in float32; language models of billions of parameters
         keep the dtype of their files.
+
+        Args:
+            component: Name of its folder, ``text_encoder`` ...
+            words: The folder of another tokenizer.
+        """
+
+    def text_config(self, component: str) -> Config:
+        """The config of a text encoder."""
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the files of a tokenizer are, ``tokenizer`` ...
+
+        Raises:
+            FileNotFoundError: There are none.
         """
 
     def text_fingerprint(self) -> str:
@@ -88,9 +104,8 @@ class Folder:
         """
         names = self.names()
         if name not in names:
-            here = ", ".join(sorted({PurePosixPath(n).parts[0] for n in names})) or "nothing"
             raise FileNotFoundError(
-                f"{self} has no {name}; it holds {here}. A checkpoint is in the diffusers layout, with "
+                f"{self} has no {name}; it holds {self.held()}. A checkpoint is in the diffusers layout, with "
                 "unet/config.json and so on."
             )
         try:
@@ -106,6 +121,20 @@ class Folder:
         name = self._where(family.denoiser, "config.json")
         return name in self.names() and family.matches(self.json(name))
 
+    def has(self, component: str) -> bool:
+        """Whether the folder holds something of a component, be it incomplete, in its sub-folder or as the one network
+        at the root.
+        """
+        names = self.names()
+        if any(name.startswith(f"{component}/") for name in names):
+            return True
+        alone = {network for family in FAMILIES.values() if family.denoiser == component for network in family.networks}
+        return "config.json" in names and self.json("config.json").get("_class_name") in alone
+
+    def held(self) -> str:
+        """What lies in the folder, by name."""
+        return ", ".join(sorted({PurePosixPath(name).parts[0] for name in self.names()})) or "nothing"
+
     def _where(self, component: str, file: str) -> str:
         """Where a component's file is: in its folder, or at the root of a repository that holds one network alone."""
         inside = f"{component}/{file}"
@@ -117,17 +146,25 @@ class Folder:
         Raises:
             FileNotFoundError: One is not there.
         """
-        required = [family.denoiser, *([family.encoder] if family.encoder else [])]
-        configs = {
-            name: self.json(self._where(name, "config.json") if name == family.denoiser else f"{name}/config.json")
-            for name in required
-        }
-        pipeline = (
-            {"model_index": self.json("model_index.json")}
-            if family.needs_model_index and "model_index.json" in self.names()
-            else {}
-        )
-        return configs | {"scheduler": self.json(self._where("scheduler", "scheduler_config.json"))} | pipeline
+        return {component: self.json(name) for component, name in self._config_names(family).items()}
+
+    def over(self, configs: Configs, family: type[Architecture]) -> Configs:
+        """The configs of a base, with those that the folder has in their place."""
+        names, own = self.names(), self._config_names(family)
+        here = {component: name for component, name in own.items() if name in names}
+        if not self.has(family.denoiser):  # what lies at the root is of another network
+            here.pop(family.denoiser, None)
+        return {**configs, **{component: self.json(name) for component, name in here.items()}}
+
+    def _config_names(self, family: type[Architecture]) -> dict[str, str]:
+        """Component -> where its config is, or ought to be."""
+        found = {family.denoiser: self._where(family.denoiser, "config.json")}
+        if family.encoder:
+            found[family.encoder] = f"{family.encoder}/config.json"
+        found["scheduler"] = self._where("scheduler", "scheduler_config.json")
+        if family.needs_model_index and "model_index.json" in self.names():
+            found["model_index"] = "model_index.json"
+        return found
 
     def tensors(self, component: str, half: bool) -> TensorFiles:
         """The weights of a component, unread; see :meth:`Source.tensors`.
@@ -136,7 +173,7 @@ class Folder:
             FileNotFoundError: There are none, or a shard is missing.
             ValueError: There is only a pickle, or a file is broken.
         """
-        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), _modern_attention)
+        return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), modern_attention)
 
     def _weights(self, component: str, stem: str, half: bool) -> list[Path]:
         names = self.names()
@@ -148,6 +185,8 @@ class Folder:
             log.warning(
                 "%s has the weights of %s in float16 only, and they are used in higher precision", self, component
             )
+        elif not is_usual(name, stem):
+            log.warning("%s has the weights of %s as %s alone, which is read", self, component, name)
         if not name.endswith(".json"):
             return [self.file(name)]
         shards = {str(PurePosixPath(name).with_name(shard)) for shard in self.weight_map(name).values()}
@@ -181,16 +220,20 @@ class Folder:
                 raise FileNotFoundError(f"{self}: {index} needs {shard}, which is not there; download or save it again")
         return [self.file(shard) for shard in shards]
 
-    def text(self, component: str) -> tuple[Any, Any]:
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
         """Tokenizer and text model; see :meth:`Source.text`."""
         from diffusion_backbones.families.text import reading
 
         files = self._weights(component, "model", half=False)
-        name = f"{component}/config.json"
-        words = self._tokenizer_folder(component.replace("text_encoder", "tokenizer"))
-        return reading.read(self.json(name), files, words, f"{self}: {name}")
+        words = words or self.tokenizer_folder(component.replace("text_encoder", "tokenizer"))
+        return reading.read(self.text_config(component), files, words, f"{self}: {component}/config.json")
 
-    def _tokenizer_folder(self, component: str) -> Path:
+    def text_config(self, component: str) -> Config:
+        """The config of a text encoder."""
+        return self.json(f"{component}/config.json")
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the files of a tokenizer are; see :meth:`Source.tokenizer_folder`."""
         files = [self.file(name) for name in self.names() if name.startswith(component + "/") and name.endswith(_SMALL)]
         if not files:
             raise FileNotFoundError(f"{self} has no {component}/, so prompts cannot be encoded")
@@ -239,11 +282,19 @@ class WithComponent:
         """The weights of the file, or those of ``base``; see :meth:`Source.tensors`."""
         if component != self.component:
             return self.base.tensors(component, half)
-        return TensorFiles([self._file()], _modern_attention)
+        return TensorFiles([self._file()], modern_attention)
 
-    def text(self, component: str) -> tuple[Any, Any]:
+    def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:
         """Tokenizer and text model of ``base``."""
-        return self.base.text(component)
+        return self.base.text(component, words)
+
+    def text_config(self, component: str) -> Config:
+        """The config of a text encoder of ``base``."""
+        return self.base.text_config(component)
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """The folder of a tokenizer of ``base``."""
+        return self.base.tokenizer_folder(component)
 
     def text_fingerprint(self) -> str:
         """The fingerprint of ``base``."""
@@ -253,46 +304,7 @@ class WithComponent:
         return str(self.base)
 
 
-def choose(names: Iterable[str], component: str, stem: str, half: bool) -> str:
-    """Choose the file of a checkpoint that holds a component's weights.
-
-    Args:
-        names: All file names, relative to the checkpoint.
-        component: Name of its folder, ``unet`` ...
-        stem: ``diffusion_pytorch_model`` or ``model``.
-        half: Prefer the ``fp16`` variant, otherwise the one of full precision; the other is taken where it is missing.
-
-    Returns:
-        The name of a ``.safetensors`` file, or of an index of shards.
-
-    Raises:
-        FileNotFoundError: There is none; the message names a pickle that is there instead.
-    """
-    names = list(names)
-    inside = [name for name in names if name.startswith(component + "/") and name.count("/") == 1]
-    alone = not inside and any(
-        name.startswith(f"{stem}.") for name in names
-    )  # at the root of a repository of one network
-    inside, at = ([name for name in names if "/" not in name], "") if alone else (inside, f"{component}/")
-    full = [f"{at}{stem}.safetensors", f"{at}{stem}.safetensors.index.json"]
-    fp16 = [
-        f"{at}{stem}.fp16.safetensors",
-        f"{at}{stem}.safetensors.index.fp16.json",
-        f"{at}{stem}.fp16.safetensors.index.json",
-    ]
-    for candidate in fp16 + full if half else full + fp16:
-        if candidate in inside:
-            return candidate
-    for name in inside:
-        if name.endswith(PICKLES):
-            raise FileNotFoundError(f"{name} {PICKLE_REFUSED}")
-    raise FileNotFoundError(
-        f"no {full[0]} (nor its fp16 variant, nor an index of shards); {component}/ holds: "
-        f"{', '.join(inside) or 'nothing'}"
-    )
-
-
-def _modern_attention(name: str) -> str:
+def modern_attention(name: str) -> str:
     """The present name of a tensor: in old VAE files, attention layers are named as before diffusers 0.18."""
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffusion_backbones.ops import atomic
+from diffusion_backbones.ops.file_formats import PICKLES, is_safetensors, what_is_wrong
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
@@ -30,16 +31,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 Store = Callable[[str, Tensor], Tensor]
 """Name of a tensor, and the tensor as it was read -> what is kept of it."""
 
+HINT = "Does its config.json belong to these weights?"
 MAP_FROM = 2**28
 """Size in bytes from which a file's weights are used where they are mapped."""
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PICKLE_REFUSED = (
-    "is a pickle, and loading a pickle runs whatever code it holds. Only .safetensors is read. Convert it once in a "
-    "place you trust: "
-    "`safetensors.torch.save_file(torch.load(path, weights_only=True), 'out.safetensors')`, or take the repository's "
-    "safetensors files."
-)
 _SCALES = (
     *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
     *(".SCB", ".weight_format", ".qweight", ".qzeros", ".g_idx"),
@@ -51,7 +46,6 @@ _QUANTIZED = (
     "They are of quantized weights, which are not read. Give those in float32, float16 or bfloat16; "
     "weight_dtype='int8' quantizes them as they are read."
 )
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorFiles:
@@ -63,12 +57,15 @@ class TensorFiles:
 
     Attributes:
         shapes: Name -> shape.
+        hint: Why its tensors may not fit a network, as a question.
 
     Raises:
         FileNotFoundError: A file does not exist.
         ValueError: A file is a pickle, empty, cut short, or not in the safetensors format; or two files hold the same
             name.
     """
+
+    hint = HINT
 
     def __init__(self, paths: Iterable[Path], rename: Callable[[str], str | None] = lambda name: name):
         self.paths = list(paths)
@@ -99,6 +96,15 @@ class TensorFiles:
         out.shapes = {new: self.shapes[old] for new, old in names.items()}
         return out
 
+    def _view(self, file: Any, name: str) -> Tensor:
+        """A tensor as its open file has it, mapped and not read."""
+        view: Tensor = file.get_tensor(self._where[name][1])
+        return view
+
+    def stored(self, name: str) -> str:
+        """The name under which a tensor is in its file; the name itself if it is in none."""
+        return self._where[name][1] if name in self._where else name
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
         path, stored = self._where[name]
@@ -126,7 +132,7 @@ class TensorFiles:
             ):  # closing a file gives back the pages that were read
                 with _open(path) as file:
                     for name in some:
-                        view = file.get_tensor(self._where[name][1]).reshape(self.shapes[name])
+                        view = self._view(file, name).reshape(self.shapes[name])
                         tensor = view.to(device=device, dtype=dtype if view.is_floating_point() else None, copy=copy)
                         check_finite(tensor, name, str(path), view)
                         del view
@@ -164,26 +170,18 @@ def _chunks(items: Sequence[str], n: int) -> Iterator[Sequence[str]]:
 
 
 def _open(path: Path) -> Any:
-    if path.suffix in PICKLES:
-        raise ValueError(f"{path} {PICKLE_REFUSED}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist")
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a safetensors file under another suffix; rename it to {path.stem}.safetensors"
+            if is_safetensors(path)
+            else f"{path} {what_is_wrong(path)}"
+        )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} {_what_is_wrong(path)}: {error}.") from error
-
-
-def _what_is_wrong(path: Path) -> str:
-    size = path.stat().st_size
-    if size == 0:
-        return "is empty; delete it and download or write it again"
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            return (
-                "is a git-lfs pointer and not the file itself; run `git lfs pull` where it was cloned, or download it"
-            )
-    return f"({size} bytes) is cut short or not in the safetensors format; delete it and download or write it again"
+        raise ValueError(f"{path} {what_is_wrong(path)} ({error})") from error
 
 
 class _NoInit(TorchFunctionMode):
@@ -233,7 +231,7 @@ def load(
             the first five are named.
     """
     empty = module.state_dict()
-    check_tensors(empty, files.shapes, full, what, str(files))
+    check_tensors(empty, files.shapes, full, what, str(files), files.stored, files.hint)
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in files.read(empty, dtype, device):
@@ -263,7 +261,15 @@ def check_floating(found: Mapping[str, torch.dtype], wanted: Mapping[str, Tensor
     _refuse(f"{what}: stored as whole numbers in {where}", whole, _QUANTIZED)
 
 
-def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str, where: str) -> None:
+def check_tensors(
+    needed: Iterable[str],
+    found: Shapes,
+    full: Shapes,
+    what: str,
+    where: str,
+    stored: Callable[[str], str] = str,
+    hint: str = HINT,
+) -> None:
     """Check that the tensors that were found are those of a network.
 
     Args:
@@ -272,22 +278,25 @@ def check_tensors(needed: Iterable[str], found: Shapes, full: Shapes, what: str,
         full: The tensors that may be found.
         what: Names the network in errors.
         where: Names the files in errors.
+        stored: Name of a tensor that was found -> its name in the files.
+        hint: What may be the reason.
 
     Raises:
         ValueError: See :func:`load`.
     """
     missing = [name for name in needed if name not in found]
-    foreign = [name for name in found if name not in full]
+    foreign = [stored(name) for name in found if name not in full]
     wrong = [
-        f"{name} {found[name]}, expected {full[name]}" for name in found if name in full and found[name] != full[name]
+        f"{stored(name)} {found[name]}, expected {full[name]}"
+        for name in found
+        if name in full and found[name] != full[name]
     ]
     _refuse(
         f"{what}: missing from {where}", missing, "Is it a checkpoint of another architecture, or is a shard missing?"
     )
     scales = [name for name in foreign if name.endswith(_SCALES)]
-    hint = _QUANTIZED if scales else "Does its config.json belong to these weights?"
-    _refuse(f"{what}: not part of this network, in {where}", scales or foreign, hint)
-    _refuse(f"{what}: of another shape in {where}", wrong, "Does its config.json belong to these weights?")
+    _refuse(f"{what}: not part of this network, in {where}", scales or foreign, _QUANTIZED if scales else hint)
+    _refuse(f"{what}: of another shape in {where}", wrong, hint)
 
 
 def _refuse(head: str, names: list[str], hint: str) -> None:

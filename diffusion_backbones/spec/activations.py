@@ -13,12 +13,13 @@ for other blocks alone, such as the ``norm-out`` of DiT.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from diffusion_backbones.spec.suggestions import closest, nearest
 
 _NUMBER = r"(?:0|[1-9][0-9]*)"
 _BLOCK = rf"vit-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|ffn-inner|out)"
@@ -212,20 +213,26 @@ class Catalogue(Mapping[str, Site]):
             ValueError: The name is not an id at all.
             KeyError: This network has no such activation; the message names the closest that it has.
         """
-        parsed = parse(name)
+        try:
+            parsed = parse(name)
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}.{closest(str(name), self._sites)}") from None
         if name in self._sites:
             return self._sites[name]
         if parsed.stage == "module":
             if name in self._paths:
                 return replace(self._paths[name], id=name)
             if self._find_module is not None:
-                return self._find_module(name)
+                try:
+                    return self._find_module(name)
+                except KeyError as error:
+                    raise KeyError(f"{error.args[0]}.{closest(name, self._paths)}") from None
         if parsed.stage == "encoder" and not any(site.encoder for site in self._sites.values()):
             raise KeyError(
                 f"{self.network} has no activation {name!r}: its image encoder has no readable activations (tiny "
                 "encoders never do)"
             )
-        near = difflib.get_close_matches(name, [*self._sites, *self._paths], n=3, cutoff=0.4)
+        near = nearest(name, [*self._sites, *self._paths], cutoff=0.4)
         raise KeyError(
             f"{self.network} has no activation {name!r}. The closest it has: {', '.join(near)}. `diffusion-backbones "
             "activations` lists them all."

@@ -137,10 +137,9 @@ def get_declaration(name: str) -> Declaration:
             f"{architecture!r} has no weights tagged {tag!r}. It has: "
             f"{', '.join(tags) or 'no tags, only the default weights'}."
         )
-    hint = f" For a repository on the hub use 'hf-hub:{name}'." if "/" in name else ""
     raise KeyError(
-        f"no backbone is called {name!r}.{closest(name, [*_declarations, *_checkpoints])}{hint} `list_models()` lists "
-        "them all."
+        f"no backbone is called {name!r}.{closest(name, [*_declarations, *_checkpoints])}{_on_the_hub(name)} "
+        "`list_models()` lists them all."
     )
 
 
@@ -153,8 +152,13 @@ def get_checkpoint(name: str) -> Checkpoint:
     if name in _checkpoints:
         return _checkpoints[name]
     raise KeyError(
-        f"no checkpoint is called {name!r}.{closest(name, _checkpoints)} `list_checkpoints()` lists them all."
+        f"no checkpoint is called {name!r}.{closest(name, _checkpoints)}{_on_the_hub(name)} `list_checkpoints()` lists "
+        "them all."
     )
+
+
+def _on_the_hub(name: str) -> str:
+    return f" For a repository on the hub use 'hf-hub:{name}'." if "/" in name else ""
 
 
 def get_pretrained_cfg(name: str) -> dict[str, Any]:

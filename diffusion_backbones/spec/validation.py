@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from diffusion_backbones.spec.suggestions import closest as closest
+
 _PYTHON = {"array": "list", "object": "mapping", "null": "None"}
 """msgspec names types as JSON does."""
-
-
-def closest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """The tail of an error message: ``" Did you mean a, b or c?"``, or nothing when no known name is near."""
-    matches = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
-    if not matches:
-        return ""
-    return " Did you mean " + " or ".join(filter(None, [", ".join(matches[:-1]), matches[-1]])) + "?"
 
 
 def check_fields(cls: type, given: Mapping[str, Any], what: str) -> None:

@@ -145,7 +145,7 @@ def text_model(config: Config, state: Mapping[str, Tensor], where: str) -> Any:
 
 def _own_name(name: str, full: safetensors_io.Shapes) -> str:
     bare = name.removeprefix("text_model.")
-    return bare if bare in full else f"text_model.{bare}"
+    return next((known for known in (bare, f"text_model.{bare}") if known in full), name)
 
 
 class BlankTokenizer:
@@ -163,7 +163,8 @@ class BlankTokenizer:
         if any(prompts):
             raise FileNotFoundError(
                 f"the prompt {prompts!r} needs a tokenizer, and a single-file checkpoint has none, so that only the "
-                "empty prompt can be encoded. Give prompt_embeds=, or load a diffusers folder."
+                "empty prompt can be encoded. Give prompt_embeds=, or the file beside a whole checkpoint in the "
+                "diffusers layout ('local-dir:' or 'hf-hub:'), or load a diffusers folder."
             )
         row = [self.bos, self.eos]
         if padding == "max_length":
