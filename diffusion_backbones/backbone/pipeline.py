@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from diffusion_backbones.backbone.call_arguments import (
 from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.ops import micro_batching, noise, postprocessing, pyramid
+from diffusion_backbones.ops.autocast import autocast_off, casts_to_float16
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.spec.activations import Site
@@ -99,14 +101,24 @@ def encode(backbone: BackboneState, x: Tensor) -> Tensor:
     x, d = to_symmetric(x, backbone.input_format), backbone.size_divisibility
     x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
     check_maps(backbone, x)
-    encoder = backbone.architecture.image_encoder
+    encoder, full = backbone.architecture.image_encoder, backbone.encoder_overflows and casts_to_float16(x.device)
+    check_encoder_dtype(backbone)
     x = compilation.prepare_input(backbone, x.to(backbone.encoder_dtype))
-    with compilation.compile_context(backbone):
+    with compilation.compile_context(backbone), autocast_off(x.device, full):
         z = encoder.encode(backbone.encoder, x)
     if backbone.declaration.recipe.scaled:
         shift, factor = encoder.scaling
         z = (z - shift) * factor
     return z
+
+
+def check_encoder_dtype(backbone: BackboneState) -> None:
+    """Raise ``ValueError`` if an image encoder that overflows in float16 was cast to it by itself."""
+    if backbone.encoder_overflows and backbone.encoder_dtype == torch.float16:
+        raise ValueError(
+            f"the image encoder of {backbone.declaration.name} overflows in float16, and its weights were cast to it; "
+            "cast the backbone as a whole, which leaves the encoder in float32, or build it with dtype='float16'"
+        )
 
 
 # Noise and denoise.
