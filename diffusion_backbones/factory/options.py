@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from diffusion_backbones.ops.quantization import check_weight_dtype
+from diffusion_backbones.ops.tensor_checks import FLOATING
 from diffusion_backbones.spec.input_format import InputFormat, get_input_format
-from diffusion_backbones.spec.validation import check_count, closest
+from diffusion_backbones.spec.validation import MOST, as_integer, check_count, check_flag, closest
 from diffusion_backbones.surgery.compilation import check_compile
 from diffusion_backbones.surgery.trainable import check_trainable
 
+OVERLAY = ("file", "custom_load")
+"""Keys of timm's ``pretrained_cfg_overlay``: the weights, and that the model loads them itself, as all do here."""
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
 """Settings of a recipe that ``create_model`` takes by themselves."""
 
@@ -23,8 +26,15 @@ FOREIGN_KEYWORDS: dict[str, Callable[[Any], str]] = {
     "global_pool": lambda p: (
         "" if p == "" else f"a backbone returns maps and pools nothing, so global_pool must be '', got {p!r}"
     ),
-    "img_size": lambda _: "",  # any size is accepted as it is
-    "pretrained_cfg": lambda _: "",  # the declaration says it
+    "img_size": lambda s: (
+        ""
+        if _is_size(s)
+        else f"img_size must be an integer from 1 up, or two; any size is accepted in a call, got {s!r}"
+    ),
+    "pretrained_cfg": lambda _: (
+        "pretrained_cfg describes other weights than the declaration does; give checkpoint_path= for weights, and "
+        "input_format= for another normalization"
+    ),
     "features_only": lambda f: "" if f else "features_only=False asks for a classifier, and a backbone has none",
     "output_stride": lambda s: (
         ""
@@ -64,13 +74,13 @@ class BuildOptions:
             TypeError: Options that do not go together.
             ValueError: A value that cannot be.
         """
-        device = torch.device(given["device"]) if given["device"] is not None else torch.get_default_device()
+        device = as_device(given["device"])
         check_compile(given["compile"], device, given["trainable"])
         check_trainable(given["trainable"], given["lora_rank"], given["prompt_tokens"])
         if given["chunk"] is not None:
             check_count("chunk", given["chunk"])
-        if not isinstance(given["truncate"], bool):
-            raise TypeError(f"truncate must be True or False, got {given['truncate']!r}")
+        for flag in ("truncate", "fold", "encoder_levels"):
+            check_flag(flag, given[flag])
         name = given["input_format"]
         checked = {
             "device": device,
@@ -112,10 +122,55 @@ def check_strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:
     """
     if strides is None:
         return None
-    strides = tuple(strides)
-    if not strides or any(not isinstance(s, int) or s < 1 for s in strides) or list(strides) != sorted(set(strides)):
-        raise ValueError(f"out_strides must be growing positive integers such as (4, 8, 16, 32), got {strides}")
-    return strides
+    given = list(strides) if isinstance(strides, Iterable) and not isinstance(strides, str) else []
+    checked = tuple(s for s in map(as_integer, given) if s is not None and 1 <= s <= MOST)
+    if not given or len(checked) < len(given) or list(checked) != sorted(set(checked)):
+        raise ValueError(f"out_strides must be growing positive integers such as (4, 8, 16, 32), got {strides!r}")
+    return checked
+
+
+def check_overlay(overlay: Any) -> Any:
+    """The weights that timm's ``pretrained_cfg_overlay`` names, or None.
+
+    Raises:
+        TypeError: It is no mapping, or says what has no effect here.
+    """
+    if overlay is None:
+        return None
+    if not isinstance(overlay, Mapping):
+        raise TypeError(f"pretrained_cfg_overlay must be a mapping with file, got {overlay!r}")
+    if other := [key for key in overlay if key not in OVERLAY]:
+        raise TypeError(
+            f"pretrained_cfg_overlay takes file, a place of weights, and not {', '.join(map(str, other))}; give "
+            "'hf-hub:owner/repo' as the name for a repository, and input_format= for another normalization"
+        )
+    return overlay.get("file")
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device that can be used here; None is torch's default.
+
+    Raises:
+        ValueError: There is no such device, or it cannot be used.
+    """
+    if device is None:
+        return torch.get_default_device()
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"device={device!r} cannot be used here; it must be a torch.device or its name, such as 'cpu', 'cuda:0' or "
+            f"'meta'. ({reason})"
+        ) from error
+    return found
+
+
+def _is_size(size: Any) -> bool:
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    whole = [as_integer(side) for side in sides]
+    return len(whole) == 2 and all(side is not None and side >= 1 for side in whole)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -127,8 +182,9 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if dtype is None:
         return torch.get_default_dtype()
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in FLOATING:
         raise ValueError(
-            f"dtype must be a floating-point torch.dtype or its name ('float32', 'float16', 'bfloat16'), got {dtype!r}"
+            "dtype must be a floating-point torch.dtype that networks compute in, or its name ('float32', 'float16', "
+            f"'bfloat16'), got {dtype!r}"
         )
     return found

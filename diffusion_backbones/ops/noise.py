@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones.ops.describe import shape
+from diffusion_backbones.ops.tensor_checks import check_floating, readable
 from diffusion_backbones.spec.configs import Config
+from diffusion_backbones.spec.validation import plain
 
 CANVAS = 256
 """Side of the fixed noise canvas in latent positions (2048 pixels at stride 8); larger latents repeat it."""
+FARTHEST = 2**31
+"""Timesteps of every network are far below it."""
+Timestep = int | float | Tensor
+"""What the network receives: a number, or () or (B,) of them."""
 
 
 class ForwardProcess(Protocol):
@@ -59,9 +65,9 @@ class VariancePreserving:
             ValueError: The timestep is outside the schedule.
         """
         if isinstance(timestep, Tensor):
-            if not torch.compiler.is_compiling() and not timestep.is_meta:
-                self._check(float(timestep.min()))
-                self._check(float(timestep.max()))
+            if readable(timestep):
+                for end in torch.stack(timestep.aminmax()).tolist():
+                    self._check(end)
             bar = torch.tensor(self.alpha_bar, device=timestep.device)[timestep.long()].view(-1, 1, 1, 1)
             return bar.sqrt(), (1 - bar).sqrt()
         self._check(timestep)
@@ -87,9 +93,9 @@ class RectifiedFlow:
             ValueError: The timestep is not from 0 to 1000.
         """
         if isinstance(timestep, Tensor):
-            if not torch.compiler.is_compiling() and not timestep.is_meta:
-                self._check(float(timestep.min()))
-                self._check(float(timestep.max()))
+            if readable(timestep):
+                for end in torch.stack(timestep.aminmax()).tolist():
+                    self._check(end)
             sigma = timestep.float().view(-1, 1, 1, 1) / 1000
             return 1 - sigma, sigma
         self._check(timestep)
@@ -137,17 +143,21 @@ def draw(
         generator: For random noise.
 
     Raises:
+        TypeError: The noise is a tensor of another kind than floating point.
         ValueError: They do not go together.
     """
     if generator is not None and not (isinstance(noise, str) and noise == "random"):
         raise ValueError("generator= is for noise='random'")
     if isinstance(noise, Tensor):
+        check_floating("noise", noise, f"{tuple(z.shape[1:])}")
         if tuple(noise.shape) not in (tuple(z.shape[1:]), tuple(z.shape)) or ensemble > 1:
             raise ValueError(
                 f"noise must be {tuple(z.shape[1:])} or {tuple(z.shape)} without an ensemble, got {shape(noise)} with "
                 f"ensemble={ensemble}"
             )
         return noise.to(z).expand(1, *z.shape)
+    if not isinstance(noise, str):
+        raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
     if noise == "none":
         if ensemble > 1:
             raise ValueError("an ensemble averages noise draws, and noise='none' has none")
@@ -162,24 +172,51 @@ def draw(
     raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
 
 
-def mix(z: Tensor, noise: Tensor | None, timestep: Any, process: ForwardProcess) -> Tensor:
+def mix(z: Tensor, noise: Tensor | None, timestep: Timestep, process: ForwardProcess) -> Tensor:
     """(B, C, h, w) clean latents -> (ensemble · B, C, h, w) noisy ones, draw by draw."""
     if noise is None:
         return z
     alpha, sigma = process.levels(
-        timesteps(timestep, z.shape[0], z.device) if isinstance(timestep, (Tensor, list, tuple)) else timestep
+        timesteps(timestep, z.shape[0], z.device) if isinstance(timestep, Tensor) else timestep
     )
     return (alpha * z + sigma * noise).flatten(0, 1)
 
 
-def timesteps(timestep: Any, b: int, device: torch.device) -> Tensor:
+def check_timestep(timestep: Any) -> Timestep:
+    """A timestep as it is given, in Python's number or as a tensor () or (B,) of int64 or float32.
+
+    Raises:
+        TypeError: It is neither a real number nor several.
+        ValueError: It is not finite.
+    """
+    error = TypeError(f"timestep must be a real number, or one per image, got {timestep!r}")
+    if isinstance(timestep, (list, tuple)) or (getattr(timestep, "ndim", None) and not isinstance(timestep, Tensor)):
+        try:
+            timestep = torch.as_tensor(timestep)
+        except (TypeError, ValueError, RuntimeError):
+            raise error from None
+        if timestep.is_floating_point() and not timestep.is_meta and not bool(timestep.isfinite().all()):
+            raise ValueError(f"timestep must be finite, got {timestep.tolist()}")
+    if isinstance(timestep, Tensor):
+        if timestep.dtype == torch.bool or timestep.is_complex():
+            raise error
+        return timestep.float() if timestep.is_floating_point() else timestep.long()
+    number = plain(timestep)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise error
+    if not abs(number) < FARTHEST:
+        raise ValueError(f"timestep must be finite, and between -{FARTHEST} and {FARTHEST}; got {timestep}")
+    return number
+
+
+def timesteps(timestep: Timestep, b: int, device: torch.device) -> Tensor:
     """(B,) of what the network receives: integers as int64, as DDPM's schedulers give them, others as float32.
 
     Raises:
         ValueError: Neither one number nor one per image.
     """
-    if isinstance(timestep, (Tensor, list, tuple)):
-        t = torch.as_tensor(timestep, device=device)
+    if isinstance(timestep, Tensor):
+        t = timestep.to(device)
         if t.ndim > 1 or t.numel() not in (1, b):
             raise ValueError(f"timestep must be one number or {b}, one per image; got {shape(t)}")
         return t.reshape(-1).expand(b)
