@@ -93,4 +93,4 @@ def test_the_markup_of_others_is_text(evil, tmp_path):
     assert page.addresses
     assert not [address for address in page.addresses if not address.startswith(("https://", "../"))]
     assert "https://example.org" in page.addresses
-    assert "javascript" not in front
+    assert "javascript:" not in front

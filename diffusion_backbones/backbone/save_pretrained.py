@@ -22,7 +22,7 @@ from diffusion_backbones.loading.saved_folder import CARD, CONFIG, FORMAT, INDEX
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import atomic, safetensors_io
 from diffusion_backbones.reports import backbone_card
-from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
 from diffusion_backbones.spec.input_format import SYMMETRIC
 from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.surgery import constant_folding
@@ -45,10 +45,14 @@ def save(backbone: BackboneState, folder: Path, max_shard_size: int | str) -> Pa
     _check(backbone)
     state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}  # its seed says it
     split = _split(state, max_shard_size)
-    for_timm = {"architecture": backbone.declaration.architecture, "pretrained_cfg": backbone.pretrained_cfg}
+    declaration = kept(backbone)
+    for_timm = {
+        "architecture": declaration.architecture,
+        "pretrained_cfg": pretrained_cfg(declaration, backbone.input_format),
+    }
     texts = {
         CONFIG: _json({**describe(backbone), **for_timm}),
-        CARD: backbone_card.card(kept(backbone), backbone.configs),
+        CARD: backbone_card.card(declaration, backbone.configs),
     }
     if split.is_sharded:
         about = {"metadata": {**split.metadata, "library_name": LIBRARY}, "weight_map": split.tensor_to_filename}

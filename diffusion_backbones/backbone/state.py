@@ -68,6 +68,7 @@ class BackboneState(nn.Module):
 
     canvas: Tensor | None
     compiled: bool | str = False
+    encoder_overflows: bool = False
     encoder: nn.Module
     denoiser: nn.Module
     conditioning: Conditioning

@@ -114,7 +114,7 @@ def recipe_overrides(given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def check_strides(strides: Sequence[int] | None) -> tuple[int, ...] | None:
+def check_strides(strides: Any) -> tuple[int, ...] | None:
     """``out_strides`` as a tuple.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_backbones.ops.autocast import autocast_off
+from diffusion_backbones.ops.autocast import autocast_off, casts
 
 CHUNK = 2**24
 """Scores that may exist at once, per call: 64 MiB in float32."""
@@ -108,5 +108,5 @@ def probabilities(
 def _product(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     """scale x yᵀ in float32, or in float64 where the network computes so."""
     x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
-    with autocast_off(x.device, torch.is_autocast_enabled(x.device.type)):
+    with autocast_off(x.device, casts(x.device)):
         return torch.matmul(x * scale, y.transpose(-1, -2))

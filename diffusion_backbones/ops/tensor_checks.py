@@ -49,10 +49,11 @@ class ValueChecks:
 
     def finite(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
         """Check that a tensor has neither NaN nor infinity, also in the ``dtype`` that it is computed with."""
-        if readable(tensor) and tensor.is_floating_point() and tensor.numel():
+        if readable(tensor) and tensor.dtype in FLOATING and tensor.numel():
             dtype = dtype or tensor.dtype
-            there = tensor.abs().amax() <= torch.finfo(dtype).max  # false for NaN
-            self.add(there, f"{name} must be finite, and has NaN, infinity or what {dtype} cannot hold")
+            largest = min(torch.finfo(kind).max for kind in (dtype, tensor.dtype, torch.float32))
+            holds = tensor.detach().abs().amax().float() <= largest  # false for NaN
+            self.add(holds, f"{name} must be finite, and has NaN, infinity or what {dtype} cannot hold")
 
     def read(self) -> None:
         """Raise ``ValueError`` for the first check that does not hold."""
