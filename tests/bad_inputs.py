@@ -114,7 +114,7 @@ class Survey:
         """
         try:
             result = function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if is_ours(error):
                 self.ours += 1
             else:

@@ -35,7 +35,9 @@ FOREIGN_KEYWORDS: dict[str, Callable[[Any], str]] = {
         "pretrained_cfg describes other weights than the declaration does; give checkpoint_path= for weights, and "
         "input_format= for another normalization"
     ),
-    "features_only": lambda f: "" if f else "features_only=False asks for a classifier, and a backbone has none",
+    "features_only": lambda f: (
+        "" if f is True else f"features_only={f!r} asks for a classifier, and a backbone has none; True is the only mode"
+    ),
     "output_stride": lambda s: (
         ""
         if s == 32
