@@ -91,7 +91,7 @@ def _check_keywords(given: Mapping[str, Any], name: str, folded: bool) -> None:
             f"change {', '.join(fixed)}; build it without fold=True, or with the prompt= and timestep= that it is to "
             "have"
         )
-    if not isinstance(given.get("generator"), torch.Generator | None):
+    if "generator" in given and not isinstance(given["generator"], torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(given['generator']).__name__}")
     if "prompt" in given and (embeddings := [key for key in EMBEDDINGS if key in given]):
         raise TypeError(f"give either prompt= or {', '.join(embeddings)}, not both")

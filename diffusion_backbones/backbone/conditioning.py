@@ -71,10 +71,7 @@ def _tensor(like: Tensor, key: str, value: Any) -> Tensor:
     Raises:
         TypeError: It is of another kind.
     """
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{key} must be a tensor, got {type(value).__name__}") from None
+    tensor = value if isinstance(value, Tensor) else _as_tensor(key, value)
     kinds: tuple[torch.dtype, ...]
     if key in MASKS:
         kinds, kind = (torch.bool, *INTEGERS, *FLOATING), "0 and 1"
@@ -87,6 +84,13 @@ def _tensor(like: Tensor, key: str, value: Any) -> Tensor:
     if tensor.dtype not in kinds or tensor.layout != torch.strided:
         raise TypeError(f"{key} must be a dense tensor of {kind}, got {tensor.dtype}, {tensor.layout}")
     return tensor
+
+
+def _as_tensor(key: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{key} must be a tensor, got {type(value).__name__}") from None
 
 
 def _check_lengths(tensors: Mapping[str, Tensor], name: str, tokens: int | None) -> None:

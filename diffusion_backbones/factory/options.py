@@ -36,7 +36,7 @@ FOREIGN_KEYWORDS: dict[str, Callable[[Any], str]] = {
         "input_format= for another normalization"
     ),
     "features_only": lambda f: (
-        "" if f is True else f"features_only={f!r} asks for a classifier, and a backbone has none; True is the only mode"
+        "" if f is True else f"features_only={f!r} asks for a classifier, and a backbone has none; it must be True"
     ),
     "output_stride": lambda s: (
         ""

@@ -17,6 +17,7 @@ CANVAS = 256
 """Side of the fixed noise canvas in latent positions (2048 pixels at stride 8); larger latents repeat it."""
 FARTHEST = 2**31
 """Timesteps of every network are far below it."""
+REAL = "timestep must be a real number, or one per image"
 Timestep = int | float | Tensor
 """What the network receives: a number, or () or (B,) of them."""
 
@@ -190,24 +191,32 @@ def check_timestep(timestep: Any) -> Timestep:
         TypeError: It is neither a real number nor several.
         ValueError: It is not finite.
     """
-    error = TypeError(f"timestep must be a real number, or one per image, got {timestep!r}")
-    if isinstance(timestep, (list, tuple)) or (getattr(timestep, "ndim", None) and not isinstance(timestep, Tensor)):
-        try:
-            timestep = torch.as_tensor(timestep)
-        except (TypeError, ValueError, RuntimeError):
-            raise error from None
-        if timestep.is_floating_point() and not timestep.is_meta and not bool(timestep.isfinite().all()):
-            raise ValueError(f"timestep must be finite, got {timestep.tolist()}")
+    if not isinstance(timestep, (Tensor, int, float)):
+        timestep = _read_timestep(timestep)
     if isinstance(timestep, Tensor):
         if timestep.dtype == torch.bool or timestep.is_complex():
-            raise error
+            raise TypeError(f"{REAL}, got {timestep.dtype}")
         return timestep.float() if timestep.is_floating_point() else timestep.long()
-    number = plain(timestep)
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise error
-    if not abs(number) < FARTHEST:
+    if isinstance(timestep, bool):
+        raise TypeError(f"{REAL}, got {timestep!r}")
+    if not abs(timestep) < FARTHEST:
         raise ValueError(f"timestep must be finite, and between -{FARTHEST} and {FARTHEST}; got {timestep}")
+    number: int | float = timestep
     return number
+
+
+def _read_timestep(timestep: Any) -> Any:
+    """A scalar of numpy, a list or an array as Python's number or as a tensor."""
+    number = plain(timestep)
+    if isinstance(number, (int, float)):
+        return number
+    try:
+        several = torch.as_tensor(timestep)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{REAL}, got {timestep!r}") from None
+    if several.is_floating_point() and not several.is_meta and not bool(several.isfinite().all()):
+        raise ValueError(f"timestep must be finite, got {timestep!r}")
+    return several
 
 
 def timesteps(timestep: Timestep, b: int, device: torch.device) -> Tensor:

@@ -104,7 +104,9 @@ MOST = 2**31 - 1
 
 def as_integer(value: Any) -> int | None:
     """An integer of Python, numpy or torch as Python's; None for every other value, truth values among them."""
-    if isinstance(value, bool) or getattr(value, "ndim", None):
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if getattr(value, "ndim", None):
         return None
     try:
         return operator.index(value)
