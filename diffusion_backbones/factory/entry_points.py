@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from diffusion_backbones.factory.options import BuildOptions, check_overlay, che
 from diffusion_backbones.loading.prompts import no_text_encoder
 from diffusion_backbones.loading.saved_folder import SavedConfig
 from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.registry import get_declaration
@@ -137,6 +139,20 @@ def create_model(
     if encoder is not None:
         found = with_encoder(found, encoder, pretrained, cache_dir)
     configs = found.configs()
+    plan = plan_for(_declared(found, configs, recipe, settings), configs, options)
+    folded = found.restored.folded if found.restored else {}
+    if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
+        warnings.warn(RANDOM.format(plan.declaration.name), RandomWeightsWarning, stacklevel=2)
+    return Builder(plan, found, options, folded).build()
+
+
+def _declared(found: Resolved, configs: Configs, recipe: Any, settings: Mapping[str, Any]) -> Declaration:
+    """The declaration of what was found, with the settings that ``create_model`` was given in place of its recipe's.
+
+    Raises:
+        FileNotFoundError: A prompt, and nothing that can embed it.
+        TypeError: A saved backbone keeps its recipe.
+    """
     declaration = found.declaration or declare(found.checkpoint, configs, recipe)
     if found.restored and settings:
         raise TypeError(
@@ -145,15 +161,10 @@ def create_model(
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not found.source:
         raise no_text_encoder(settings["prompt"])
-    folded = found.restored.folded if found.restored else {}
-    if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
-        warnings.warn(
-            f"{declaration.name} has random weights, so its features mean nothing; give pretrained=True or "
-            "checkpoint_path=, or load weights into it",
-            RandomWeightsWarning,
-            stacklevel=2,
-        )
-    return Builder(plan_for(declaration, configs, options), found, options, folded).build()
+    return declaration
+
+
+RANDOM = "{} has random weights, so its features mean nothing; give pretrained=True or checkpoint_path=, or load weights into it"
 
 
 class RandomWeightsWarning(UserWarning):
