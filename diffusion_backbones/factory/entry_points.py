@@ -164,7 +164,7 @@ def _declared(found: Resolved, configs: Configs, recipe: Any, settings: Mapping[
     return declaration
 
 
-RANDOM = "{} has random weights, so its features mean nothing; give pretrained=True or checkpoint_path=, or load weights into it"
+RANDOM = "{} has random weights, so its features mean nothing; give pretrained=True or checkpoint_path=, or load others"
 
 
 class RandomWeightsWarning(UserWarning):
