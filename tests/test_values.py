@@ -209,7 +209,7 @@ def test_a_tensor_on_another_device_says_so(backbone):
     ],
 )
 def test_a_device_is_waited_for_no_more_than_before(backbone, call, most, monkeypatch):
-    """It was three times for an image, and two more for timesteps. What reads a value of a tensor on a GPU waits for it."""
+    """It was three times for an image, and two more for timesteps: whatever reads a value of a tensor on a GPU."""
     read = []
     for name in ("tolist", "item", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(Tensor, name)
