@@ -243,7 +243,7 @@ BUILD = {
     "compile": lambda v: v is True or v is False,
     "truncate": is_bool,
     "features_only": lambda v: v is True,
-    "pretrained_cfg": lambda v: False,
+    "pretrained_cfg": lambda v: isinstance(v, dict),
     "pretrained_cfg_overlay": lambda v: v == {} and isinstance(v, dict),
     "img_size": lambda v: is_count(v) or is_int(v, 1) or v == (1, 2) or v == (4, 2),
     "num_classes": lambda v: plain(v) == 0,

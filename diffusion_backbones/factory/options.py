@@ -17,6 +17,8 @@ from diffusion_backbones.surgery.trainable import check_trainable
 
 OVERLAY = ("file", "custom_load")
 """Keys of timm's ``pretrained_cfg_overlay``: the weights, and that the model loads them itself, as all do here."""
+WEIGHTS = ("file", "url", "hf_hub_filename", "state_dict")
+"""Keys of timm's ``pretrained_cfg`` that name weights."""
 OVERRIDES = ("timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
 """Settings of a recipe that ``create_model`` takes by themselves."""
 
@@ -31,9 +33,10 @@ FOREIGN_KEYWORDS: dict[str, Callable[[Any], str]] = {
         if _is_size(s)
         else f"img_size must be an integer from 1 up, or two; any size is accepted in a call, got {s!r}"
     ),
-    "pretrained_cfg": lambda _: (
-        "pretrained_cfg describes other weights than the declaration does; give checkpoint_path= for weights, and "
-        "input_format= for another normalization"
+    "pretrained_cfg": lambda c: (
+        ""
+        if _says_no_weights(c)
+        else "pretrained_cfg describes weights, which the name does here; give checkpoint_path="
     ),
     "features_only": lambda f: (
         "" if f is True else f"features_only={f!r} asks for a classifier, and a backbone has none; it must be True"
@@ -167,6 +170,11 @@ def as_device(device: torch.device | str | None) -> torch.device:
             f"'meta'. ({reason})"
         ) from error
     return found
+
+
+def _says_no_weights(cfg: Any) -> bool:
+    """Whether timm's description of a model leaves its weights as they are declared; a tag is part of the name here."""
+    return isinstance(cfg, Mapping) and not {key for key in WEIGHTS if cfg.get(key)}
 
 
 def _is_size(size: Any) -> bool:
