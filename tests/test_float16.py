@@ -63,7 +63,8 @@ def test_the_encoder_does_overflow_and_stock_pipelines_bring_it_to_float32(sdxl,
 def check(backbone, latents, x=X):
     maps, z = backbone(x), backbone.encode(x)
     assert all(torch.isfinite(m).all() for m in maps)
-    torch.testing.assert_close(z.float(), latents, rtol=2e-3, atol=2e-3 * float(latents.abs().max()))
+    share = 2e-3 if x.dtype == torch.float32 else 2e-2  # of the largest; float16 rounds the image too
+    torch.testing.assert_close(z.float(), latents, rtol=share, atol=share * float(latents.abs().max()))
 
 
 def test_under_autocast(sdxl, latents):
