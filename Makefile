@@ -4,7 +4,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 PICTURE := demo/tinysd_gdf.png
 
-.PHONY: demo test test-fast test-lowest lint cards check bench clean
+.PHONY: demo test test-fast fuzz test-lowest lint cards check bench clean
 
 demo: .venv/installed                  ## the maps of tinysd as colours, beside the photograph
 	@mkdir -p $(dir $(PICTURE))
@@ -16,6 +16,9 @@ test: .venv/installed-dev              ## the whole suite; make test ARGS="-k ca
 FAST := activations bad_input chunks house image_encoders import_hook inputs old_pickles plan unchanged
 test-fast: .venv/installed-dev         ## the inner loop: every registered name on meta, what must not change, the house rules
 	$(BIN)/python -m pytest -n 2 $(FAST:%=tests/test_%.py) $(ARGS)
+
+fuzz: .venv/installed-dev             ## six times the generated bad inputs that the suite draws; make fuzz FUZZ=20 for more
+	FUZZ=$(or $(FUZZ),6) $(BIN)/python -m pytest -n 2 tests/test_fuzz.py -rP $(ARGS)
 
 test-lowest: .venv-lowest/installed    ## the same at the lowest versions that pyproject.toml promises, with LOWEST_PYTHON
 	.venv-lowest/bin/python -m pytest -n 2 -m "not newer" $(FAST:%=tests/test_%.py) $(ARGS)

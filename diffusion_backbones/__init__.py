@@ -13,6 +13,7 @@ from diffusion_backbones.integrations.import_hook import when_imported
 from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License, Paper
 from diffusion_backbones.spec.recipe import Level, Recipe
 from diffusion_backbones.spec.registry import (
+    before_register,
     get_checkpoint,
     get_declaration,
     get_pretrained_cfg,
@@ -23,6 +24,7 @@ from diffusion_backbones.spec.registry import (
     register_checkpoint,
     register_model,
 )
+from diffusion_backbones.surgery.registration import check_declaration
 
 if TYPE_CHECKING:
     from diffusion_backbones.backbone.module import DiffusionBackbone
@@ -74,4 +76,5 @@ def __dir__() -> list[str]:
 install()
 
 
+before_register(check_declaration)  # of what users register; what travels in the package is checked by its tests
 when_imported("timm", partial(import_module, "diffusion_backbones.integrations.timm"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import diffusion_backbones as db
 from diffusion_backbones import Checkpoint, License, Recipe
+from diffusion_backbones.spec.input_format import InputFormat
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +130,52 @@ def test_a_size_that_cannot_belong_to_the_latents(backbone, size):
         (["sd15_gdf"], {"dtype": "float31"}, ValueError, "'float31'"),
         (["sd15_gdf"], {"dtype": torch.int8}, ValueError, "int8"),
         (["sd15_gdf"], {"checkpoint_path": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all"),
+        ([3], {}, TypeError, "named by a text such as 'sd15_gdf', got 3"),
+        (["sd15_gdf", "False"], {}, TypeError, "pretrained must be True or False, got 'False'"),
+        (["sd15_gdf"], {"checkpoint_path": 3}, TypeError, "checkpoint_path must be a path, got 3"),
+        (["sd15_gdf"], {"cache_dir": []}, TypeError, r"cache_dir must be a path, got \[\]"),
+        (["sd15_gdf"], {"dtype": "float8_e4m3fn"}, ValueError, "dtype must be .* compute in.*'float8_e4m3fn'"),
+        (["sd15_gdf"], {"dtype": []}, ValueError, r"dtype must be .*got \[\]"),
+        (["sd15_gdf"], {"out_strides": 4}, ValueError, "growing positive integers.*got 4"),
+        (["sd15_gdf"], {"out_strides": [True]}, ValueError, r"growing positive integers.*got \[True\]"),
+        (["sd15_gdf"], {"out_strides": "48"}, ValueError, "growing positive integers.*got '48'"),
+        (["sd15_gdf"], {"out_indices": True}, ValueError, "positions from -3 to 2, got True"),
+        (["sd15_gdf"], {"out_indices": ["0"]}, ValueError, r"positions from -3 to 2, got \['0'\]"),
+        (["sd15_gdf"], {"img_size": "foo"}, ValueError, "img_size must be an integer.*got 'foo'"),
+        (["sd15_gdf"], {"seed": 2**65}, ValueError, "seed: expected int <= 9223372036854775807"),
+        (["sd15_gdf"], {"chunk": 2.0}, ValueError, "chunk must be an integer from 1 up, got 2.0"),
+        (["sd15_gdf"], {"fold": "no"}, TypeError, "fold must be True or False, got 'no'"),
+        (["sd15_gdf"], {"encoder_levels": 1}, TypeError, "encoder_levels must be True or False, got 1"),
+        (["sd15_gdf"], {"input_format": ["unit"]}, ValueError, r"input_format=\['unit'\] is none of"),
+        (["sd15_gdf"], {"input_format": InputFormat(std=(0.5, 0.0, 0.5))}, ValueError, "std finite and above 0"),
+        (["sd15_gdf"], {"input_format": InputFormat(mean=(float("nan"),) * 3)}, ValueError, "mean must be finite"),
+        (["sd15_gdf"], {"pretrained_cfg": {"file": "x"}}, ValueError, "checkpoint_path="),
+        (["sd15_gdf"], {"pretrained_cfg_overlay": {"hf_hub_id": "a/b"}}, TypeError, "takes file.*not hf_hub_id"),
+        (["sd15_gdf"], {"pretrained_cfg_overlay": "x"}, TypeError, "must be a mapping with file, got 'x'"),
     ],
 )
 def test_create_model(args, kwargs, error, words):
     with pytest.raises(error, match=words):
         db.create_model(*args, device="meta", **kwargs)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", -3, [], "cpu:x"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=r"device=.* cannot be used here; it must be a torch.device or its name"):
+        db.create_model("tinysd_gdf", device=device)
+
+
+def test_scalars_of_numpy_are_settings():
+    backbone = db.create_model(
+        "tinysd_gdf",
+        device="meta",
+        out_strides=np.array([8, 16]),
+        out_indices=np.int64(2),
+        timestep=np.int32(51),
+        scaled=np.bool_(True),
+        chunk=np.int8(2),
+    )
+    assert (backbone.out_strides, backbone.declaration.recipe.timestep, backbone.chunk) == ((8, 16), 51, 2)
 
 
 def test_what_none_means_in_timm():
@@ -216,6 +259,14 @@ def test_recipes(settings, words):
         ("levels: [mid-vit-out]\nnormalise: layer\nnormalize: layer", ValueError, "two spellings of one setting"),
         ("- mid-vit-out", ValueError, "must hold a mapping"),
         ("{", ValueError, "not a YAML or JSON"),
+        ("[" * 5000, ValueError, "not a YAML or JSON file: it is nested too deeply"),
+        ("levels: [mid-vit-out]\nlevels: [unet-out]", ValueError, "recipe.yaml, line 2: 'levels' is given twice"),
+        ('{"levels": ["mid-vit-out"], "seed": 1, "seed": 2}', ValueError, "line 1: 'seed' is given twice"),
+        ("levels: [mid-vit-out]\npaper: {title: a, title: b}", ValueError, "line 2: 'title' is given twice"),
+        ("levels: [mid-vit-out]\ntimestep: 010", ValueError, "line 2: 010 is read as different numbers"),
+        ("levels: [mid-vit-out]\nseed: 1_000", ValueError, "1_000 is read as different numbers"),
+        ("levels: [mid-vit-out]\nensemble: 1:30", ValueError, "1:30 is read as different numbers"),
+        ("levels: [mid-vit-out]\nseed: 99999999999999999999", ValueError, "seed: expected int <= 9223372036854775807"),
     ],
 )
 def test_recipe_files(tmp_path, text, error, words):
@@ -247,3 +298,40 @@ def test_declarations():
         License("other")
     with pytest.raises(KeyError, match="Did you mean sdxl"):
         db.register_model("sdxxl", Recipe("r", levels=("mid-vit-out",)))
+
+
+MINE = Recipe("r", levels=("mid-vit-out",))
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "error", "words"),
+    [
+        (["tinysd", ["mid-vit-out"]], "mine", TypeError, "recipe must be a Recipe"),
+        ([3, MINE], "mine", TypeError, "checkpoint must be a Checkpoint or the name of one, got 3"),
+        (["tinysd", MINE], "sd15", ValueError, "'sd15' is already registered"),
+        (["tinysd", MINE], "resnet50", ValueError, "'resnet50' is a model of timm"),
+        (["tinysd", MINE], "mine.x", ValueError, "lower-case"),
+        (["tinysd", Recipe("r", levels=("up-level7-upsampler-out",))], "mine", KeyError, "up-level7-upsampler-out"),
+        (["tinysd", Recipe("r", levels=("mid-vit-out", "unet-out"))], "mine", ValueError, "fine to coarse"),
+        (
+            [Checkpoint("mine", "x", "a/b", License("mit"), None, 512), MINE],
+            "x",
+            ValueError,
+            "no architecture for mine",
+        ),
+        (
+            [Checkpoint("mine", "x", "a/b", License("mit"), None, 512, family="unett", configs="sd15"), MINE],
+            "x",
+            ValueError,
+            "family 'unett'. Did you mean unet",
+        ),
+    ],
+)
+def test_what_is_refused_is_not_registered(args, name, error, words):
+    import timm
+
+    resnet, before = timm.model_entrypoint("resnet50"), db.list_models(pretrained=True)
+    with pytest.raises(error, match=words):
+        db.register_model(*args, name=name)
+    assert db.list_models(pretrained=True) == before
+    assert timm.model_entrypoint("resnet50") is resnet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from diffusion_backbones.families.base import EMBEDDINGS
 from diffusion_backbones.ops.describe import shape
+from diffusion_backbones.ops.noise import Timestep, check_timestep
 from diffusion_backbones.ops.pixel_values import check_range
+from diffusion_backbones.ops.tensor_checks import FLOATING, check_floating, readable
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Recipe
-from diffusion_backbones.spec.validation import check_count, closest
+from diffusion_backbones.spec.validation import as_integer, check_count, closest
 
 FOLDED = ("prompt", *EMBEDDINGS, "timestep")
 """What is constant in a folded backbone."""
@@ -37,7 +40,7 @@ class Call:
     """
 
     noise: Any
-    timestep: Any
+    timestep: Timestep
     ensemble: int
     chunk: int | None
     generator: torch.Generator | None = None
@@ -58,8 +61,8 @@ class Call:
 
         Raises:
             TypeError: An unknown keyword; the closest is named. One that a folded backbone has no weights for. Both a
-                prompt and its embeddings.
-            ValueError: An ensemble or chunk of less than one.
+                prompt and its embeddings. A timestep or generator of another type.
+            ValueError: An ensemble or chunk of less than one; a timestep that is not finite.
         """
         given = {key: value for key, value in given.items() if value is not None}
         _check_keywords(given, name, folded)
@@ -67,9 +70,9 @@ class Call:
         draws = recipe.ensemble if isinstance(noise, str) and noise != "none" else 1
         return cls(
             noise=noise,
-            timestep=given.get("timestep", recipe.timestep),
-            ensemble=given.get("ensemble", draws),
-            chunk=given.get("chunk", chunk),
+            timestep=check_timestep(given.get("timestep", recipe.timestep)),
+            ensemble=check_count("ensemble", given.get("ensemble", draws)),
+            chunk=check_count("chunk", given["chunk"]) if "chunk" in given else chunk,
             generator=given.get("generator"),
             latents=given.get("latents"),
             prompt=given.get("prompt"),
@@ -88,8 +91,8 @@ def _check_keywords(given: Mapping[str, Any], name: str, folded: bool) -> None:
             f"change {', '.join(fixed)}; build it without fold=True, or with the prompt= and timestep= that it is to "
             "have"
         )
-    for key in ("ensemble", "chunk"):
-        check_count(key, given.get(key, 1))
+    if "generator" in given and not isinstance(given["generator"], torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(given['generator']).__name__}")
     if "prompt" in given and (embeddings := [key for key in EMBEDDINGS if key in given]):
         raise TypeError(f"give either prompt= or {', '.join(embeddings)}, not both")
 
@@ -115,17 +118,20 @@ def check_image(x: Any, input_format: InputFormat) -> None:
         hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
         hint = hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ""
         raise ValueError(f"{expected}, got {shape(x)}{hint}")
-    if not x.is_floating_point() and not (x.dtype == torch.uint8 and (low, high) == (0, 255)):
-        raise TypeError(
-            f"{expected}, got {x.dtype}; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')"
-        )
+    pixels = x.dtype == torch.uint8 and (low, high) == (0, 255)
+    if not pixels and x.dtype not in FLOATING:
+        hint = "; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')"
+        raise TypeError(f"{expected}, got {x.dtype}{hint if x.dtype == torch.uint8 else ''}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{expected}, got a tensor of {x.layout}; give x.to_dense()")
     if 0 in x.shape:
         raise ValueError(f"{expected}, got an empty batch {shape(x)}")
-    if torch.compiler.is_compiling() or x.is_meta:
+    if not readable(x):
         return
-    if not bool(torch.isfinite(x).all()):
+    smallest, largest = torch.stack(x.aminmax()).tolist()  # waits for the device once; NaN if there is one
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"{expected}, got NaN or infinite values")
-    check_range(x, input_format)
+    check_range(smallest, largest, input_format, x.is_floating_point())
 
 
 def check_latents(
@@ -138,10 +144,12 @@ def check_latents(
         size: What the caller says; None means that nothing was padded.
 
     Raises:
+        TypeError: ``z`` is not floating point.
         ValueError: ``z`` has another shape, or ``size`` cannot be.
     """
     step = divisibility // stride
-    fits = isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] == channels and 0 not in z.shape
+    check_floating("latents", z, f"(B, {channels}, h, w)")
+    fits = z.ndim == 4 and z.shape[1] == channels and 0 not in z.shape
     if not fits or z.shape[-2] % step or z.shape[-1] % step:
         raise ValueError(
             f"latents must be (B, {channels}, h, w) with h and w multiples of {step}, as encode() gives them; got "
@@ -150,6 +158,9 @@ def check_latents(
     full = (z.shape[-2] * stride, z.shape[-1] * stride)
     if size is None:
         return full
+    pair = isinstance(size, Sequence) and len(size) == 2 and None not in map(as_integer, size)
+    if not pair:
+        raise ValueError(f"size must be height and width in pixels, two integers, got {size!r}")
     if any(not f - divisibility < s <= f for s, f in zip(size, full, strict=True)):
         raise ValueError(
             f"size={tuple(size)} is not the size of an image whose latents are {tuple(z.shape[-2:])}, that is {full} "
@@ -171,28 +182,3 @@ def check_prompts(prompt: Any, b: int) -> list[str]:
     if len(some) not in (1, b):
         raise ValueError(f"prompt must be one string or {b}, one per image; got {len(some)}")
     return list(some)
-
-
-def merge_conditioning(own: Mapping[str, Tensor], given: Mapping[str, Tensor], b: int, name: str) -> dict[str, Tensor]:
-    """The backbone's conditioning with a call's own in place, every tensor with a batch axis of ``b``.
-
-    Args:
-        own: Name -> (1, ...).
-        given: Name -> (...) or (1 or B, ...).
-
-    Raises:
-        TypeError: The network is not conditioned on such a tensor.
-        ValueError: It has another shape.
-    """
-    tensors = dict(own)
-    for key, tensor in given.items():
-        if key not in own:
-            raise TypeError(f"{name} is not conditioned on {key}; it takes {', '.join(own) or 'none'}")
-        like = own[key]
-        tensor = torch.as_tensor(tensor)
-        batched = tensor if tensor.ndim == like.ndim else tensor[None]
-        same_channels = like.ndim <= 1 or batched.shape[-1] == like.shape[-1]
-        if batched.ndim != like.ndim or not same_channels or len(batched) not in (1, b):
-            raise ValueError(f"{key} must be {tuple(like.shape[1:])} or ({b}, ...), got {shape(tensor)}")
-        tensors[key] = batched.to(like)
-    return {key: t.expand(b, *t.shape[1:]) for key, t in tensors.items()}

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,13 +25,16 @@ from diffusion_backbones.backbone.call_arguments import (
     check_image,
     check_latents,
     check_prompts,
-    merge_conditioning,
 )
+from diffusion_backbones.backbone.conditioning import merge_conditioning
+from diffusion_backbones.backbone.device import check_device
 from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.ops import micro_batching, noise, postprocessing, pyramid
+from diffusion_backbones.ops.autocast import autocast_off, casts_to_float16
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
+from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.levels import LevelInfo
 from diffusion_backbones.surgery import compilation
@@ -87,23 +91,38 @@ def given_latents(
             f"{', '.join(wanted)} is read in the image encoder, so it needs the image, and latents were given; take "
             "other levels with indices="
         )
-    network = backbone.architecture
+    network, values = backbone.architecture, ValueChecks()
     shape = (network.latent_channels, network.latent_stride, network.size_divisibility)
-    return Latents(z, check_latents(z, size, *shape), {})
+    size = check_latents(z, size, *shape)
+    check_device("latents", z, backbone.denoiser, backbone.declaration.name)
+    values.finite("latents", z, backbone.dtype)
+    values.read()
+    return Latents(z, size, {})
 
 
 @explain_oom("image encoder")
 def encode(backbone: BackboneState, x: Tensor) -> Tensor:
     """(B, 3, H, W) images -> (B, C, h, w) clean latents, padded and scaled; see ``DiffusionBackbone.encode``."""
     check_image(x, backbone.input_format)
+    check_device("images", x, backbone.encoder, backbone.declaration.name)
     x, d = to_symmetric(x, backbone.input_format), backbone.size_divisibility
     x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
     check_maps(backbone, x)
-    encoder = backbone.architecture.image_encoder
+    encoder, full = backbone.architecture.image_encoder, backbone.encoder_overflows and casts_to_float16(x.device)
+    check_encoder_dtype(backbone)
     x = compilation.prepare_input(backbone, x.to(backbone.encoder_dtype))
-    with compilation.compile_context(backbone):
+    with compilation.compile_context(backbone), autocast_off(x.device, full):
         z = encoder.encode(backbone.encoder, x)
     return encoder.scaled(z) if backbone.declaration.recipe.scaled else z
+
+
+def check_encoder_dtype(backbone: BackboneState) -> None:
+    """Raise ``ValueError`` if an image encoder that overflows in float16 was cast to it by itself."""
+    if backbone.encoder_overflows and backbone.encoder_dtype == torch.float16:
+        raise ValueError(
+            f"the image encoder of {backbone.declaration.name} overflows in float16, and its weights were cast to it; "
+            "cast the backbone as a whole, which leaves the encoder in float32, or build it with dtype='float16'"
+        )
 
 
 # Noise and denoise.
@@ -130,20 +149,31 @@ def activations(
     if not sites:
         return {}
     z = latents.z
-    b = z.shape[0]  # len() would be a constant of an exported file
-    draws = noise.draw(z, call.noise, call.ensemble, _canvas(backbone, call, z), call.generator)
+    b, values = z.shape[0], ValueChecks()  # len() would be a constant of an exported file
+    conditioning = _conditioning(backbone, call, b, values)
+    for name in ("noise", "timestep"):
+        if isinstance(given := getattr(call, name), Tensor):
+            values.finite(name, given, backbone.dtype if name == "noise" else None)
+    values.read()
+    draws = _draw(backbone, z, call)
     z_t = noise.mix(z, draws, call.timestep, backbone.forward_process)
     z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
-    t, conditioning = noise.timesteps(call.timestep, b, z.device), _conditioning(backbone, call, b)
+    t = noise.timesteps(call.timestep, b, z.device)
     parts = []
     for images, slices in micro_batching.split(call.ensemble, b, call.chunk):
         mean = micro_batching.RunningMean(call.ensemble)
-        given = {name: rows[images] for name, rows in conditioning.items()}
+        text = {name: rows[images] for name, rows in conditioning.items()}
         for some in slices:
-            acts = denoise(backbone, z_t[some, images], latents.size, t[images], given, sites, average_heads, visit)
+            acts = denoise(backbone, z_t[some, images], latents.size, t[images], text, sites, average_heads, visit)
             mean.add(acts, t[images].shape[0])
         parts.append(mean.take())
     return micro_batching.cat(parts)
+
+
+@explain_oom("noise")
+def _draw(backbone: BackboneState, z: Tensor, call: Call) -> Tensor | None:
+    """(draws, B or 1, C, h, w), or None; see :func:`~diffusion_backbones.ops.noise.draw`."""
+    return noise.draw(z, call.noise, call.ensemble, _canvas(backbone, call, z), call.generator)
 
 
 def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
@@ -158,12 +188,14 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
     return noise.crop(canvas, height, width)
 
 
-def _conditioning(backbone: BackboneState, call: Call, b: int) -> dict[str, Tensor]:
-    """The tensors that condition a call, with a batch axis of ``b``."""
+def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:
+    """The tensors that condition a call, with a batch axis of ``b``; checks of their values are added to others."""
     given = call.embeddings
     if call.prompt is not None:
         given = backbone.prompter(check_prompts(call.prompt, b))
-    return merge_conditioning(dict(backbone.conditioning.items()), given, b, backbone.declaration.name)
+    own = dict(backbone.conditioning.items())
+    tokens = own["prompt_embeds"].shape[1] if backbone.plan.reads_text else None
+    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens)
 
 
 @explain_oom("denoiser")

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ from diffusion_backbones.loading.saved_folder import CARD, CONFIG, FORMAT, INDEX
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import atomic, safetensors_io
 from diffusion_backbones.reports import backbone_card
-from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
 from diffusion_backbones.spec.input_format import SYMMETRIC
 from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.surgery import constant_folding
 from diffusion_backbones.surgery.trainable import merged_state
+
+UNDECLARED, LOCAL, ORIGIN = "my_", "local", "_name_or_path"
+"""The names of checkpoints that nobody declared begin with the first. The second stands for a path on this machine.
+diffusers writes under the third key where it read a config."""
 
 
 def save(backbone: BackboneState, folder: Path, max_shard_size: int | str) -> Path:
@@ -41,10 +45,14 @@ def save(backbone: BackboneState, folder: Path, max_shard_size: int | str) -> Pa
     _check(backbone)
     state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}  # its seed says it
     split = _split(state, max_shard_size)
-    for_timm = {"architecture": backbone.declaration.architecture, "pretrained_cfg": backbone.pretrained_cfg}
+    declaration = kept(backbone)
+    for_timm = {
+        "architecture": declaration.architecture,
+        "pretrained_cfg": pretrained_cfg(declaration, backbone.input_format),
+    }
     texts = {
         CONFIG: _json({**describe(backbone), **for_timm}),
-        CARD: backbone_card.card(kept(backbone), backbone.configs),
+        CARD: backbone_card.card(declaration, backbone.configs),
     }
     if split.is_sharded:
         about = {"metadata": {**split.metadata, "library_name": LIBRARY}, "weight_map": split.tensor_to_filename}
@@ -110,10 +118,30 @@ def _write(
 
 
 def kept(backbone: BackboneState) -> Declaration:
-    """The declaration, with the levels that the backbone still has."""
+    """The declaration, with the levels that the backbone still has, and without the name and the path of a local folder
+    that nobody declared: what is saved may be published.
+    """
     declaration = backbone.declaration
     levels = tuple(Level(tuple(site.id for site in level.sites)) for level in backbone.levels)
-    return Declaration(declaration.name, declaration.checkpoint, declaration.recipe.override(levels=levels))
+    name, checkpoint, recipe = declaration.name, declaration.checkpoint, declaration.recipe.override(levels=levels)
+    if checkpoint.name.startswith(UNDECLARED) and not checkpoint.hub_id:
+        checkpoint = replace(checkpoint, name=f"{UNDECLARED}{checkpoint.family}", title="a checkpoint of one's own")
+        name = f"{checkpoint.name}_{recipe.name}"
+    return Declaration(name, checkpoint, recipe)
+
+
+def _without_paths(backbone: BackboneState) -> dict[str, Any]:
+    """Provenance and configs as they are saved: a path on this machine says nothing to others, and too much."""
+    configs = {
+        name: config and {key: value for key, value in config.items() if key != ORIGIN or _is_repository(value)}
+        for name, config in backbone.configs.items()
+    }
+    here = {key: LOCAL for key in backbone.provenance if key == "path" or key.endswith("_path")}
+    return {"configs": configs, "provenance": backbone.provenance | here}
+
+
+def _is_repository(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value))
 
 
 def describe(backbone: BackboneState) -> dict[str, Any]:
@@ -130,8 +158,7 @@ def describe(backbone: BackboneState) -> dict[str, Any]:
         "out_strides": backbone.out_strides,
         **({"input_format": backbone.input_format._asdict()} if backbone.input_format != SYMMETRIC else {}),
         **({"folded": folded} if folded else {}),
-        "configs": {name: config and dict(config) for name, config in backbone.configs.items()},
-        "provenance": backbone.provenance,
+        **_without_paths(backbone),
         "versions": {
             "diffusion_backbones": __version__,
             "diffusers": diffusers.__version__,

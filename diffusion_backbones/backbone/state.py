@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,10 +62,13 @@ class BackboneState(nn.Module):
         folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot
             change those.
         compiled: Whether, and in which mode of ``torch.compile``, the networks are compiled.
+        encoder_overflows: Whether the image encoder gives no finite latents in float16. It then stays in its dtype when
+            the backbone, or a module around it, is cast to float16.
     """
 
     canvas: Tensor | None
     compiled: bool | str = False
+    encoder_overflows: bool = False
     encoder: nn.Module
     denoiser: nn.Module
     conditioning: Conditioning
@@ -92,6 +95,7 @@ class BackboneState(nn.Module):
         self.plan = plan
         self.forward_process = plan.architecture.forward_process
         self.folded = bool(constant_folding.constants(denoiser))
+        self.encoder_overflows = plan.encoder_overflows
         self.encoder, self.denoiser, self.conditioning = encoder, denoiser, conditioning
         self.register_buffer("canvas", canvas)
         self.recorder, self.encoder_recorder, self.prompter = recorder, encoder_recorder, prompter
@@ -189,16 +193,30 @@ class BackboneState(nn.Module):
         """Name, channels and strides, for ``repr``."""
         return f"{self.declaration.name}: {', '.join(f'{m.channels}@{m.stride}' for m in self.out_maps)}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``half()``, ``to(...)`` and ``cuda()`` of this module, or of one around it, do to every tensor."""
+        if not self.encoder_overflows:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        kept = {id(tensor) for tensor in (*self.encoder.parameters(), *self.encoder.buffers())}
+
+        def apply(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            cast = id(tensor) in kept and new.dtype == torch.float16
+            return tensor.to(new.device) if cast else new
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles of a compiled backbone are compiled anew, when they are first called. Pickles of version
         0.1 hold the parts of a plan apart.
         """
+        state = dict(state)
         if "plan" not in state:
-            state = dict(state)
             whole = Plan.of(state["declaration"], state["configs"])
             state["plan"] = replace(whole, levels=state["levels"])
             for name in MOVED_TO_PLAN:
                 state.pop(name, None)
+        state.setdefault("encoder_overflows", state["plan"].encoder_overflows)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.compiled:
             compilation.compile_in_place(self, self.compiled)

@@ -25,12 +25,13 @@ def build_backbone(name: str, model: ModelOptions, dtype: str | None = None) -> 
     import torch
 
     from diffusion_backbones.evaluation.visualize import UNTRAINED  # torch
-    from diffusion_backbones.factory.entry_points import create_model  # torch
+    from diffusion_backbones.factory.entry_points import create_model, with_random_weights  # torch
 
     where = find_device(model.device)
     if model.random_weights:
         torch.manual_seed(0)
-    backbone = create_model(
+    create = with_random_weights if model.random_weights else create_model
+    backbone = create(
         name,
         pretrained=not model.random_weights,
         checkpoint_path=model.checkpoint_path,

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.evaluation import memory_benchmark
 from diffusion_backbones.evaluation.memory_benchmark import Footprint
-from diffusion_backbones.factory.entry_points import create_model
+from diffusion_backbones.factory.entry_points import with_random_weights
 from diffusion_backbones.reports import costs
 from diffusion_backbones.spec.registry import get_declaration
 
@@ -69,7 +69,7 @@ class Setting:
     def build(self) -> DiffusionBackbone:
         """The backbone, with random weights."""
         torch.manual_seed(0)
-        return create_model(self.name, dtype=self.dtype, device=self.device, noise=self.noise, **self.options)
+        return with_random_weights(self.name, dtype=self.dtype, device=self.device, noise=self.noise, **self.options)
 
     @property
     def noise(self) -> str:

@@ -67,8 +67,7 @@ class Builder:
         self.fills = resolved.has_weights and device.type != "meta"
         self.folds = options.fold and not folded
         self.home = torch.device("cpu") if self.folds and self.fills else device  # device never holds what is dropped
-        overflows = dtype == torch.float16 and not plan.declaration.checkpoint.encoder_float16
-        self.encoder_dtype = torch.float32 if overflows else dtype
+        self.encoder_dtype = torch.float32 if dtype == torch.float16 and plan.encoder_overflows else dtype
 
     @cached_property
     def prompter(self) -> Prompter:

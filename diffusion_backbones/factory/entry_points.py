@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from diffusion_backbones import families
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.factory.build import Builder, plan_for
 from diffusion_backbones.factory.locate import Resolved, declare, locate, with_encoder
-from diffusion_backbones.factory.options import BuildOptions, check_strides, recipe_overrides
+from diffusion_backbones.factory.options import BuildOptions, check_overlay, check_strides, recipe_overrides
 from diffusion_backbones.loading.prompts import no_text_encoder
 from diffusion_backbones.loading.saved_folder import SavedConfig
 from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.registry import get_declaration
+from diffusion_backbones.spec.validation import check_flag
 
 
 def create_model(
@@ -55,8 +60,8 @@ def create_model(
         name: A registered backbone (``sd15_gdf``), a checkpoint (``sd15``) together with ``recipe=``,
             ``hf-hub:owner/repo``, or ``local-dir:folder``. The last two read a folder that ``save_pretrained`` wrote,
             or a diffusers folder with ``recipe=``.
-        pretrained: Download what the backbone needs from the hub. Without it the weights are random and nothing is
-            fetched.
+        pretrained: Download what the backbone needs from the hub. Without it the weights are random, which is warned of
+            once unless the denoiser is trained, and nothing is fetched.
         checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file in
             diffusers' or the authors' names; whole, or a part. What a part lacks comes from the checkpoint that
             ``name`` places, or from the hub if ``pretrained``.
@@ -96,7 +101,7 @@ def create_model(
         truncate: False cuts the network behind the last activation that it has, and not behind the last of the recipe,
             so that ``forward_activations`` reads any. The features are the same.
         features_only: Accepted for timm; True is the only mode.
-        pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``.
+        pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``, and other keys are a ``TypeError``.
         **overrides: ``timestep``, ``noise``, ``ensemble``, ``seed``, ``prompt``, ``prompt_padding``, ``scaled`` replace
             the recipe's; see :class:`Recipe`. What is None is ignored.
 
@@ -111,6 +116,7 @@ def create_model(
         FileNotFoundError: Nothing at a path, or not what is needed there; ``compile`` for the CPU without a C++
             compiler.
     """
+    _check_places(name, pretrained, checkpoint_path, cache_dir)
     options = BuildOptions.parse(
         out_indices=out_indices,
         out_strides=out_strides,
@@ -128,11 +134,25 @@ def create_model(
         truncate=truncate,
     )
     settings = recipe_overrides({**overrides, "features_only": features_only})
-    checkpoint_path = checkpoint_path or (pretrained_cfg_overlay or {}).get("file")
+    checkpoint_path = checkpoint_path or check_overlay(pretrained_cfg_overlay)
     found = locate(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
     if encoder is not None:
         found = with_encoder(found, encoder, pretrained, cache_dir)
     configs = found.configs()
+    plan = plan_for(_declared(found, configs, recipe, settings), configs, options)
+    folded = found.restored.folded if found.restored else {}
+    if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
+        warnings.warn(RANDOM.format(plan.declaration.name), RandomWeightsWarning, stacklevel=2)
+    return Builder(plan, found, options, folded).build()
+
+
+def _declared(found: Resolved, configs: Configs, recipe: Any, settings: Mapping[str, Any]) -> Declaration:
+    """The declaration of what was found, with the settings that ``create_model`` was given in place of its recipe's.
+
+    Raises:
+        FileNotFoundError: A prompt, and nothing that can embed it.
+        TypeError: A saved backbone keeps its recipe.
+    """
     declaration = found.declaration or declare(found.checkpoint, configs, recipe)
     if found.restored and settings:
         raise TypeError(
@@ -141,8 +161,31 @@ def create_model(
     declaration = replace(declaration, recipe=declaration.recipe.override(**settings))
     if settings.get("prompt") and not found.source:
         raise no_text_encoder(settings["prompt"])
-    folded = found.restored.folded if found.restored else {}
-    return Builder(plan_for(declaration, configs, options), found, options, folded).build()
+    return declaration
+
+
+RANDOM = "{} has random weights, so its features mean nothing; give pretrained=True or checkpoint_path=, or load others"
+
+
+class RandomWeightsWarning(UserWarning):
+    """A frozen backbone was built on a device without weights."""
+
+
+def with_random_weights(name: str, **keywords: Any) -> DiffusionBackbone:
+    """``create_model`` where random weights are what is wanted, as for measuring speed: nothing is said of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        return create_model(name, **keywords)
+
+
+def _check_places(name: Any, pretrained: Any, *paths: Any) -> None:
+    """Raise ``TypeError`` unless a name is a text, ``pretrained`` a truth value, and paths are paths or None."""
+    if not isinstance(name, str):
+        raise TypeError(f"a backbone is named by a text such as 'sd15_gdf', got {name!r}")
+    check_flag("pretrained", pretrained)
+    for keyword, path in zip(("checkpoint_path", "cache_dir"), paths, strict=True):
+        if not isinstance(path, str | os.PathLike | None):
+            raise TypeError(f"{keyword} must be a path, got {path!r}")
 
 
 def model_entrypoint(name: str) -> Callable[..., DiffusionBackbone]:

@@ -20,6 +20,7 @@ from diffusion_backbones.families.unet.latent import UNet
 from diffusion_backbones.families.unet.pixel import PixelUNet
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.configs import Configs, package_configs
+from diffusion_backbones.spec.validation import closest
 
 FAMILIES: dict[str, type[Architecture]] = {
     "unet": UNet,
@@ -42,7 +43,16 @@ FAMILIES: dict[str, type[Architecture]] = {
 
 
 def architecture(checkpoint: Checkpoint, configs: Configs | None = None) -> Architecture:
-    """A checkpoint's family bound to configs, by default to those that travel with the package."""
+    """A checkpoint's family bound to configs, by default to those that travel with the package.
+
+    Raises:
+        ValueError: There is no such family; the closest is named.
+    """
+    if checkpoint.family not in FAMILIES:
+        near = closest(checkpoint.family, FAMILIES)
+        raise ValueError(
+            f"{checkpoint.name} is of family {checkpoint.family!r}.{near} Known are {', '.join(FAMILIES)}."
+        )
     return FAMILIES[checkpoint.family](configs or package_configs(checkpoint), checkpoint.name)
 
 

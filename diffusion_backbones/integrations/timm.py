@@ -7,22 +7,44 @@ transformers and OpenMMLab, smp's ``tu-`` encoders) reaches it too.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
+from timm.models import is_model as is_timm_model
 
 from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
-from diffusion_backbones.spec.registry import on_register
+from diffusion_backbones.spec.registry import before_register, on_register
 
 default_cfgs: dict[str, Any] = {}
 __all__: list[str] = []
+_ours: set[str] = set()
+"""Architectures that were registered in timm from here."""
+
+
+def _check(declaration: Declaration) -> None:
+    """Raise ``ValueError`` for a name that a model of timm has."""
+    if _is_taken(declaration):
+        raise ValueError(f"{declaration.architecture!r} is a model of timm; give another name=")
+
+
+def _is_taken(declaration: Declaration) -> bool:
+    return is_timm_model(declaration.architecture) and declaration.architecture not in _ours
 
 
 def _register(declaration: Declaration) -> None:
+    if _is_taken(declaration):  # it was registered before timm was imported
+        warnings.warn(
+            f"{declaration.name!r} is not in timm's registry, where the name is taken; register it under another name",
+            stacklevel=2,
+        )
+        return
+    _ours.add(declaration.architecture)
+
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
         from diffusion_backbones.factory.entry_points import create_model  # torch and diffusers
 
-        cfg = kwargs.get("pretrained_cfg")
+        cfg = kwargs.pop("pretrained_cfg", None)  # timm hands on the tag of the name, or the place of a saved folder
         return create_model(_saved_in(cfg) or _full_name(declaration.architecture, cfg), pretrained, **kwargs)
 
     default_cfgs.update(generate_default_cfgs({declaration.name: pretrained_cfg(declaration)}))
@@ -54,3 +76,4 @@ def _saved_in(cfg: Any) -> str | None:
 
 
 on_register(_register)
+before_register(_check)

@@ -14,11 +14,12 @@ returns them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.save_pretrained import describe
@@ -135,6 +136,7 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
 
     config_class, main_input_name, has_attentions = DiffusionBackboneConfig, "pixel_values", False
     input_modalities = ("image",)
+    supports_gradient_checkpointing = True
     config: DiffusionBackboneConfig
 
     def __init__(self, config: DiffusionBackboneConfig):
@@ -147,6 +149,8 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         if empty:
             self.diffusion_backbone.provenance = dict(config.backbone["provenance"])
         self.num_features = self.diffusion_backbone.feature_info.channels()
+        if self.diffusion_backbone.encoder_overflows:
+            self._keep_in_fp32_modules = {"diffusion_backbone.encoder"}
         self._trained = {name for name, p in self.named_parameters() if p.requires_grad}
         self._uncomputed = sorted(set(dict(self.named_buffers())) - set(self.state_dict())) if empty else []
         self.post_init()
@@ -188,6 +192,25 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
     def dtype(self) -> torch.dtype:
         """The denoiser's dtype; an image encoder that overflows in float16 has another."""
         return self.diffusion_backbone.dtype
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What ``gradient_checkpointing_enable()``, and so ``TrainingArguments(gradient_checkpointing=True)``, calls.
+
+        Raises:
+            ValueError: The backbone is compiled, or only some layers are to be checkpointed.
+        """
+        if every_n_layers != 1:
+            raise ValueError(
+                f"a backbone checkpoints every block of its denoiser, so every_n_layers must be 1, got {every_n_layers}"
+            )
+        self.diffusion_backbone.set_grad_checkpointing(enable)
+        if enable:
+            self.diffusion_backbone.denoiser.enable_gradient_checkpointing(gradient_checkpointing_func)  # type: ignore[operator]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights as they are: nothing is drawn again."""

@@ -13,6 +13,7 @@ AURAFLOW_03 = register_checkpoint(
         paper=None,
         input_size=1024,
         family="auraflow",
+        encoder_float16=False,
         unverified=(
             "Its transformer's config was not read; it is taken to be that of 0.1 with more positions, 9216, which "
             "the 1536 pixels of its page need.",

@@ -1,15 +1,18 @@
 """Attention maps, recomputed from the queries and keys that a network's own fused attention used.
 
 The stock network never forms the probabilities and keeps its fused kernels; here they are computed afterwards, one head
-and one chunk of queries at a time.
+and one chunk of queries at a time. Scores and probabilities are float32 whatever the network's dtype and autocast, as
+they are inside the fused kernels: a score of a float16 network may pass 65504.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusion_backbones.ops.autocast import autocast_off, casts
 
 CHUNK = 2**24
 """Scores that may exist at once, per call: 64 MiB in float32."""
@@ -21,7 +24,7 @@ def attention_map(
     """softmax(q kᵀ / sqrt(d) + bias) of one attention layer.
 
     Args:
-        attention: The stock layer, for its heads, scale, query and key norms, and precision settings.
+        attention: The stock layer, for its heads, scale, and query and key norms.
         q: (B, N, C) output of ``to_q``.
         k: (B, M, C) output of ``to_k``.
         average: Average over heads.
@@ -32,8 +35,7 @@ def attention_map(
         (B, heads, N, M), or (B, N, M) if averaged. Rows sum to 1. The dtype is that of ``q``.
     """
     q, k = split_heads(attention, q, attention.norm_q), split_heads(attention, k, attention.norm_k)
-    upcast = Precision(bool(attention.upcast_attention), bool(attention.upcast_softmax))
-    return probabilities(q, k, slice(None), average, bias, upcast, chunk)
+    return probabilities(q, k, slice(None), average, bias, chunk)
 
 
 def split_heads(attention: nn.Module, x: Tensor, norm: Any) -> Tensor:
@@ -56,7 +58,8 @@ def linear_probabilities(q: Tensor, k: Tensor, average: bool = False) -> Tensor:
     out: Tensor | float = 0.0
     maps = []
     for head in range(q.shape[1]):
-        scores = torch.relu(q[:, head]).float() @ torch.relu(k[:, head]).float().transpose(-1, -2)
+        x, y = torch.relu(q[:, head]), torch.relu(k[:, head])
+        scores = _product(x, y)
         weights = (scores / (scores.sum(-1, keepdim=True) + 1e-15)).to(q.dtype)
         if average:
             out = out + weights / q.shape[1]
@@ -65,23 +68,12 @@ def linear_probabilities(q: Tensor, k: Tensor, average: bool = False) -> Tensor:
     return out if isinstance(out, Tensor) else torch.stack(maps, 1)
 
 
-class Precision(NamedTuple):
-    """What a layer computes in float32 whatever its dtype."""
-
-    attention: bool = False
-    softmax: bool = False
-
-
-AS_IS = Precision()
-
-
 def probabilities(
     q: Tensor,
     k: Tensor,
     keys: slice,
     average: bool = False,
     bias: Tensor | None = None,
-    upcast: Precision = AS_IS,
     chunk: int = CHUNK,
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias)[..., keys], a part at a time.
@@ -91,7 +83,6 @@ def probabilities(
         k: (B, heads, M, d).
         keys: The columns to keep; rows sum to 1 over all of them only.
         average, bias, chunk: As for :func:`attention_map`.
-        upcast: What is computed in float32.
 
     Returns:
         (B, heads, N, kept), or (B, N, kept) if averaged.
@@ -103,15 +94,19 @@ def probabilities(
     rows = max(1, chunk // (b * m))
     for head in range(heads):
         for i in range(0, n, rows):
-            x, y = q[:, head, i : i + rows], k[:, head]
-            if upcast.attention:
-                x, y = x.float(), y.float()
-            scores = torch.matmul(x * d**-0.5, y.transpose(-1, -2))
+            scores = _product(q[:, head, i : i + rows], k[:, head], d**-0.5)
             if bias is not None:
                 scores = scores + bias[:, None]
-            part = (scores.float() if upcast.softmax else scores).softmax(dim=-1).to(q.dtype)[..., keys]
+            part = scores.softmax(dim=-1).to(q.dtype)[..., keys]
             if average:
                 out[:, i : i + rows] += part / heads
             else:
                 out[:, head, i : i + rows] = part
     return out
+
+
+def _product(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """scale x yᵀ in float32, or in float64 where the network computes so."""
+    x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
+    with autocast_off(x.device, casts(x.device)):
+        return torch.matmul(x * scale, y.transpose(-1, -2))

@@ -77,7 +77,6 @@ class AttentionTap(nn.Module):
 
     IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
     NORMS = {"to_q": "norm_q", "to_k": "norm_k", "add_q_proj": "norm_added_q", "add_k_proj": "norm_added_k"}
-    ATTRIBUTES = ("heads", "upcast_attention", "upcast_softmax")
 
     def __init__(self, attention: nn.Module, names: Collection[str]):
         super().__init__()
@@ -85,8 +84,7 @@ class AttentionTap(nn.Module):
         for name in (*self.IMAGE, *self.TEXT):
             if name in names:
                 self.add_module(name, getattr(attention, name))
-        for name in self.ATTRIBUTES:  # what a map is computed with
-            setattr(self, name, getattr(attention, name, None))
+        self.heads = getattr(attention, "heads", None)  # what a map is computed with
         maps = {"to_q", "to_k"} <= set(names)
         for projection, norm in self.NORMS.items():
             setattr(self, norm, getattr(attention, norm, None) if maps and projection in names else None)

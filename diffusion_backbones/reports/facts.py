@@ -15,7 +15,7 @@ from typing import Any
 from diffusion_backbones.families import Architecture, architecture
 from diffusion_backbones.families.image_encoders import TinyAutoencoder
 from diffusion_backbones.reports.costs import Costs, costs, whole_network
-from diffusion_backbones.reports.markdown import HUB, gflops, link, memory, millions, repository
+from diffusion_backbones.reports.markdown import HUB, WEB, gflops, link, memory, millions, repository
 from diffusion_backbones.spec import registry
 from diffusion_backbones.spec.checkpoint import Checkpoint, Paper, TinyEncoder
 from diffusion_backbones.spec.configs import Configs, is_flow
@@ -114,7 +114,7 @@ class Facts:
             "pipeline_tag": "image-feature-extraction",
             "license": terms.id,
             "license_name": re.sub(r"[^a-z0-9.-]+", "-", terms.name.lower()).strip("-") if other else None,
-            "license_link": terms.link or None if other else None,
+            "license_link": terms.link if other and re.fullmatch(WEB, terms.link) else None,
             "base_model": base if checkpoint.hub_id else None,
             "tags": ["image-feature-extraction", "diffusion", "feature-pyramid", checkpoint.family, *tags],
         }

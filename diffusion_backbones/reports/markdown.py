@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 HUB = "https://huggingface.co"
+WEB = r"https?://[^\s<>\"]+"
+"""What a link may lead to."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -36,7 +38,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals |= {"table": table, "bullets": bullets, "gflops": gflops, "millions": millions}
-    environment.filters["line"] = line
+    environment.filters |= {"line": line, "code": code}
     return environment
 
 
@@ -48,8 +50,17 @@ def front_matter(metadata: Mapping[str, Any]) -> str:
 
 
 def line(text: str) -> str:
-    """A text on one line."""
-    return re.sub(r"\s*\n\s*", " ", text)
+    """A text on one line. Others may have written it, so HTML in it is shown and not read, and links lead to the web or
+    into this repository.
+    """
+    text = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    return re.sub(r"\](?=:|\((?!https?://|\.\./))", r"\]", text)
+
+
+def code(text: str) -> str:
+    """A text that stays within its block of code."""
+    return re.sub(r"`{3,}|~{3,}", "", text)
 
 
 def cell(text: str) -> str:
@@ -69,8 +80,8 @@ def bullets(sentences: Iterable[str]) -> str:
 
 
 def link(text: str, address: str) -> str:
-    """A link, or the text alone without an address."""
-    return f"[{text}]({address})" if address else text
+    """A link, or the text alone without an address on the web."""
+    return f"[{text}]({address})" if re.fullmatch(WEB, address) else text
 
 
 def repository(name: str) -> str:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusion_backbones.selection.properties import Properties
+from diffusion_backbones.spec import strict_yaml
 from diffusion_backbones.spec.validation import check_fields, closest
 
 FILE = Path(__file__).with_name("rules.yaml")
@@ -82,8 +81,8 @@ def load(path: str | Path = FILE) -> list[Rule]:
             f"the rules {path} do not exist or are not a file; {FILE} holds the default ones, and is a model for others"
         )
     try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
         raise ValueError(f"{path} must hold a list of rules, each a mapping with at least name, ids and because")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
 
-from diffusion_backbones.spec.validation import check_fields, closest, convert
+from diffusion_backbones.spec.validation import check_fields, closest, convert, plain
 
 Triple = tuple[float, float, float]
 
@@ -29,11 +30,16 @@ class InputFormat(NamedTuple):
         Raises:
             KeyError: A key is missing.
             TypeError: A key is unknown.
-            ValueError: A value has another type.
+            ValueError: A value has another type or cannot be.
         """
         check_fields(cls, data, "input_format")
         kinds = get_type_hints(cls)
-        return cls(**{name: convert(data[name], kind, f"input_format: {name}") for name, kind in kinds.items()})
+        made = cls(**{name: convert(data[name], kind, f"input_format: {name}") for name, kind in kinds.items()})
+        if not all(map(math.isfinite, (*made.mean, *made.std))) or min(made.std) <= 0:
+            raise ValueError(
+                f"input_format: mean must be finite, and std finite and above 0; got mean={made.mean}, std={made.std}"
+            )
+        return made
 
     def range(self) -> tuple[float, float]:
         """The lowest and the highest value that a normalized pixel can have."""
@@ -59,11 +65,11 @@ def get_input_format(name: str | InputFormat) -> InputFormat:
     """A format by its name in :data:`FORMATS`; an :class:`InputFormat` is returned as it is.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or the format has values that cannot be.
     """
     if isinstance(name, InputFormat):
-        return name
-    if name not in FORMATS:
+        return InputFormat.from_dict({key: plain(value) for key, value in name._asdict().items()})
+    if not isinstance(name, str) or name not in FORMATS:
         known = ", ".join(map(repr, FORMATS))
         raise ValueError(f"input_format={name!r} is none of {known}.{closest(str(name), FORMATS)}")
     return FORMATS[name]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.validation import as_integer
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,14 @@ def take(indices: int | Sequence[int] | None, n: int) -> list[int]:
     """
     if indices is None:
         return list(range(n))
-    if isinstance(indices, int):
-        if not 1 <= indices <= n:
-            raise ValueError(f"indices={indices} asks for the last {indices} maps, expected 1 to {n}")
-        return list(range(n - indices, n))
-    wanted = [i + n if i < 0 else i for i in indices]
-    if not wanted or any(not 0 <= i < n for i in wanted) or len(set(wanted)) < len(wanted):
-        raise ValueError(f"indices must be different positions from {-n} to {n - 1}, got {list(indices)}")
+    if (last := as_integer(indices)) is not None:
+        if not 1 <= last <= n:
+            raise ValueError(f"indices={last} asks for the last {last} maps, expected 1 to {n}")
+        return list(range(n - last, n))
+    given = list(indices) if isinstance(indices, Iterable) else [None]
+    positions = [as_integer(i) for i in given]
+    wanted = [i + n if i < 0 else i for i in positions if i is not None]
+    if None in positions or not wanted or any(not 0 <= i < n for i in wanted) or len(set(wanted)) < len(wanted):
+        shown = given if isinstance(indices, Iterable) else indices
+        raise ValueError(f"indices must be different positions from {-n} to {n - 1}, got {shown!r}")
     return wanted

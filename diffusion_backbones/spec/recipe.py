@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from diffusion_backbones.spec import activations
+from diffusion_backbones.spec import activations, strict_yaml
 from diffusion_backbones.spec.checkpoint import Paper
-from diffusion_backbones.spec.validation import check_fields, convert, plain
+from diffusion_backbones.spec.validation import MOST, check_fields, convert, plain
 
 NoiseRule = Literal["fixed", "random", "none"]
 PromptPadding = Literal["max_length", "longest"]
 Normalization = Literal["none", "layer", "adaptive"]
 Timestep = Annotated[int, Meta(ge=-1, lt=1000)] | Annotated[float, Meta(ge=-1, lt=1000)]
 """An integer stays one, so that the digest of a recipe does not change."""
-Count = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+"""What torch's generators take."""
 Channel = Annotated[int, Meta(ge=0)]
 
 
@@ -87,7 +89,7 @@ class Recipe:
     timestep: Timestep = 50
     noise: NoiseRule = "fixed"
     ensemble: Count = 1
-    seed: int = 0
+    seed: Seed = 0
     prompt: str = ""
     prompt_padding: PromptPadding = "max_length"
     scaled: bool = True
@@ -166,6 +168,8 @@ class Recipe:
             TypeError: An unknown setting; the closest is named.
             ValueError: A value of another type or out of range, or no levels; the error gives its path.
         """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a recipe is a mapping of its settings, got {type(data).__name__}")
         if "normalise" in data and "normalize" in data:
             raise ValueError("recipe: normalise and normalize are two spellings of one setting; give one")
         data = _american(data)
@@ -187,18 +191,17 @@ class Recipe:
         Raises:
             FileNotFoundError: There is no such file.
             TypeError: An unknown setting; the closest is named.
-            ValueError: The file does not hold a mapping of recipe settings, or one of them does not fit.
+            ValueError: The file does not hold a mapping of recipe settings, one of them does not fit or is given twice,
+                or a number is written in octal.
         """
-        import yaml  # slower to import than this package
-
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"recipe={str(path)!r} is not a file; give a YAML or JSON file, a Recipe, or a list of activation ids"
             )
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            data = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))  # JSON is a subset of YAML
+        except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a YAML or JSON file: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{path} must hold a mapping with at least 'levels', got {type(data).__name__}")

@@ -14,6 +14,7 @@ from diffusion_backbones.spec.validation import closest
 
 _checkpoints: dict[str, Checkpoint] = {}
 _declarations: dict[str, Declaration] = {}
+_checks: list[Callable[[Declaration], None]] = []
 _listeners: list[Callable[[Declaration], None]] = []
 
 
@@ -21,9 +22,12 @@ def register_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Make a checkpoint known by its name and return it.
 
     Raises:
+        TypeError: It is no :class:`Checkpoint`.
         ValueError: The name is taken, or is not of lower-case letters, digits and underscores.
     """
-    _check_name(checkpoint.name, _checkpoints)
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(f"a Checkpoint is registered, got {checkpoint!r}")
+    _check_name(checkpoint.name, _checkpoints, _declarations)
     _checkpoints[checkpoint.name] = checkpoint
     return checkpoint
 
@@ -32,7 +36,7 @@ def register_model(
     checkpoint: Checkpoint | str, recipe: Recipe, *, name: str | None = None, tag: str = ""
 ) -> Declaration:
     """Declare a backbone. From then on it is in ``list_models``, ``create_model``, timm, the hub entries, the cards and
-    the tests.
+    the tests. What is refused is not registered.
 
     Args:
         checkpoint: A checkpoint or the name of a registered one.
@@ -41,26 +45,47 @@ def register_model(
         tag: Names other weights for the same architecture and recipe: ``{name}.{tag}``.
 
     Raises:
-        ValueError: The name is taken or malformed.
+        KeyError: There is no such checkpoint, or the network lacks an activation of the recipe.
+        TypeError: The recipe is no :class:`Recipe`.
+        ValueError: The name is taken, here or by a model of timm, or malformed; the recipe does not fit the network.
     """
-    if isinstance(checkpoint, str):
-        checkpoint = get_checkpoint(checkpoint)
-    name = name or f"{checkpoint.name}_{recipe.name}"
-    _check_name(name, _declarations if not tag else ())
-    full = f"{name}.{tag}" if tag else name
-    if full in _declarations:
-        raise ValueError(f"a backbone {full!r} is already registered")
-    declaration = _declarations[full] = Declaration(full, checkpoint, recipe)
+    declaration = declare(checkpoint, recipe, name, tag)
+    for check in _checks:
+        check(declaration)
+    _declarations[declaration.name] = declaration
     for listener in _listeners:
         listener(declaration)
     return declaration
 
 
-def _check_name(name: str, taken: Iterable[str]) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+def declare(checkpoint: Checkpoint | str, recipe: Recipe, name: str | None = None, tag: str = "") -> Declaration:
+    """The declaration that :func:`register_model` registers, with the same arguments and errors."""
+    if isinstance(checkpoint, str):
+        checkpoint = get_checkpoint(checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(f"checkpoint must be a Checkpoint or the name of one, got {checkpoint!r}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as Recipe('mine', levels=(...)), got {recipe!r}")
+    name = name or f"{checkpoint.name}_{recipe.name}"
+    _check_name(name, _declarations if not tag else (), _checkpoints)
+    if tag and not re.fullmatch(r"\w[\w-]*", str(tag)):
+        raise ValueError(f"a tag is made of letters, digits, underscores and hyphens, got {tag!r}")
+    full = f"{name}.{tag}" if tag else name
+    if full in _declarations:
+        raise ValueError(f"a backbone {full!r} is already registered")
+    return Declaration(full, checkpoint, recipe)
+
+
+def _check_name(name: str, *taken: Iterable[str]) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"a name is made of lower-case letters, digits and underscores, got {name!r}")
-    if name in taken:
+    if any(name in names for names in taken):
         raise ValueError(f"{name!r} is already registered")
+
+
+def before_register(check: Callable[[Declaration], None]) -> None:
+    """Call ``check`` for every declaration from now on, before it is registered; it raises what is wrong."""
+    _checks.append(check)
 
 
 def on_register(listener: Callable[[Declaration], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -90,7 +91,32 @@ def _in_python(types: str) -> str:
     return " or ".join(_PYTHON.get(name, name) for name in types.split(" | "))
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer from 1 up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+MOST = 2**31 - 1
+"""The largest count: what every library takes."""
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of Python, numpy or torch as Python's; None for every other value, truth values among them."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if getattr(value, "ndim", None):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def check_count(name: str, value: Any) -> int:
+    """``value`` as an integer; ``ValueError`` unless it is one from 1 up."""
+    count = as_integer(value)
+    if count is None or not 1 <= count <= MOST:
         raise ValueError(f"{name} must be an integer from 1 up, got {value!r}")
+    return count
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` as a truth value; ``TypeError`` unless it is one of Python or numpy."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")

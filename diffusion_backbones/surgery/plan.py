@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from diffusion_backbones.families import Architecture, architecture
 from diffusion_backbones.spec.activations import Site
-from diffusion_backbones.spec.configs import Configs
+from diffusion_backbones.spec.configs import Configs, package_configs
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.levels import LevelInfo, encoder_levels, make_levels, take
 from diffusion_backbones.spec.recipe import Recipe
@@ -101,6 +101,16 @@ class Plan:
     def reads_text(self) -> bool:
         """Whether a level has one channel for each token of the text."""
         return any(site.id.endswith("cross-map") for site in self.sites)
+
+    @cached_property
+    def encoder_overflows(self) -> bool:
+        """Whether the image encoder must not run in float16: the checkpoint is declared so, or its own config says
+        ``force_upcast`` and is not the one that the declaration was made for.
+        """
+        checkpoint, network = self.declaration.checkpoint, self.architecture
+        declared = package_configs(checkpoint).get(network.encoder, {})
+        own = network.encoder_config.get("force_upcast", False) and not declared.get("force_upcast", False)
+        return bool(own) or not checkpoint.encoder_float16
 
     @property
     def size(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_backbones.families.base import TEXT
+from diffusion_backbones.spec.validation import check_count
 from diffusion_backbones.surgery.plan import Plan
 
 TRAINABLE = (False, True, "lora", "prompt")
@@ -40,8 +41,7 @@ def check_trainable(trainable: Any, lora_rank: Any, prompt_tokens: Any) -> None:
             continue
         if trainable != way:
             raise TypeError(f"{name}={value!r} is for trainable={way!r}, and trainable is {trainable!r}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer from 1 up, got {value!r}")
+        check_count(name, value)
     if trainable == "lora" and find_spec("peft") is None:
         raise ImportError("trainable='lora' needs peft; install it with pip install 'diffusion-backbones[lora]'")
 

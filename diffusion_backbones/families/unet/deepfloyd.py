@@ -85,20 +85,13 @@ class DeepFloyd(UNet):
     ) -> Tensor:
         import torch
 
-        from diffusion_backbones.ops.attention_maps import Precision, probabilities, split_heads  # torch
+        from diffusion_backbones.ops.attention_maps import probabilities, split_heads  # torch
 
         layer = denoiser.get_submodule(site.path)
         q, text, image = (split_heads(layer, x, None) for x in recorded)
         words = text.shape[2]
         keys = slice(0, words) if site.id.endswith("cross-map") else slice(words, None)
-        return probabilities(
-            q,
-            torch.cat((text, image), dim=2),
-            keys,
-            average,
-            None,
-            Precision(layer.upcast_attention, layer.upcast_softmax),
-        )
+        return probabilities(q, torch.cat((text, image), dim=2), keys, average)
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model  # torch
