@@ -6,6 +6,7 @@ looked up when weights are read.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones.families import Architecture
+from diffusion_backbones.loading import fingerprint
 from diffusion_backbones.loading.source import digest
 from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
@@ -127,9 +129,9 @@ class SingleFile:
         }  # SD 2.x leaves the last one out
 
     def text_fingerprint(self) -> str:
-        """A string that changes with path, size or time of the file."""
-        stat = self.path.stat()
-        return digest([str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])
+        """A string that changes with the content of the file, and with the declared configs of its text encoders."""
+        declared = {name: config for name, config in self._configs.items() if name.startswith("t")}
+        return digest([fingerprint.content(self.path), json.dumps(declared, sort_keys=True, default=str)])
 
 
 def _layer(name: str) -> int:

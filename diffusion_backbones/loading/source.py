@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from diffusion_backbones.families import Architecture
+from diffusion_backbones.loading import fingerprint
 from diffusion_backbones.ops.safetensors_io import PICKLE_REFUSED, PICKLES, TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
 
@@ -206,12 +207,9 @@ class Folder:
         return AutoTokenizer.from_pretrained(files[0].parent, local_files_only=True)
 
     def text_fingerprint(self) -> str:
-        """A string that changes with path, size or time of any file of text encoders and tokenizers."""
-        parts = [str(self.path.resolve())]
-        for path in sorted(self.path.glob("t*/*")):  # text_encoder*, tokenizer*
-            stat = path.stat()
-            parts.append(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}")
-        return digest(parts)
+        """A string that changes with the content of any file of text encoders and tokenizers, and with nothing else."""
+        files = [path for path in sorted(self.path.glob("t*/*")) if path.is_file()]  # text_encoder*, tokenizer*
+        return digest(f"{path.parent.name}/{path.name} {fingerprint.content(path)}" for path in files)
 
     def __str__(self) -> str:
         return str(self.path)

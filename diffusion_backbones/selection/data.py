@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from diffusion_backbones.evaluation import annotations
 from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.extraction import images as files
 from diffusion_backbones.selection.tasks import Keypoints, Match, Segmentation, Task, warped
@@ -77,16 +78,17 @@ def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | Non
         images: A folder; the shorter side of every image is resized, and its central square cut out.
         size: Side of that square in pixels.
         masks: A folder with a ``.png`` for every image, of the same relative name and size; pixels are classes from 0,
-            255 is ignored.
+            255 is ignored. EXIF turns them as it turns images.
         pairs: A JSON list of objects with ``source`` and ``target``, paths relative to ``images``; ``source_points``
-            and ``target_points``, equally long lists of [x, y] in pixels of the files; and optionally ``target_box``
-            [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each once.
+            and ``target_points``, equally long lists of [x, y] in pixels of the upright images; and optionally
+            ``target_box`` [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each
+            once.
         seed: Seed of splits and warps.
 
     Raises:
         FileNotFoundError: There are no images, or a mask or an image of a pair is missing.
-        ValueError: Both masks and pairs are given, a mask has another size than its image or several channels, points
-            are not numbers, or the task cannot use the data.
+        ValueError: Both masks and pairs are given, a mask has another size than its image, several channels or mixed
+            edges, points or boxes do not have this form or lie outside their image, or the task cannot use the data.
     """
     if masks and pairs:
         raise ValueError("compare on masks or on keypoints, one at a time")
@@ -100,10 +102,12 @@ def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | Non
     pictures = [files.load(file.path) for file in found]
     tensors = [to_tensor(picture, size) for picture in pictures]
     if masks:
-        labels = [
-            _mask(masks / Path(file.name).with_suffix(".png"), picture, size)
+        whole = [
+            annotations.read_mask(masks / Path(file.name).with_suffix(".png"), picture.size)
             for file, picture in zip(found, pictures, strict=True)
         ]
+        annotations.check_classes(whole, f"the masks in {masks}")
+        labels = [_nearest(mask, size) for mask in whole]
         return Data(tensors, Segmentation(tensors, labels, seed), f"{images}, masks {masks}")
     return Data(tensors, Keypoints(warped(tensors, seed), seed), f"{images}, warps")
 
@@ -133,32 +137,20 @@ def _nearest(mask: Any, size: int) -> Any:
     return np.asarray(_square(Image.fromarray(mask), size, Image.Resampling.NEAREST))
 
 
-def _mask(path: Path, picture: Image.Image, size: int) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: every image needs a mask of the same name that ends in .png")
-    with Image.open(path) as mask:
-        if mask.size != picture.size:
-            raise ValueError(
-                f"{path} has {mask.size[0]} x {mask.size[1]} pixels and its image {picture.size[0]} x {picture.size[1]}"
-            )
-        if mask.mode not in ("L", "P", "1"):
-            raise ValueError(
-                f"{path} has mode {mask.mode}; a mask has one channel of 8 bits, classes from 0 and 255 for what is "
-                "ignored"
-            )
-        return _nearest(np.array(mask, np.uint8), size)
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
+    except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     needed = ("source", "target", "source_points", "target_points")
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and all(key in row for key in needed) for row in rows
     ):
         raise ValueError(f"{path} must hold a list of objects with {', '.join(needed)}")
+    for i, row in enumerate(rows):
+        for key in ("source", "target"):
+            if not isinstance(row[key], str):
+                raise ValueError(f"{path}, pair {i}: {key} must be the path of an image, got {row[key]!r:.80}")
     return rows
 
 
@@ -183,21 +175,16 @@ class _Squares:
 
     def match(self, row: dict[str, Any], where: str) -> Match:
         source, target = self[row["source"]], self[row["target"]]
-        at, to = (_points(row[key], f"{where}: {key}") for key in ("source_points", "target_points"))
+        at = annotations.points(row["source_points"], f"{where}: source_points", source[0])
+        to = annotations.points(row["target_points"], f"{where}: target_points", target[0])
         if len(at) != len(to):
             raise ValueError(
                 f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the "
                 "object"
             )
-        box = _points(row.get("target_box") or (0, 0, *target[0]), f"{where}: target_box", 4)[0]
+        given = row.get("target_box")
+        box = (0, 0, *target[0]) if given is None else annotations.box(given, f"{where}: target_box", to)
         return _match(*source, *target, at, to, box)
-
-
-def _points(values: Any, where: str, columns: int = 2) -> Any:
-    try:
-        return np.array(values, np.float32).reshape(-1, columns)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} must be numbers, {columns} for each, got {values!r:.80}") from error
 
 
 def _match(
