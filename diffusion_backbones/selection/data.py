@@ -71,7 +71,14 @@ def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
     raise ValueError(f"task must be 'masks', 'keypoints' or 'warps' for the package's scenes, got {task!r}")
 
 
-def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | None = None, seed: int = 0) -> Data:
+def folder(
+    images: Path,
+    size: int,
+    masks: Path | None = None,
+    pairs: Path | None = None,
+    seed: int = 0,
+    max_pixels: int | None = None,
+) -> Data:
     """A user's own images: with masks a segmentation probe, with pairs matched keypoints, with neither known warps.
 
     Args:
@@ -84,6 +91,7 @@ def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | Non
             ``target_box`` [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each
             once.
         seed: Seed of splits and warps.
+        max_pixels: The most pixels of an image file; the default is the limit of Pillow, 179 million.
 
     Raises:
         FileNotFoundError: There are no images, or a mask or an image of a pair is missing.
@@ -93,13 +101,13 @@ def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | Non
     if masks and pairs:
         raise ValueError("compare on masks or on keypoints, one at a time")
     if pairs:
-        rows, seen = _read(pairs), _Squares(images, size)
+        rows, seen = _read(pairs), _Squares(images, size, max_pixels)
         matches = [seen.match(row, f"{pairs}, pair {i}") for i, row in enumerate(rows)]
         return Data(
             [square for _, square in seen.opened.values()], Keypoints(matches, seed), f"{images}, keypoints {pairs}"
         )
     found = files.find([images])
-    pictures = [files.load(file.path) for file in found]
+    pictures = [files.load(file.path, max_pixels) for file in found]
     tensors = [to_tensor(picture, size) for picture in pictures]
     if masks:
         whole = [
@@ -161,15 +169,16 @@ class _Squares:
         opened: Name -> (width, height) of the file, and its square.
     """
 
-    def __init__(self, folder: Path, size: int):
-        self.folder, self.size, self.opened = folder, size, dict[str, tuple[tuple[int, int], Tensor]]()
+    def __init__(self, folder: Path, size: int, max_pixels: int | None):
+        self.folder, self.size, self.max_pixels = folder, size, max_pixels
+        self.opened: dict[str, tuple[tuple[int, int], Tensor]] = {}
 
     def __getitem__(self, name: str) -> tuple[tuple[int, int], Tensor]:
         if name not in self.opened:
             path = self.folder / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path}, which a pair names, is missing")
-            image = files.load(path)
+            image = files.load(path, self.max_pixels)
             self.opened[name] = image.size, to_tensor(image, self.size)
         return self.opened[name]
 
