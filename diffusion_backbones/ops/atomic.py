@@ -138,6 +138,6 @@ def check_output(path: Path, inputs: Iterable[Path]) -> None:
         ValueError: It is one of them.
     """
     for source in inputs:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is not there yet
             if path.samefile(source):
                 raise ValueError(f"{path} is {source}, which is read; writing it would destroy that. Choose another.")
