@@ -287,8 +287,8 @@ def test_attention_to_a_text_can_be_a_level(tiny_folder):
     for name in ("text_encoder", "unet"):
         with pytest.raises(
             ValueError,
-            match=f"without='{name}' is no text encoder that this checkpoint can do without; it has text_encoder, "
-            "text_enc",
+            match=f"without='{name}' is not a text encoder that this checkpoint can do without; it has text_encoder, "
+            "text_encoder_2",
         ):
             db.create_model("sd3_medium", recipe=Recipe("mine", ("vit-block9-out",), without=(name,)), device="meta")
     with pytest.raises(ValueError, match="vit-block9-self-map is an attention map"):
