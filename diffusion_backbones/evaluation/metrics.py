@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from diffusion_backbones.evaluation.annotations import IGNORED, points
+from diffusion_backbones.evaluation.labels import IGNORED, points
 
 __all__ = ["IGNORED", "class_iou", "correct_keypoints", "mean_iou", "pck"]
 

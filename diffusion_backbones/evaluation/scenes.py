@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion_backbones.evaluation import annotations
+from diffusion_backbones.evaluation import labels
 
 FOLDER = Path(__file__).with_name("data") / "scenes"
 
@@ -117,10 +117,10 @@ def _pairs(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Pair]:
         images = {side: _rgb(folder / f"{i:03}-{side}.jpg") for side in ("source", "target")}
         where = f"{folder}, pair {i}"
         source, target = (
-            annotations.points(row[f"{side}_points"], f"{where}: {side}_points", image.size)
+            labels.points(row[f"{side}_points"], f"{where}: {side}_points", image.size)
             for side, image in images.items()
         )
         if len(source) != len(target):
             raise ValueError(f"{where} has {len(source)} source and {len(target)} target points")
-        box = annotations.box(row["target_box"], f"{where}: target_box", target)
+        box = labels.box(row["target_box"], f"{where}: target_box", target)
         yield Pair(images["source"], images["target"], source, target, box, row["split"])

@@ -133,7 +133,7 @@ def load(path: str | Path, max_pixels: int | None = None, bytes_per_pixel: float
                 f"it has {sides} pixels, {pixels} in all, and the limit is {most}; if you trust it, "
                 f"--max-pixels {pixels}, or max_pixels= in Python, reads it"
             )
-        needed, free = pixels * bytes_per_pixel, free_memory()
+        needed, free = int(pixels * bytes_per_pixel), free_memory()
         if needed > free:
             raise ValueError(
                 f"its {sides} pixels need {gigabytes(needed)} of memory here, and {gigabytes(free)} are free; give a "

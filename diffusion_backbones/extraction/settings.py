@@ -136,7 +136,7 @@ def weights_digest(backbone: DiffusionBackbone) -> str:
     for name, tensor in sorted(backbone.state_dict().items()):
         for part in _plain(tensor):
             found.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

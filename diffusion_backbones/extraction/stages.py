@@ -130,7 +130,7 @@ def check_fits(backbone: DiffusionBackbone, size: int | tuple[int, int], batch_s
         ValueError: It does not.
     """
     height, width = size if isinstance(size, tuple) else (size, size)
-    needed, free = height * width * batch_size * bytes_per_pixel(backbone), free_memory()
+    needed, free = int(height * width * batch_size * bytes_per_pixel(backbone)), free_memory()
     if needed > free:
         raise ValueError(
             f"a batch of {batch_size} with {width} x {height} pixels needs {gigabytes(needed)} of memory here, and "

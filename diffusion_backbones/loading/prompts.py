@@ -127,5 +127,5 @@ def _digest(embeddings: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(embeddings.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]

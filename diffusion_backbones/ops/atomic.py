@@ -12,7 +12,7 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows, where an open file cannot be removed anyway
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, SUFFIX = ".diffusion_backbones-", ".part"
@@ -98,12 +98,10 @@ def remove_left_over(folder: Path) -> None:
 
 
 def _remove_unheld(path: Path) -> None:
-    with path.open("rb") as file:
-        if fcntl:
+    if fcntl:  # without locks nobody knows
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError if another process holds it
             path.unlink()
-    if not fcntl:
-        path.unlink()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from diffusion_backbones.evaluation import annotations
+from diffusion_backbones.evaluation import labels
 from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.extraction import images as files
 from diffusion_backbones.selection.tasks import Keypoints, Match, Segmentation, Task, warped
@@ -111,12 +111,12 @@ def folder(
     tensors = [to_tensor(picture, size) for picture in pictures]
     if masks:
         whole = [
-            annotations.read_mask(masks / Path(file.name).with_suffix(".png"), picture.size)
+            labels.read_mask(masks / Path(file.name).with_suffix(".png"), picture.size)
             for file, picture in zip(found, pictures, strict=True)
         ]
-        annotations.check_classes(whole, f"the masks in {masks}")
-        labels = [_nearest(mask, size) for mask in whole]
-        return Data(tensors, Segmentation(tensors, labels, seed), f"{images}, masks {masks}")
+        labels.check_classes(whole, f"the masks in {masks}")
+        squares = [_nearest(mask, size) for mask in whole]
+        return Data(tensors, Segmentation(tensors, squares, seed), f"{images}, masks {masks}")
     return Data(tensors, Keypoints(warped(tensors, seed), seed), f"{images}, warps")
 
 
@@ -184,15 +184,15 @@ class _Squares:
 
     def match(self, row: dict[str, Any], where: str) -> Match:
         source, target = self[row["source"]], self[row["target"]]
-        at = annotations.points(row["source_points"], f"{where}: source_points", source[0])
-        to = annotations.points(row["target_points"], f"{where}: target_points", target[0])
+        at = labels.points(row["source_points"], f"{where}: source_points", source[0])
+        to = labels.points(row["target_points"], f"{where}: target_points", target[0])
         if len(at) != len(to):
             raise ValueError(
                 f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the "
                 "object"
             )
         given = row.get("target_box")
-        box = (0, 0, *target[0]) if given is None else annotations.box(given, f"{where}: target_box", to)
+        box = (0, 0, *target[0]) if given is None else labels.box(given, f"{where}: target_box", to)
         return _match(*source, *target, at, to, box)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_backbones.evaluation.annotations import IGNORED, points
+from diffusion_backbones.evaluation.labels import IGNORED, points
 from diffusion_backbones.evaluation.metrics import correct_keypoints, mean_iou, pck
 
 POINTS = 400

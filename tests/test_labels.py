@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from diffusion_backbones.evaluation import annotations, metrics
+from diffusion_backbones.evaluation import labels, metrics
 from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.selection import data
 
@@ -116,7 +116,7 @@ def test_masks_are_turned_upright_as_their_images(photos, tmp_path):
     exif[ExifTags.Base.Orientation] = 6
     folder = masks(photos, *[halves(0, 1)] * 4)
     Image.fromarray(halves(0, 1)).rotate(90, expand=True).save(folder / "0.png", exif=exif)
-    upright = annotations.read_mask(folder / "0.png", (64, 64))
+    upright = labels.read_mask(folder / "0.png", (64, 64))
     assert np.array_equal(upright, halves(0, 1))
 
 
@@ -150,10 +150,10 @@ def test_interpolated_edges_are_refused_by_name(photos, how, tmp_path):
 
 
 def test_masks_of_many_classes_and_thin_lines_are_read():
-    annotations.check_edges(np.kron(np.arange(100).reshape(10, 10), np.ones((4, 4))).astype(np.uint8), "a")
+    labels.check_edges(np.kron(np.arange(100).reshape(10, 10), np.ones((4, 4))).astype(np.uint8), "a")
     lines = np.zeros((64, 64), np.uint8)
     lines[:, 10], lines[20], lines[:, 30:34], lines[40:44] = 1, 2, 3, 4
-    annotations.check_edges(lines, "a")
+    labels.check_edges(lines, "a")
 
 
 # Metrics and scenes.
