@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import diffusion_backbones as db
 from diffusion_backbones.extraction import MANIFEST, extract, images
 from diffusion_backbones.extraction.settings import weights_digest
+from diffusion_backbones.selection import run as selection_run
 
 NAME = "tinysd_gdf"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +78,14 @@ def test_weights_are_known_by_their_content(backbone, tmp_path):
     shutil.move(saved, tmp_path / "moved")
     again = db.create_model(f"local-dir:{tmp_path / 'moved'}")
     assert weights_digest(again) == weights_digest(backbone), "weights that were moved are the same"
+
+
+def test_a_selection_knows_weights_by_their_content(backbone):
+    network = SimpleNamespace(checkpoint="tinysd", timestep=50, prompt="")
+    settings, prepared = SimpleNamespace(network=network, seed=0), SimpleNamespace(size=64)
+    nothing = SimpleNamespace(source="", images=[], task=SimpleNamespace(views=[]))
+    one, other = (selection_run._key(settings, prepared, which, nothing) for which in (backbone, tuned(backbone)))
+    assert [key for key in one if one[key] != other[key]] == ["weights_digest"]
 
 
 def test_a_replaced_image_is_made_again_whatever_its_time(backbone, photos, tmp_path):

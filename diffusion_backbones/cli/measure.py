@@ -71,9 +71,9 @@ def bench(
 
     chosen, where = {key: value for key, value in build.items() if value}, find_device(device)
     setting = benchmark.Setting(name, str(where), dtype, batch, size, rounds, load, chosen)
-    if "compile" in chosen:
-        check_compile(chosen["compile"], where)
-    if table:
+    with options.wrong("--compile"):
+        check_compile(chosen.get("compile", False), where)
+    with options.wrong("--csv"):
         csv_table.check(table, benchmark_table.COLUMNS)
     before = benchmark.matmul_gflops(setting.device, dtype)
     try:
@@ -147,7 +147,7 @@ def compare(
     from diffusion_backbones.evaluation import csv_table, deviation  # torch
     from diffusion_backbones.evaluation.scenes import load_scenes
 
-    if table:
+    with options.wrong("--csv"):
         csv_table.check(table, ["backbone", "encoder", "images", "command", *deviation.COLUMNS])
 
     exact, other = (build_backbone(name, replace(model, encoder=which)) for which in (None, model.encoder))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -195,6 +196,15 @@ def model_options(with_encoder: bool = True) -> Callable[[F], F]:
         return verb  # type: ignore[return-value]
 
     return decorate
+
+
+@contextmanager
+def wrong(option: str) -> Iterator[None]:
+    """An error in this block is one of an option's value: status 2, and the option is named."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
 
 
 def argument_of(context: click.Context, name: str) -> click.Parameter:

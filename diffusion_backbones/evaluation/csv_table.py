@@ -12,15 +12,16 @@ from diffusion_backbones.ops import atomic
 Row = Mapping[str, Any]
 
 
-def check(path: Path, columns: Sequence[str]) -> None:
-    """Check that rows can be written to a file, before what they say is measured.
+def check(path: Path | None, columns: Sequence[str]) -> None:
+    """Check that rows can be written to a file, if there is to be one, before what they say is measured.
 
     Raises:
         ValueError: It is a file with other columns, and stays as it is.
         OSError: It cannot be written.
     """
-    _read(path, columns)
-    atomic.check_writable(path)
+    if path:
+        _read(path, columns)
+        atomic.check_writable(path)
 
 
 def update(path: Path, columns: Sequence[str], change: Callable[[list[Row]], Sequence[Row]]) -> None:

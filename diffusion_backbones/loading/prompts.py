@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion_backbones.families import FAMILIES, Architecture, family_name
 from diffusion_backbones.loading.fingerprint import cache_folder
 from diffusion_backbones.loading.source import Source
-from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops import atomic, safetensors_io
 
 log = logging.getLogger(__name__)
 _encoding = threading.Lock()
@@ -117,6 +117,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 def _write(path: Path, embeddings: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.remove_left_over(path.parent)
         safetensors_io.write(path, embeddings, {"digest": _digest(embeddings)})
     except OSError as error:
         log.warning("the prompt is not cached, so the text encoder is loaded again next time: %s", error)

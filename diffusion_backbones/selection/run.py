@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.extraction.settings import weights_digest
 from diffusion_backbones.ops import atomic
 from diffusion_backbones.selection import pictures, report, tables
 from diffusion_backbones.selection import rules as filtering
@@ -179,6 +180,7 @@ def _key(settings: Settings, prepared: Prepared, backbone: DiffusionBackbone, da
     return {
         "checkpoint": settings.network.checkpoint,
         "weights": dict(backbone.provenance),
+        "weights_digest": weights_digest(backbone),
         "timestep": settings.network.timestep,
         "prompt": settings.network.prompt,
         "size": prepared.size,
