@@ -22,7 +22,7 @@ COLUMNS = (
     *("date", "hardware", "backbone", "options", "dtype", "batch", "size", "rounds", "matmul_gflops"),
     *("torch", "package", "command"),
 )
-"""Columns of the table."""
+"""Columns of :func:`rows`."""
 
 
 def rows(timings: Sequence[Timing], setting: Setting, product: float) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def write(found: Sequence[Mapping[str, Any]], path: Path) -> None:
         OSError: It cannot be written.
     """
     new = [{key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in found]
-    csv_table.update(path, COLUMNS, lambda before: [*before, *new])
+    csv_table.update(path, list(found[0]), lambda before: [*before, *new])
 
 
 def hardware(device: str) -> str:
