@@ -109,13 +109,13 @@ def test_a_place_that_cannot_be_found(photo, tmp_path):
 
 
 def test_a_limit_of_pixels_names_its_option(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)  # half the limit; Pillow draws text below it too
+    Image.new("RGB", (700, 600)).save(tmp_path / "a.png")
     for verb, out in (("extract", "out"), ("visualize", "out.png")):
-        command = [verb, "tinysd_gdf", tmp_path / "a.png", "-o", tmp_path / out]
-        assert "--max-pixels 2048" in run(*command).stderr
-        assert run(*command, "--max-pixels", 2048).exit_code == 0
-    with pytest.raises(ValueError, match="--max-pixels 2048"):
+        command = [verb, "tinysd_gdf", tmp_path / "a.png", "-o", tmp_path / out, "--size", 64]
+        assert "--max-pixels 420000" in run(*command).stderr
+        assert run(*command, "--max-pixels", 420_000).exit_code == 0
+    with pytest.raises(ValueError, match="--max-pixels 420000"):
         images.load(tmp_path / "a.png")
 
 
