@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from diffusion_backbones.extraction.folder import Folder, Settings
 from diffusion_backbones.ops import atomic, safetensors_io
 
 
@@ -24,7 +25,6 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
         part.write_text("new")
         assert not path.exists()
         assert part.parent == tmp_path
-        assert atomic.target_of(part) == path
     assert path.read_text() == "new"
     atomic.write_text(path, "ü\n")
     assert path.read_bytes() == "ü\n".encode()
@@ -76,41 +76,86 @@ def test_the_mode_is_that_of_new_files(umask, mode, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_an_oserror(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no/\.a\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no/\.diffusion_backbones"):
         atomic.write_text(tmp_path / "no" / "a.txt", "")
 
 
-@pytest.mark.parametrize("name", ["a.txt", ".part", ".a.part", "a.txt.0a.part", ".a.txt.0a.part.txt", ".a.txt.0G.part"])
-def test_other_files_are_no_temporary_ones(name):
-    assert atomic.target_of(Path(name)) is None
+def test_what_a_dead_process_left_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / ".diffusion_backbones-0123456789ab.part"
+    left.write_bytes(b"half")
+    others = [
+        ".video.mp4.part",
+        ".tmpAb3xYz",
+        ".a.txt.0123456789ab.part",
+        ".diffusion_backbones-0123456789ab.part.txt",
+        ".diffusion_backbones-mine.part",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".diffusion_backbones-ba9876543210.part").mkdir()  # a folder
+    (tmp_path / ".diffusion_backbones-aaaaaaaaaaaa.part").symlink_to(tmp_path / others[0])
+    with atomic.replacing(tmp_path / "a.txt") as held:
+        held.write_text("new")
+        atomic.remove_left_over(tmp_path)
+        assert held.exists(), "what another process writes now was removed"
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert not left.exists()
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert len(list(tmp_path.iterdir())) == len(others) + 3
+    atomic.remove_left_over(tmp_path / "nowhere")
 
 
-FOREIGN: dict[str, Any] = {
-    ".video.mp4.part": b"a download",
-    ".video.mp4.0a.part": b"a download",
-    ".tmpfolder/file": b"a file",
-    ".tmpabcdef/file": b"a folder with the name of a temporary file",
-    ".tmpAb3xYz": b"a file that is not in the safetensors format",
-    "inner/.tmp123456": b"",
-    ".a.jpg.safetensors.0a.part/file": b"a folder with the name of a temporary file",
-}
+def test_a_temporary_name_is_as_long_for_every_file(tmp_path):
+    lengths = set()
+    for name in ("a", "b" * 255):
+        with atomic.replacing(tmp_path / name) as part:
+            lengths.add(len(part.name))
+    assert len(lengths) == 1
+    assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_extraction_removes_its_own_temporary_files_and_no_others(tmp_path):
-    for name, data in FOREIGN.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    safetensors_io.write(tmp_path / "whole", {"a": torch.ones(100)}, {"settings": "x"})
-    half = (tmp_path / "whole").read_bytes()[:100]
-    (tmp_path / "whole").unlink()
-    for name in (
-        ".a.jpg.safetensors.0123456789ab.part",
-        "inner/.b.safetensors.123.part",
-        ".manifest.json.77.part",
-        ".tmp0aB9xY",
-    ):
-        (tmp_path / name).write_bytes(half)
-    settings = Settings("a", "", {}, "", "", 50.0, ("level0",), None, "float32")
-    Folder(tmp_path, settings, {}, overwrite=False).begin([], [])
-    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == FOREIGN.keys() | {"manifest.json"}
+COUNT = """
+import pathlib, sys
+from diffusion_backbones.ops import atomic
+path = pathlib.Path(sys.argv[1])
+for _ in range(50):
+    with atomic.holding(path.parent):
+        atomic.write_text(path, str(int(path.read_text()) + 1))
+"""
+
+
+def test_of_several_processes_one_at_a_time_holds_a_folder(tmp_path):
+    path = tmp_path / "count"
+    path.write_text("0")
+    running = [subprocess.Popen([sys.executable, "-c", COUNT, str(path)]) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert path.read_text() == "150"
+
+
+@pytest.mark.parametrize("link", ["same", "symbolic", "hard", "folder"])
+def test_an_output_that_is_an_input_is_refused(tmp_path, link):
+    photo, out = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    photo.write_text("mine")
+    if link == "same":
+        out = photo
+    elif link == "symbolic":
+        out.symlink_to(photo)
+    elif link == "hard":
+        out.hardlink_to(photo)
+    else:
+        (tmp_path / "link").symlink_to(tmp_path)
+        out = tmp_path / "link" / "a.jpg"
+    with pytest.raises(ValueError, match="which is read"):
+        atomic.check_output(out, [photo])
+    atomic.check_output(tmp_path / "c.jpg", [photo])
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    metadata = {f"key {i} ü\n": str(i) for i in range(20)}
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0)}
+    for name in ("one", "two"):
+        safetensors_io.write(tmp_path / name, tensors, metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with safe_open(tmp_path / "one", framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())

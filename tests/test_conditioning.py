@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
 import threading
 import weakref
@@ -20,7 +21,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import diffusion_backbones as db
 from diffusion_backbones.families import FAMILIES
@@ -231,7 +233,7 @@ def test_large_text_encoders_are_loaded_alone_used_once_and_freed(name, encoders
     assert torch.equal(first.conditioning.prompt_embeds, second.conditioning.prompt_embeds)
 
 
-@pytest.mark.parametrize("what", ["prompt", "padding", "text encoder", "family of folders"])
+@pytest.mark.parametrize("what", ["prompt", "padding", "text encoder", "tokenizer"])
 def test_what_changes_the_embedding_is_part_of_its_key(what, tiny_folder, built, tmp_path):
     folder = Path(shutil.copytree(tiny_folder("sd15"), tmp_path / "copy"))
     prompter(folder)(["a cat"])
@@ -241,11 +243,52 @@ def test_what_changes_the_embedding_is_part_of_its_key(what, tiny_folder, built,
         prompter(folder, "longest")(["a cat"])
     elif what == "text encoder":
         weights = folder / "text_encoder" / "model.safetensors"
-        weights.touch()
+        weights.touch()  # the same content
+        prompter(folder)(["a cat"])
+        assert len(built) == 1
+        before = weights.stat()
+        tensors = {name: 1.5 * t if t.is_floating_point() else t for name, t in load_file(weights).items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and rsync -t do
         prompter(folder)(["a cat"])
     else:
-        prompter(tiny_folder("sd15"))(["a cat"])
+        (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+        prompter(folder)(["a cat"])
     assert len(built) == 2
+
+
+def test_a_folder_that_was_moved_keeps_its_prompts(tiny_folder, built, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder("sd15"), tmp_path / "copy"))
+    prompter(folder)(["a cat"])
+    prompter(folder.rename(tmp_path / "moved"))(["a cat"])
+    assert len(built) == 1
+
+
+def test_a_cached_prompt_that_was_changed_is_made_again(tiny_folder, built, cache, caplog):
+    """Names, shapes, dtypes and values: what is read is what was written."""
+    encode = prompter(tiny_folder("sd15"))
+    first = encode(["a cat"])["prompt_embeds"]
+    [file] = cache.iterdir()
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    changed = [first * float("nan"), first[..., :3].contiguous(), first.long(), first + 1e-3]
+    for tensors in (*({"prompt_embeds": tensor} for tensor in changed), {"pooled": first}):
+        for said in (metadata, {}):
+            save_file(tensors, file, metadata=said)
+            assert torch.equal(encode(["a cat"])["prompt_embeds"], first)
+    assert len(built) == 11
+    assert caplog.text.count("is made again") == 5
+
+
+@pytest.mark.usefixtures("built")
+def test_networks_without_text_cache_nothing(tiny_folder, cache):
+    for name in ("ddpm_cifar10_32", "dit_xl_256"):
+        db.create_model(
+            name,
+            recipe=["mid-vit-out" if name.startswith("ddpm") else "vit-block1-out"],
+            checkpoint_path=tiny_folder(name),
+        )
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "flux2_klein_4b", "sd15"])

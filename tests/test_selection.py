@@ -359,7 +359,10 @@ def test_a_folder_of_photographs(tmp_path):
     ("change", "error"),
     [
         ({"target_points": [[40, 40]]}, "pairs.json, pair 1 has 2 source and 1 target points"),
-        ({"source_points": "here"}, "pairs.json, pair 1: source_points must be numbers, 2 for each, got 'here'"),
+        (
+            {"source_points": "here"},
+            "pairs.json, pair 1: source_points must be numbers, 2 for each: rows of [x, y], got 'here'",
+        ),
         ({"source_points": [[1, 2, 3]]}, "pairs.json, pair 1: source_points must be numbers, 2 for each"),
         ({"target_box": [1, 2]}, "pairs.json, pair 1: target_box must be numbers, 4 for each"),
         ({"target": "nowhere.jpg"}, "nowhere.jpg, which a pair names, is missing"),

@@ -8,7 +8,7 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.options import Name
-from diffusion_backbones.cli.table import as_pattern, print_table
+from diffusion_backbones.cli.table import as_pattern, exit_if_empty, print_table
 from diffusion_backbones.reports import backbone_card, checkpoint_card, facts, summary
 from diffusion_backbones.spec import registry
 from diffusion_backbones.surgery.plan import Plan
@@ -23,7 +23,7 @@ def list_backbones(pattern: str, pretrained: bool, checkpoints: bool, as_json: b
     """List backbones.
 
     One line each: name, channels@stride of every level from fine to coarse, licence of the weights, and how to get
-    them. PATTERN is shell-style; a word without *, ? or [ matches anywhere in the name.
+    them. PATTERN is shell-style; a word without *, ? or [ matches anywhere in the name. The status is 1 if none does.
 
     \b
     Examples:
@@ -43,6 +43,7 @@ def _print_checkpoints(pattern: str, as_json: bool) -> None:
     head = ["name", "licence", "access", "pixels", "weights"]
     rows = [[c.name, str(c.license), facts.access(c), str(c.input_size), c.hub_id or "in the package"] for c in known]
     print_table(head, rows, [summary.checkpoint(c) for c in known] if as_json else None, f"{len(rows)} checkpoints")
+    exit_if_empty(rows)
 
 
 def _print_backbones(pattern: str, pretrained: bool, as_json: bool) -> None:
@@ -61,6 +62,7 @@ def _print_backbones(pattern: str, pretrained: bool, as_json: bool) -> None:
     more = f"; {len(bare)} checkpoints without a published recipe match too: list --checkpoints" if bare else ""
     data = [summary.backbone(d) for d in declared] if as_json else None
     print_table(head, rows, data, f"{len(rows)} backbones{more}")
+    exit_if_empty(rows)
 
 
 @click.command()
@@ -107,7 +109,7 @@ def activations(name: str, pattern: str, size: int | None, extensions: bool, as_
     One line each: id, module path, port, channels, stride, and with --size the shape. NAME is a backbone or a
     checkpoint; its whole network is listed, in forward order. PATTERN is shell-style; a word without *, ? or [ matches
     anywhere in the id. The port says what is read of the module: its output, its input, or the attention map of its
-    queries and keys, whose channels are heads.
+    queries and keys, whose channels are heads. The status is 1 if none matches.
 
     \b
     Examples:
@@ -125,6 +127,7 @@ def activations(name: str, pattern: str, size: int | None, extensions: bool, as_
     head = ["id", "path", "port", "channels", "stride", *(["shape"] if size else [])]
     rows = [[" x ".join(map(str, row[key])) if key == "shape" else str(row[key]) for key in head] for row in found]
     print_table(head, rows, found if as_json else None, count)
+    exit_if_empty(rows)
 
 
 @click.command()

@@ -67,9 +67,8 @@ def find_device(name: str) -> torch.device:
         return available or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(
-            f"{name!r} cannot be used here: {str(error).splitlines()[0]}", param_hint="'--device'"
-        ) from error
+        torch.zeros(1, device=device).item()  # 'meta' has no values
+    except Exception as error:  # every backend has errors of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise click.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="'--device'") from error
     return device

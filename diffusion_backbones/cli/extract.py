@@ -9,13 +9,13 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone, random_provenance
-from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING, ModelOptions, Name
+from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING, OUTPUT, ModelOptions, Name
 
 
 @click.command()
 @click.argument("name", type=Name(places=True))
 @click.argument("images", nargs=-1, required=True, type=EXISTING)
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the features.")
+@click.option("-o", "--out", required=True, type=OUTPUT, help="Folder for the features.")
 @options.size(help=CENTRAL_SQUARE)
 @options.model_options()
 @options.dtype(
@@ -37,6 +37,7 @@ from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING, ModelOptio
     help="Threads that read images while others are computed and written; 0 does one thing after another.  [default: "
     "0 on the CPU, up to 8 for a GPU]",
 )
+@options.max_pixels()
 @options.overwrite(help="Make everything again, even where other settings made it.")
 def extract(
     name: str,
@@ -47,6 +48,7 @@ def extract(
     dtype: str,
     batch_size: int,
     workers: int | None,
+    max_pixels: int | None,
     overwrite: bool,
 ) -> None:
     """Extract the features of whole folders, one file per image.
@@ -54,7 +56,7 @@ def extract(
     NAME is a backbone, hf-hub:OWNER/REPO or local-dir:FOLDER. IMAGES are files and folders; folders are searched
     recursively. The features of a/b.jpg in the folder photos go to OUT/a/b.jpg.safetensors, with the tensors level0
     (C, h, w), level1 and so on; OUT/manifest.json says how they were made, and its path is printed. Run it again to
-    resume.
+    resume: what is finished stays, images that changed are made again. Several processes may share OUT.
 
     \b
     Examples:
@@ -82,6 +84,7 @@ def extract(
             names=[f"level{i}" for i in model.levels] if model.levels else None,
             weights=random_provenance(model, backbone),
             overwrite=overwrite,
+            max_pixels=max_pixels,
         )
     except KeyboardInterrupt:
         without = ", without --overwrite," if overwrite else ""

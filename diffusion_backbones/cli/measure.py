@@ -66,10 +66,15 @@ def bench(
       diffusion-backbones bench sd15_gdf --encoder tiny --rounds 2
       diffusion-backbones bench sd15_gdf --device cuda --dtype bfloat16 --batch 8 --load --csv speed.csv
     """
-    from diffusion_backbones.evaluation import benchmark, benchmark_table  # torch
+    from diffusion_backbones.evaluation import benchmark, benchmark_table, csv_table  # torch
+    from diffusion_backbones.surgery.compilation import check_compile  # torch
 
-    chosen = {key: value for key, value in build.items() if value}
-    setting = benchmark.Setting(name, str(find_device(device)), dtype, batch, size, rounds, load, chosen)
+    chosen, where = {key: value for key, value in build.items() if value}, find_device(device)
+    setting = benchmark.Setting(name, str(where), dtype, batch, size, rounds, load, chosen)
+    with options.wrong("--compile"):
+        check_compile(chosen.get("compile", False), where)
+    with options.wrong("--csv"):
+        csv_table.check(table, benchmark_table.COLUMNS)
     before = benchmark.matmul_gflops(setting.device, dtype)
     try:
         timings = benchmark.bench(setting, say=lambda text: click.echo(text, err=True))
@@ -79,15 +84,15 @@ def bench(
     found = benchmark_table.rows(timings, setting, product)
     if table:
         benchmark_table.write(found, table)
-    where = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
+    told = f"{setting.side} x {setting.side} pixels, batch {batch}, {dtype}, {found[0]['hardware']}"
     if call := timings[0].parts.get("call"):
         encoding, denoising = (timings[0].parts[part] / call for part in ("encoder", "denoiser"))
-        where = (
+        told = (
             f"of the time: image encoder {encoding:.1%}, denoiser {denoising:.1%}, the rest "
-            f"{1 - encoding - denoising:.1%}\n{where}"
+            f"{1 - encoding - denoising:.1%}\n{told}"
         )
     head = ["way", "ms/image", "images/s", "speed", "GFLOPs", "of matmul", "loaded in s", "GB"]
-    print_table(head, [_cells(row, batch) for row in found], found if as_json else None, where)
+    print_table(head, [_cells(row, batch) for row in found], found if as_json else None, told)
 
 
 def _cells(row: Mapping[str, Any], batch: int) -> list[str]:
@@ -109,10 +114,17 @@ def _cells(row: Mapping[str, Any], batch: int) -> list[str]:
 @click.argument("images", nargs=-1, type=EXISTING)
 @options.size(help=CENTRAL_SQUARE)
 @options.model_options()
+@options.max_pixels()
 @options.table(help="Write the rows to this file, in place of those of the same backbone.")
 @options.json_output()
 def compare(
-    name: str, images: Sequence[Path], size: int | None, model: ModelOptions, table: Path | None, as_json: bool
+    name: str,
+    images: Sequence[Path],
+    size: int | None,
+    max_pixels: int | None,
+    model: ModelOptions,
+    table: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure how far the features with --encoder tiny are from the exact ones.
 
@@ -132,13 +144,19 @@ def compare(
     model.check(name)
     photos = [file.path for file in files.find(images)]
 
-    from diffusion_backbones.evaluation import deviation  # torch
+    from diffusion_backbones.evaluation import csv_table, deviation  # torch
     from diffusion_backbones.evaluation.scenes import load_scenes
+
+    with options.wrong("--csv"):
+        csv_table.check(table, ["backbone", "encoder", "images", "command", *deviation.COLUMNS])
 
     exact, other = (build_backbone(name, replace(model, encoder=which)) for which in (None, model.encoder))
     prepare = files.transform(exact.pretrained_cfg, size)
     scenes = () if photos else load_scenes().scenes
-    pictures, count = chain(map(files.load, photos), (scene.image for scene in scenes)), len(photos) + len(scenes)
+    pictures, count = (
+        chain((files.load(photo, max_pixels) for photo in photos), (scene.image for scene in scenes)),
+        len(photos) + len(scenes),
+    )
     found = deviation.deviations(exact, other, (prepare(picture)[None].to(exact.device) for picture in pictures))
     if table:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -18,12 +19,25 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float16", "bfloat16", "float32")
+
+
+class OutputPath(click.Path):
+    """A path to write to, which is not empty: that would be the folder that one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; an empty one fails."""
+        if not str(value).strip():
+            self.fail("it is empty; name a file or folder, or . for this folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+NEW_FILE = OutputPath(dir_okay=False, path_type=Path)
+OUTPUT = OutputPath(path_type=Path)
 CENTRAL_SQUARE = "Resize the shorter side and cut out the central square, as timm does.  [default: no change]"
-NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+NEW_FOLDER = OutputPath(file_okay=False, path_type=Path)
 
 
 class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
@@ -134,6 +148,12 @@ encoder = shared(
     help="Use a distilled image encoder in place of the exact one: faster, with other features.",
 )
 overwrite = shared("--overwrite", is_flag=True)
+max_pixels = shared(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Read image files of up to this many pixels.  [default: 179 million, more may be an attack]",
+)
 table = shared("--csv", "table", type=NEW_FILE)
 json_output = shared("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 
@@ -176,6 +196,15 @@ def model_options(with_encoder: bool = True) -> Callable[[F], F]:
         return verb  # type: ignore[return-value]
 
     return decorate
+
+
+@contextmanager
+def wrong(option: str) -> Iterator[None]:
+    """An error in this block is one of an option's value: status 2, and the option is named."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.BadParameter(str(error), param_hint=f"'{option}'") from error
 
 
 def argument_of(context: click.Context, name: str) -> click.Parameter:

@@ -40,6 +40,7 @@ def _print_paper(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     help="Which of the package's own tasks to compare on, without --images.  [default: masks]",
 )
 @options.size(type=click.IntRange(min=64), help="Side of the squares that images become.  [default: the checkpoint's]")
+@options.max_pixels()
 @options.timestep(type=float, default=50, show_default=True, help="Timestep at which the network is read.")
 @options.prompt(help="Prompt that the network reads.  [default: empty]")
 @click.option(
@@ -91,6 +92,7 @@ def select(
     keypoints: Path | None,
     task: str | None,
     size: int | None,
+    max_pixels: int | None,
     rules: Path | None,
     max_channels: int | None,
     max_gflops: float | None,
@@ -116,6 +118,7 @@ def select(
       diffusion-backbones select sdxl --images photos/ -o selection/ --device cuda --size 1024
     """
     _check_usage(images, masks or keypoints, task)
+    _check_apart(images, out)
     _check_random(random_weights, checkpoint, checkpoint_path)
 
     import torch
@@ -124,7 +127,7 @@ def select(
     from diffusion_backbones.selection import run
 
     side = _side(checkpoint, checkpoint_path, size)
-    data = _data(images, masks, keypoints, task, side, seed)
+    data = _data(images, masks, keypoints, task, side, seed, max_pixels)
     if random_weights:
         torch.manual_seed(0)
     selection = run.select(
@@ -156,6 +159,12 @@ def _check_usage(images: Path | None, labels: Path | None, task: str | None) -> 
         raise click.ClickException("select needs scikit-learn: pip install 'diffusion-backbones[select]'")
 
 
+def _check_apart(images: Path | None, out: Path) -> None:
+    """The results hold pictures, which the next run would take for images."""
+    if images and (out.resolve() == images.resolve() or images.resolve() in out.resolve().parents):
+        raise click.BadParameter(f"{out} is in the folder of the images; choose one beside it", param_hint="'-o'")
+
+
 def _check_random(random_weights: bool, checkpoint: str, checkpoint_path: Path | None) -> None:
     if random_weights and (checkpoint_path or checkpoint not in registry.list_checkpoints()):
         raise click.UsageError(
@@ -180,11 +189,19 @@ def _side(checkpoint: str, checkpoint_path: Path | None, size: int | None) -> in
 
 
 def _data(
-    images: Path | None, masks: Path | None, keypoints: Path | None, task: str | None, side: int, seed: int
+    images: Path | None,
+    masks: Path | None,
+    keypoints: Path | None,
+    task: str | None,
+    side: int,
+    seed: int,
+    max_pixels: int | None,
 ) -> Data:
     from diffusion_backbones.selection import data  # torch
 
-    return data.folder(images, side, masks, keypoints, seed) if images else data.scenes(side, task or "masks", seed)
+    if images is None:
+        return data.scenes(side, task or "masks", seed)
+    return data.folder(images, side, masks, keypoints, seed, max_pixels)
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:

@@ -9,6 +9,12 @@ from typing import Any
 import click
 
 
+def exit_if_empty(rows: Sequence[Any]) -> None:
+    """End with status 1, as ``grep`` does, if nothing matched."""
+    if not rows:
+        raise click.exceptions.Exit(1)
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], data: Sequence[Any] | None, count: str) -> None:
     """Print rows in columns, or ``data`` as JSON.
 

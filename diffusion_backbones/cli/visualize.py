@@ -9,6 +9,7 @@ import click
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone
 from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING_FILE, NEW_FILE, ModelOptions, Name, argument_of
+from diffusion_backbones.ops import atomic
 
 
 @click.command()
@@ -16,10 +17,17 @@ from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING_FILE, NEW_F
 @click.argument("image", metavar="IMAGE", required=False)
 @click.option("-o", "--out", required=True, type=NEW_FILE, help="The picture: .png, .jpg or .webp.")
 @options.size(help=CENTRAL_SQUARE)
+@options.max_pixels()
 @options.model_options()
 @click.pass_context
 def visualize(
-    context: click.Context, name: str, image: str | None, out: Path, size: int | None, model: ModelOptions
+    context: click.Context,
+    name: str,
+    image: str | None,
+    out: Path,
+    size: int | None,
+    max_pixels: int | None,
+    model: ModelOptions,
 ) -> None:
     """Draw a photograph beside every level of its pyramid.
 
@@ -39,13 +47,15 @@ def visualize(
         name, image = "tinysd_gdf", name
     path: Path = EXISTING_FILE.convert(image, argument_of(context, "image"), context)
     name = Name(places=True).convert(name, argument_of(context, "name"), context)
-    photo = load(path)
+    atomic.check_output(out, [path])
+    photo = load(path, max_pixels)
     model.check(name)
 
     from diffusion_backbones.evaluation import visualize  # torch
 
     if out.suffix.lower() not in visualize.FORMATS:
         raise click.BadParameter(f"{out.name!r} must end in one of {', '.join(visualize.FORMATS)}.", param_hint="'-o'")
+    atomic.check_writable(out)
     backbone = build_backbone(name, model)
     declaration = backbone.declaration
     if size is None and (advice := too_large(path, photo, declaration)):

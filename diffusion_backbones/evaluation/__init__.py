@@ -8,6 +8,8 @@
     deviation           how far the features of one backbone are from those of another
     visualize           pictures of features
     metrics             mIoU and PCK
+    labels              points, boxes and masks, in their form or refused
+    csv_table           tables that grow from run to run
     scenes              the evaluation set in the package
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import platform
 import sys
@@ -14,7 +13,16 @@ from typing import Any
 import torch
 
 from diffusion_backbones import __version__
+from diffusion_backbones.evaluation import csv_table
 from diffusion_backbones.evaluation.benchmark import HOOKS, Setting, Timing
+
+COLUMNS = (
+    *("way", "seconds", "least", "most", "speed", "gflops", "share_of_matmul"),
+    *("encoder_seconds", "denoiser_seconds", "parts_seconds", "load_seconds", "weights_bytes", "peak_bytes"),
+    *("date", "hardware", "backbone", "options", "dtype", "batch", "size", "rounds", "matmul_gflops"),
+    *("torch", "package", "command"),
+)
+"""Columns of :func:`rows`."""
 
 
 def rows(timings: Sequence[Timing], setting: Setting, product: float) -> list[dict[str, Any]]:
@@ -63,16 +71,14 @@ def _row(timing: Timing, hooks: Timing, batch: int, product: float) -> dict[str,
 
 
 def write(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Append rows to a CSV; numbers have four digits."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in found
-        )
+    """Append rows to a CSV; numbers have four digits.
+
+    Raises:
+        ValueError: It is a file with other columns.
+        OSError: It cannot be written.
+    """
+    new = [{key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in found]
+    csv_table.update(path, list(found[0]), lambda before: [*before, *new])
 
 
 def hardware(device: str) -> str:

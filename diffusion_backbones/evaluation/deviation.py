@@ -4,9 +4,8 @@ encoder, on the same images.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.ops import atomic
+from diffusion_backbones.evaluation import csv_table
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,10 @@ class Deviation:
     stride: int
     error: float
     cosine: float
+
+
+COLUMNS = tuple(field.name for field in fields(Deviation))
+"""Columns of the table behind those that a caller adds."""
 
 
 @torch.no_grad()
@@ -88,6 +91,10 @@ def write(found: Sequence[Deviation], path: Path, **about: Any) -> None:
         found: From :func:`deviations`.
         path: The CSV.
         **about: Further columns; ``backbone`` says which rows are replaced.
+
+    Raises:
+        ValueError: It is a file with other columns.
+        OSError: It cannot be written.
     """
     rows = [
         {
@@ -96,9 +103,9 @@ def write(found: Sequence[Deviation], path: Path, **about: Any) -> None:
         }
         for row in found
     ]
-    before = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    kept = [row for row in before if row["backbone"] != about["backbone"]]
-    with atomic.replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=lambda row: str(row["backbone"])))  # stable: levels stay in order
+
+    def change(before: list[csv_table.Row]) -> list[csv_table.Row]:
+        kept = [row for row in before if row["backbone"] != about["backbone"]]
+        return sorted([*kept, *rows], key=lambda row: str(row["backbone"]))  # stable: levels stay in order
+
+    csv_table.update(path, list(rows[0]), change)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-IGNORED = 255
-"""Label of pixels that count for nothing."""
+from diffusion_backbones.evaluation.labels import IGNORED, points
+
+__all__ = ["IGNORED", "class_iou", "correct_keypoints", "mean_iou", "pck"]
 
 
 def class_iou(truth: ArrayLike, guess: ArrayLike, classes: Iterable[int]) -> NDArray[np.float64]:
@@ -21,19 +22,30 @@ def class_iou(truth: ArrayLike, guess: ArrayLike, classes: Iterable[int]) -> NDA
 
     Returns:
         (classes,) from 0 to 100; NaN for a class that is in neither.
+
+    Raises:
+        ValueError: The two have different shapes.
     """
     return 100 * _overlaps(truth, guess, classes)
 
 
 def mean_iou(truth: ArrayLike, guess: ArrayLike, classes: Iterable[int]) -> float:
-    """Mean of :func:`class_iou` over the classes that occur in ``truth`` or ``guess``, from 0 to 100."""
+    """Mean of :func:`class_iou` over the classes that occur in ``truth`` or ``guess``, from 0 to 100.
+
+    Raises:
+        ValueError: The two have different shapes, or no class occurs.
+    """
     found = _overlaps(truth, guess, classes)
+    if np.isnan(found).all():
+        raise ValueError("none of the classes occurs in truth or guess")
     return float(100 * found[~np.isnan(found)].mean())
 
 
 def _overlaps(truth: ArrayLike, guess: ArrayLike, classes: Iterable[int]) -> NDArray[np.float64]:
     """Intersection over union of every class, from 0 to 1, or NaN."""
     truth, guess = np.asarray(truth), np.asarray(guess)
+    if truth.shape != guess.shape:
+        raise ValueError(f"truth and guess must have one shape, got {truth.shape} and {guess.shape}")
     counted = truth != IGNORED
     truth, guess = truth[counted], guess[counted]
     found = []
@@ -54,8 +66,16 @@ def correct_keypoints(found: ArrayLike, truth: ArrayLike, extent: float, alpha: 
 
     Returns:
         (K,), True for a point that is close enough.
+
+    Raises:
+        ValueError: Points do not have that form, or the extent is no length.
     """
-    near: NDArray[np.bool_] = np.linalg.norm(np.asarray(found) - np.asarray(truth), axis=1) <= alpha * extent
+    a, b = points(found, "found"), points(truth, "truth")
+    if len(a) != len(b):
+        raise ValueError(f"found and truth must be equally many points, got {len(a)} and {len(b)}")
+    if not 0 < extent < np.inf:
+        raise ValueError(f"extent must be a length in pixels above 0, got {extent}")
+    near: NDArray[np.bool_] = np.linalg.norm(a - b, axis=1) <= alpha * extent
     return near
 
 

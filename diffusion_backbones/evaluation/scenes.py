@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffusion_backbones.evaluation import labels
+
 FOLDER = Path(__file__).with_name("data") / "scenes"
 
 
@@ -84,6 +86,7 @@ def load_scenes(folder: Path | str = FOLDER) -> SceneSet:
 
     Raises:
         FileNotFoundError: ``folder`` holds no ``scenes.json``, or a file that it names is missing.
+        ValueError: Points or boxes do not have the form of :class:`Pair`.
     """
     folder = Path(folder)
     if not (folder / "scenes.json").is_file():
@@ -111,13 +114,13 @@ def _scenes(folder: Path, captions: list[str]) -> Iterator[Scene]:
 
 def _pairs(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Pair]:
     for i, row in enumerate(rows):
-        source, target = (np.array(row[key], np.float32) for key in ("source_points", "target_points"))
-        x0, y0, x1, y1 = row["target_box"]
-        yield Pair(
-            _rgb(folder / f"{i:03}-source.jpg"),
-            _rgb(folder / f"{i:03}-target.jpg"),
-            source,
-            target,
-            (x0, y0, x1, y1),
-            row["split"],
+        images = {side: _rgb(folder / f"{i:03}-{side}.jpg") for side in ("source", "target")}
+        where = f"{folder}, pair {i}"
+        source, target = (
+            labels.points(row[f"{side}_points"], f"{where}: {side}_points", image.size)
+            for side, image in images.items()
         )
+        if len(source) != len(target):
+            raise ValueError(f"{where} has {len(source)} source and {len(target)} target points")
+        box = labels.box(row["target_box"], f"{where}: target_box", target)
+        yield Pair(images["source"], images["target"], source, target, box, row["split"])

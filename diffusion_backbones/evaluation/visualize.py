@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.extraction import images
+from diffusion_backbones.extraction import images, stages
 from diffusion_backbones.ops import atomic
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.reports.facts import cite
@@ -24,6 +24,8 @@ from diffusion_backbones.spec.declaration import Declaration
 UNTRAINED = "untrained weights: the structure of a random network, nothing learned"
 PAPER, INK, GREY, RED = (255, 255, 255), (31, 35, 40), (101, 109, 118), (188, 76, 0)
 HEIGHT, MARGIN, GAP, RADIUS = 420, 48, 28, 14
+NARROWEST, TALLEST = 300, 6 * HEIGHT
+"""Least width and most height of a panel in pixels."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PERCENTILE = 0.01
 """Share of positions that saturate at either end of a component, so that a few outliers do not take the contrast."""
@@ -96,7 +98,11 @@ def panels(
 
     Returns:
         A panel for each level, fine to coarse, and the photograph as the network saw it.
+
+    Raises:
+        ValueError: It does not fit the memory.
     """
+    stages.check_fits(backbone, size or (photo.height, photo.width), 1)
     x = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)(photo)
     device = backbone.device
     with torch.inference_mode():
@@ -130,15 +136,16 @@ def picture(photo: Image.Image, panels: Sequence[Panel], title: str, about: str,
         An RGB image; all panels have the photograph's shape and one height.
     """
     fitting = round(HEIGHT * photo.width / photo.height)
-    width = min(max(fitting, 300), 3 * HEIGHT)  # captions need some, and panoramas get no more
-    height = max(round(width * photo.height / photo.width), 1)
+    width = min(max(fitting, NARROWEST), 3 * HEIGHT)  # captions need some, and panoramas get no more
+    height = min(max(round(width * photo.height / photo.width), 1), TALLEST)
+    shown_width = max(min(round(height * photo.width / photo.height), width), 1)  # of towers, which get no taller
     captions = [
         ("photograph", f"{photo.width} x {photo.height} pixels"),
         *((panel.name, panel.about) for panel in panels),
     ]
     shown = [
-        photo.resize((width, height), Image.Resampling.LANCZOS),
-        *(_enlarge(panel, photo.size, (width, height)) for panel in panels),
+        photo.resize((shown_width, height), Image.Resampling.LANCZOS),
+        *(_enlarge(panel, photo.size, (shown_width, height)) for panel in panels),
     ]
     top, line = MARGIN + 130, len(shown) * (width + GAP) - GAP
     canvas = Image.new("RGB", (line + 2 * MARGIN, top + height + 118 + 70 * bool(warning) + MARGIN // 2), PAPER)

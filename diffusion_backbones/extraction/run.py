@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.extraction.folder import Folder, Settings
+from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.prefetch import prefetch_map, threads
-from diffusion_backbones.extraction.stages import Computer, Reader, Writer, advised, batches
+from diffusion_backbones.extraction.settings import Settings
+from diffusion_backbones.extraction.stages import Computer, Reader, Writer, advised, batches, check_fits
 
 MOST_WORKERS = 8
 """Threads that read by default for a GPU, if the machine has as many cores."""
@@ -53,8 +54,10 @@ def extract(
     names: Sequence[str] | None = None,
     weights: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    max_pixels: int | None = None,
 ) -> Summary:
-    """Write the pyramid of every image, except those that an earlier call with the same settings has finished.
+    """Write the pyramid of every image, except those that an earlier call with the same settings has finished, of the
+    same image by its content. Several processes may do so in one folder.
 
     With ``workers``, the next batch is read and the last is written while one is computed. Memory holds at most ``2 *
     batch_size + workers + 1`` images and the features of two batches, however many images there are.
@@ -69,50 +72,41 @@ def extract(
         workers: Threads that read, beside one that writes; 0 does one thing after another, without threads. The
             default is :func:`default_workers`.
         names: Names of the maps; the default is ``level0``, ``level1`` ...
-        weights: Where the weights came from; the default is ``backbone.provenance``.
+        weights: Where the weights came from, for the record; the default is ``backbone.provenance``. They are told
+            apart by their content.
         overwrite: Make every image again, and replace the settings of a folder.
+        max_pixels: The most pixels of an image file; the default is the limit of Pillow, 179 million.
 
     Returns:
-        Counts, and the images that could not be read or do not fit memory or ``dtype``, with the reason.
+        Counts, and the images that could not be read or kept or do not fit memory or ``dtype``, with the reason.
 
     Raises:
-        ValueError: ``out`` holds features with other settings.
+        ValueError: ``out`` holds features with other settings, of other images, or files that are not ours; or a batch
+            does not fit the memory.
         OSError: A file cannot be written. Finished images stay, and no half-written file does.
     """
-    settings = _settings(backbone, names, weights, size, dtype)
-    compute = Computer(backbone, dtype)
-    about = {"recipe": backbone.declaration.recipe.to_dict(), "computed": compute.precision}
-    folder = Folder(Path(out), settings, about, overwrite)
-    waiting = [file for file in files if overwrite or not folder.finished(file)]
+    if not os.fspath(out):
+        raise ValueError("out is empty; name a folder for the features, or '.' for this one")
+    if backbone.device.type == "meta":
+        raise ValueError("the backbone is on 'meta' and has no values; build it on another device")
+    if size is not None:
+        check_fits(backbone, size, batch_size)
+    about = {
+        "recipe": backbone.declaration.recipe.to_dict(),
+        "weights": dict(weights or backbone.provenance),
+        "device": backbone.device.type,
+    }
+    folder = Folder(Path(out), Settings.of(backbone, names, size, dtype), about, overwrite)
+    waiting = folder.waiting(files)
     folder.begin(files, waiting)
     summary = Summary(skipped=len(files) - len(waiting))
     threads_that_read = default_workers(backbone.device) if workers is None else workers
     try:
-        _run(Reader(backbone, size), compute, folder, waiting, batch_size, threads_that_read, summary)
+        reader = Reader(backbone, size, max_pixels, folder.obstacle)
+        _run(reader, Computer(backbone, dtype), folder, waiting, batch_size, threads_that_read, summary)
     finally:
         folder.write_manifest()  # also when interrupted, so that it is current
     return summary
-
-
-def _settings(
-    backbone: DiffusionBackbone,
-    names: Sequence[str] | None,
-    weights: Mapping[str, str] | None,
-    size: int | None,
-    dtype: torch.dtype,
-) -> Settings:
-    declaration, recipe = backbone.declaration, backbone.declaration.recipe
-    return Settings(
-        backbone=declaration.architecture,
-        tag=declaration.tag,
-        weights=dict(weights or backbone.provenance),
-        recipe_digest=recipe.digest,
-        prompt=recipe.prompt,
-        timestep=recipe.timestep,
-        levels=tuple(names or (f"level{i}" for i in range(len(backbone.feature_info.channels())))),
-        size=size,
-        dtype=str(dtype).removeprefix("torch."),
-    )
 
 
 def _run(

@@ -12,10 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.backbone.out_of_memory import is_oom
+from diffusion_backbones.backbone.out_of_memory import is_oom, widest_map
 from diffusion_backbones.extraction import images
 from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.extraction.images import ImageFile
+from diffusion_backbones.extraction.settings import image_digest
+from diffusion_backbones.ops.describe import gigabytes
+from diffusion_backbones.ops.free_memory import free_memory
+
+PREPARING = 28
+"""Bytes that preprocessing takes for a pixel on top of the decoded image, measured."""
+COMPUTING = 5
+"""How many of the image encoder's widest maps a call takes on the CPU, measured."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Input:
         x: (3, H, W); None if it cannot be read, or once it has been computed.
         size: (H, W) of ``x``, which outlives it.
         original: (H, W) in the file.
+        digest: Names the content of the file.
         advice: A warning for the user, or empty.
         error: Why it cannot be read, or empty.
     """
@@ -35,6 +44,7 @@ class Input:
     x: Tensor | None = None
     size: tuple[int, int] = (0, 0)
     original: tuple[int, int] = (0, 0)
+    digest: str = ""
     advice: str = ""
     error: str = ""
 
@@ -60,24 +70,71 @@ class Reader:
 
     Args:
         backbone: Its input format is used; for a GPU the image is put into pinned memory.
-        size: As in :func:`~diffusion_backbones.extraction.extract`.
+        size, max_pixels: As in :func:`~diffusion_backbones.extraction.extract`.
+        obstacle: Says why the features of a file cannot be kept, or nothing.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, size: int | None):
-        self.declaration, self.own_size = backbone.declaration, size is None
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        size: int | None,
+        max_pixels: int | None = None,
+        obstacle: Callable[[ImageFile], str] = lambda _: "",
+    ):
+        self.declaration, self.own_size, self.max_pixels = backbone.declaration, size is None, max_pixels
         self.preprocess = images.transform(backbone.pretrained_cfg, size, backbone.input_format.bgr)
-        self.pinned = _asynchronous(backbone.device)
+        self.pinned, self.obstacle = _asynchronous(backbone.device), obstacle
+        self.bytes_per_pixel = images.DECODING + (bytes_per_pixel(backbone) if self.own_size else 0)
 
     def __call__(self, file: ImageFile) -> Input:
-        """The input, or one with an ``error`` if the file cannot be read."""
+        """The input, or one with an ``error`` if the file cannot be read, whatever the reason."""
+        if obstacle := self.obstacle(file):
+            return Input(file, error=obstacle)
         try:
-            image = images.load(file.path)
-        except ValueError as error:
-            return Input(file, error=str(error))
+            return self._read(file)
+        except Exception as error:  # one image must not cost the others, and libraries fail in ways of their own
+            reason = f"{type(error).__name__} {error}".strip()
+            told = str(error) if isinstance(error, ValueError) else f"{file.path} cannot be prepared: {reason}"
+            return Input(file, error=told)
+
+    def _read(self, file: ImageFile) -> Input:
+        digest = image_digest(file.path)  # before it is read: what changes meanwhile is made again next time
+        image = images.load(file.path, self.max_pixels, self.bytes_per_pixel)
         x = self.preprocess(image)
-        advice = images.too_large(file.path, image, self.declaration) if self.own_size else ""
         return Input(
-            file, x.pin_memory() if self.pinned else x, (x.shape[-2], x.shape[-1]), (image.height, image.width), advice
+            file,
+            x.pin_memory() if self.pinned else x,
+            size=(x.shape[-2], x.shape[-1]),
+            original=(image.height, image.width),
+            digest=digest,
+            advice=images.too_large(file.path, image, self.declaration) if self.own_size else "",
+        )
+
+
+def bytes_per_pixel(backbone: DiffusionBackbone) -> float:
+    """Bytes of the machine's memory that a pixel of an image takes from the decoded image to the features."""
+    if backbone.device.type != "cpu":
+        return PREPARING
+    return PREPARING + COMPUTING * widest_map(backbone) * backbone.encoder_dtype.itemsize
+
+
+def check_fits(backbone: DiffusionBackbone, size: int | tuple[int, int], batch_size: int) -> None:
+    """Check that a batch of one size fits the memory.
+
+    Args:
+        backbone: The network.
+        size: Side of the squares, or (H, W), in pixels.
+        batch_size: Number of images.
+
+    Raises:
+        ValueError: It does not.
+    """
+    height, width = size if isinstance(size, tuple) else (size, size)
+    needed, free = int(height * width * batch_size * bytes_per_pixel(backbone)), free_memory()
+    if needed > free:
+        raise ValueError(
+            f"a batch of {batch_size} with {width} x {height} pixels needs {gigabytes(needed)} of memory here, and "
+            f"{gigabytes(free)} are free; use a smaller --size or --batch-size"
         )
 
 
@@ -114,6 +171,7 @@ class Computer:
 
     def __init__(self, backbone: DiffusionBackbone, dtype: torch.dtype):
         self.backbone, self.dtype, self.device = backbone, dtype, backbone.device
+        self.bytes_per_pixel = bytes_per_pixel(backbone)
 
     @property
     def precision(self) -> str:
@@ -124,6 +182,9 @@ class Computer:
         """The batch and its pyramid, or no pyramid if it does not fit the memory."""
         later = _asynchronous(self.device)
         done = [replace(item, x=None) for item in batch]
+        pixels = sum(item.size[0] * item.size[1] for item in batch)
+        if pixels * (self.bytes_per_pixel - PREPARING) > free_memory():  # the system would end the process
+            return Output(done)
         try:
             with torch.inference_mode():
                 x = [item.x.to(self.device, non_blocking=later) for item in batch if item.x is not None]
@@ -192,7 +253,8 @@ class Writer:
             "strides": json.dumps(dict(zip(settings.levels, self.strides, strict=True))),
             "original_size": json.dumps(item.original),
             "input_size": json.dumps(item.size),
-            "weights": json.dumps(dict(settings.weights)),
+            "weights": json.dumps(self.folder.about["weights"]),
+            "image": item.digest,
         }
 
 

@@ -1,7 +1,8 @@
 """Prompts -> embeddings, computed once and cached on disk.
 
 A text encoder is loaded when a prompt is seen for the first time, encodes it, and is freed. A second start reads the
-few hundred kilobytes of its embeddings and never loads it.
+few hundred kilobytes of its embeddings and never loads it. The cache is keyed by the content of the text encoder's
+files, and what is read of it is compared with what was written.
 """
 
 from __future__ import annotations
@@ -9,29 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture, family_name
+from diffusion_backbones.loading.fingerprint import cache_folder
 from diffusion_backbones.loading.source import Source
-from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops import atomic, safetensors_io
 
 log = logging.getLogger(__name__)
 _encoding = threading.Lock()
-
-
-def cache_folder() -> Path:
-    """``$DIFFUSION_BACKBONES_CACHE``, or ``diffusion_backbones`` beside the hub's cache."""
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(os.environ.get("DIFFUSION_BACKBONES_CACHE") or Path(HF_HOME) / "diffusion_backbones")
 
 
 def no_text_encoder(prompt: str) -> FileNotFoundError:
@@ -83,8 +77,8 @@ class Prompter:
         return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
 
     def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
-        if not self.network.text_encoders:  # nothing is loaded, so there is nothing to keep
-            return self._encode(source, prompt)
+        if not self.network.text_encoders:
+            return self._encode(source, prompt)  # nothing to load, so nothing to keep
         path = self._path(fingerprint, prompt)
         with _encoding:  # two threads load one text encoder, not two
             row = _read(path, self.network)
@@ -128,22 +122,37 @@ def misfit(network: Architecture, row: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path, network: Architecture) -> dict[str, Tensor] | None:
-    from safetensors.torch import load_file
-
-    try:
-        row = load_file(path, device="cpu") if path.is_file() else None
-        wrong = misfit(network, row) if row is not None else ""
-    except (SafetensorError, OSError) as error:
-        row, wrong = None, str(error)
-    if wrong:
-        log.warning("the cached prompt %s cannot be read and is made again: %s", path, wrong)
+    """The embeddings in a file of the cache, or None if there are none, or others than were written."""
+    if not path.is_file():
         return None
-    return row
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
+            known = (opened.metadata() or {}).get("digest")
+        if known is None:
+            return None  # other versions noted no digest
+        wrong = misfit(network, row) if known == _digest(row) else "its content is not what was written"
+    except (SafetensorError, OSError) as error:
+        wrong = str(error)
+    if not wrong:
+        return row
+    log.warning("the cached prompt %s cannot be read and is made again: %s", path, wrong)
+    return None
 
 
 def _write(path: Path, embeddings: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors_io.write(path, embeddings, {})
+        atomic.remove_left_over(path.parent)
+        safetensors_io.write(path, embeddings, {"digest": _digest(embeddings)})
     except OSError as error:
         log.warning("the prompt is not cached, so the text encoder is loaded again next time: %s", error)
+
+
+def _digest(embeddings: Mapping[str, Tensor]) -> str:
+    """Names embeddings by names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(embeddings.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]

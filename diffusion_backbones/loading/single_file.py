@@ -6,6 +6,7 @@ what they did is repeated when weights are read.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture
-from diffusion_backbones.loading import layouts
+from diffusion_backbones.loading import fingerprint, layouts
 from diffusion_backbones.loading.looks_like import difference, readers
-from diffusion_backbones.loading.source import content, digest, modern_attention
+from diffusion_backbones.loading.source import digest, modern_attention
 from diffusion_backbones.loading.what_it_is import what_a_file_is
 from diffusion_backbones.ops.conversion import ConvertedFiles
 from diffusion_backbones.ops.safetensors_io import TensorFiles
@@ -285,8 +286,9 @@ class SingleFile:
         return dict(self._stored.read(names, torch.float32, torch.device("cpu")))
 
     def text_fingerprint(self) -> str:
-        """A string that changes with path or content of the file."""
-        return digest([str(self.path.resolve()), content(self.path)])
+        """A string that changes with the content of the file, and with the declared configs of its text encoders."""
+        declared = {name: config for name, config in self._configs.items() if name.startswith("t")}
+        return digest([fingerprint.content(self.path), json.dumps(declared, sort_keys=True, default=str)])
 
 
 def _name(family: type[Architecture]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from diffusion_backbones.families import FAMILIES, Architecture
+from diffusion_backbones.loading import fingerprint
 from diffusion_backbones.loading.weight_names import choose, is_usual
 from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
@@ -22,8 +23,6 @@ from diffusion_backbones.spec.configs import Config, Configs
 log = logging.getLogger(__name__)
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-SAMPLE, SAMPLES = 2**12, 256
-"""Size in bytes and number of the samples that tell a file from another."""
 _SMALL = (".json", ".txt", ".model", ".jinja")  # what configs and tokenizers are made of
 
 
@@ -240,11 +239,9 @@ class Folder:
         return files[0].parent
 
     def text_fingerprint(self) -> str:
-        """A string that changes with path or content of any file of text encoders and tokenizers."""
+        """A string that changes with the content of any file of text encoders and tokenizers, and with nothing else."""
         files = [path for path in sorted(self.path.glob("t*/*")) if path.is_file()]  # text_encoder*, tokenizer*
-        return digest(
-            [str(self.path.resolve()), *(f"{path.parent.name}/{path.name} {content(path)}" for path in files)]
-        )
+        return digest(f"{path.parent.name}/{path.name} {fingerprint.content(path)}" for path in files)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -309,17 +306,6 @@ def modern_attention(name: str) -> str:
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
     )
-
-
-def content(path: Path) -> str:
-    """What tells a file from another without reading gigabytes: size, time, and samples, the header among them."""
-    stat = path.stat()
-    taken = hashlib.sha256()
-    with path.open("rb") as file:
-        for start in sorted({0, *range(0, stat.st_size, max(SAMPLE, stat.st_size // SAMPLES))}):
-            file.seek(start)
-            taken.update(file.read(SAMPLE))
-    return f"{stat.st_size} {stat.st_mtime_ns} {taken.hexdigest()}"
 
 
 def digest(parts: Iterable[str]) -> str:

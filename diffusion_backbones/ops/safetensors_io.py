@@ -12,6 +12,7 @@ is looked through once for NaN and infinity.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -323,31 +324,54 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Save a ``.safetensors`` file so that it is either there whole or as it was; also over a file that is open.
+    """Save a ``.safetensors`` file so that it is either there whole or as it was; also over a file that is open. The
+    same tensors and metadata give the same bytes.
 
     Raises:
         OSError: It cannot be written: no permission, no space, no folder.
     """
+    from safetensors.torch import save
+
+    try:
+        data = _ordered(save(_apart(tensors), dict(metadata)))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     with atomic.replacing(path) as part:
-        write_part(part, path, tensors, metadata)
+        part.write_bytes(data)
+
+
+def _ordered(data: bytes) -> bytes:
+    """A file with its metadata in alphabetical order; safetensors writes them in another order every time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # what comes behind it is aligned
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def write_part(part: Path, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Save a ``.safetensors`` file at the temporary path that :func:`~diffusion_backbones.ops.atomic.replacing` gives
-    for ``path``. Tensors that share memory are each written in full.
+    for ``path``, without a copy of it in memory.
 
     Raises:
         OSError: It cannot be written; the message names ``path``.
     """
     from safetensors.torch import save_file
 
+    try:
+        save_file(_apart(tensors), part, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous; those that share memory are each written in full."""
     apart: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():
         address = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if address in memory else tensor.contiguous()
         memory.add(address)
-    try:
-        save_file(apart, part, metadata=dict(metadata))
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+    return apart

@@ -246,8 +246,8 @@ class CheckpointFacts(Facts):
 
     @property
     def activations(self) -> int:
-        """Number of activation ids of the network."""
-        return len(list(self.network.sites()))
+        """Number of activation ids of the network, those of its image encoder too."""
+        return len(self.network.catalogue.all())
 
     @property
     def parameters(self) -> str:

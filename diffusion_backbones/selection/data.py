@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from diffusion_backbones.evaluation import labels
 from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.extraction import images as files
 from diffusion_backbones.selection.tasks import Keypoints, Match, Segmentation, Task, warped
@@ -70,41 +71,52 @@ def scenes(size: int, task: str = "masks", seed: int = 0) -> Data:
     raise ValueError(f"task must be 'masks', 'keypoints' or 'warps' for the package's scenes, got {task!r}")
 
 
-def folder(images: Path, size: int, masks: Path | None = None, pairs: Path | None = None, seed: int = 0) -> Data:
+def folder(
+    images: Path,
+    size: int,
+    masks: Path | None = None,
+    pairs: Path | None = None,
+    seed: int = 0,
+    max_pixels: int | None = None,
+) -> Data:
     """A user's own images: with masks a segmentation probe, with pairs matched keypoints, with neither known warps.
 
     Args:
         images: A folder; the shorter side of every image is resized, and its central square cut out.
         size: Side of that square in pixels.
         masks: A folder with a ``.png`` for every image, of the same relative name and size; pixels are classes from 0,
-            255 is ignored.
+            255 is ignored. EXIF turns them as it turns images.
         pairs: A JSON list of objects with ``source`` and ``target``, paths relative to ``images``; ``source_points``
-            and ``target_points``, equally long lists of [x, y] in pixels of the files; and optionally ``target_box``
-            [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each once.
+            and ``target_points``, equally long lists of [x, y] in pixels of the upright images; and optionally
+            ``target_box`` [x0, y0, x1, y1], by default the whole target. Only the images that it names are opened, each
+            once.
         seed: Seed of splits and warps.
+        max_pixels: The most pixels of an image file; the default is the limit of Pillow, 179 million.
 
     Raises:
         FileNotFoundError: There are no images, or a mask or an image of a pair is missing.
-        ValueError: Both masks and pairs are given, a mask has another size than its image or several channels, points
-            are not numbers, or the task cannot use the data.
+        ValueError: Both masks and pairs are given, a mask has another size than its image, several channels or mixed
+            edges, points or boxes do not have this form or lie outside their image, or the task cannot use the data.
     """
     if masks and pairs:
         raise ValueError("compare on masks or on keypoints, one at a time")
     if pairs:
-        rows, seen = _read(pairs), _Squares(images, size)
+        rows, seen = _read(pairs), _Squares(images, size, max_pixels)
         matches = [seen.match(row, f"{pairs}, pair {i}") for i, row in enumerate(rows)]
         return Data(
             [square for _, square in seen.opened.values()], Keypoints(matches, seed), f"{images}, keypoints {pairs}"
         )
     found = files.find([images])
-    pictures = [files.load(file.path) for file in found]
+    pictures = [files.load(file.path, max_pixels) for file in found]
     tensors = [to_tensor(picture, size) for picture in pictures]
     if masks:
-        labels = [
-            _mask(masks / Path(file.name).with_suffix(".png"), picture, size)
+        whole = [
+            labels.read_mask(masks / Path(file.name).with_suffix(".png"), picture.size)
             for file, picture in zip(found, pictures, strict=True)
         ]
-        return Data(tensors, Segmentation(tensors, labels, seed), f"{images}, masks {masks}")
+        labels.check_classes(whole, f"the masks in {masks}")
+        squares = [_nearest(mask, size) for mask in whole]
+        return Data(tensors, Segmentation(tensors, squares, seed), f"{images}, masks {masks}")
     return Data(tensors, Keypoints(warped(tensors, seed), seed), f"{images}, warps")
 
 
@@ -133,32 +145,20 @@ def _nearest(mask: Any, size: int) -> Any:
     return np.asarray(_square(Image.fromarray(mask), size, Image.Resampling.NEAREST))
 
 
-def _mask(path: Path, picture: Image.Image, size: int) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: every image needs a mask of the same name that ends in .png")
-    with Image.open(path) as mask:
-        if mask.size != picture.size:
-            raise ValueError(
-                f"{path} has {mask.size[0]} x {mask.size[1]} pixels and its image {picture.size[0]} x {picture.size[1]}"
-            )
-        if mask.mode not in ("L", "P", "1"):
-            raise ValueError(
-                f"{path} has mode {mask.mode}; a mask has one channel of 8 bits, classes from 0 and 255 for what is "
-                "ignored"
-            )
-        return _nearest(np.array(mask, np.uint8), size)
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
+    except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     needed = ("source", "target", "source_points", "target_points")
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and all(key in row for key in needed) for row in rows
     ):
         raise ValueError(f"{path} must hold a list of objects with {', '.join(needed)}")
+    for i, row in enumerate(rows):
+        for key in ("source", "target"):
+            if not isinstance(row[key], str):
+                raise ValueError(f"{path}, pair {i}: {key} must be the path of an image, got {row[key]!r:.80}")
     return rows
 
 
@@ -169,35 +169,31 @@ class _Squares:
         opened: Name -> (width, height) of the file, and its square.
     """
 
-    def __init__(self, folder: Path, size: int):
-        self.folder, self.size, self.opened = folder, size, dict[str, tuple[tuple[int, int], Tensor]]()
+    def __init__(self, folder: Path, size: int, max_pixels: int | None):
+        self.folder, self.size, self.max_pixels = folder, size, max_pixels
+        self.opened: dict[str, tuple[tuple[int, int], Tensor]] = {}
 
     def __getitem__(self, name: str) -> tuple[tuple[int, int], Tensor]:
         if name not in self.opened:
             path = self.folder / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path}, which a pair names, is missing")
-            image = files.load(path)
+            image = files.load(path, self.max_pixels)
             self.opened[name] = image.size, to_tensor(image, self.size)
         return self.opened[name]
 
     def match(self, row: dict[str, Any], where: str) -> Match:
         source, target = self[row["source"]], self[row["target"]]
-        at, to = (_points(row[key], f"{where}: {key}") for key in ("source_points", "target_points"))
+        at = labels.points(row["source_points"], f"{where}: source_points", source[0])
+        to = labels.points(row["target_points"], f"{where}: target_points", target[0])
         if len(at) != len(to):
             raise ValueError(
                 f"{where} has {len(at)} source and {len(to)} target points; row k of both is the same point of the "
                 "object"
             )
-        box = _points(row.get("target_box") or (0, 0, *target[0]), f"{where}: target_box", 4)[0]
+        given = row.get("target_box")
+        box = (0, 0, *target[0]) if given is None else labels.box(given, f"{where}: target_box", to)
         return _match(*source, *target, at, to, box)
-
-
-def _points(values: Any, where: str, columns: int = 2) -> Any:
-    try:
-        return np.array(values, np.float32).reshape(-1, columns)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} must be numbers, {columns} for each, got {values!r:.80}") from error
 
 
 def _match(

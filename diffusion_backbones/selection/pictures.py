@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.evaluation.visualize import pca_rgb
+from diffusion_backbones.ops import atomic
 from diffusion_backbones.spec.activations import Site
 
 SHOWN = 3
@@ -54,10 +55,11 @@ def paint(
     done.unlink(missing_ok=True)
 
     def save(site: Site, act: Tensor) -> None:
-        strip(act).save(folder / f"{site.id}.png")
+        with atomic.replacing(folder / f"{site.id}.png") as part:
+            strip(act).save(part, "PNG")
 
     backbone.visit_activations(torch.stack(list(images)).to(backbone.device), ids, save)
-    done.write_text(known)
+    atomic.write_text(done, known)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.extraction.settings import weights_digest
 from diffusion_backbones.ops import atomic
 from diffusion_backbones.selection import pictures, report, tables
 from diffusion_backbones.selection import rules as filtering
@@ -43,6 +44,10 @@ from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.recipe import Level, Recipe
 
+MARKS = ("measured.json", "measuring.pt", "evidence/done.json")
+"""Files by which the folder of a selection is known, however early it was stopped."""
+RESULTS = ("recipe.yaml", "card.md", "activations.csv", "curves.csv", "redundancy.csv", "report.html", "pictures")
+"""What is written besides."""
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -113,6 +118,7 @@ def select(
 
 def _run(settings: Settings, data: Data, out: Path, feedback: Feedback) -> Selection:
     """The steps of a selection, in order."""
+    _check_folder(out)
     prepared = prepare(settings, data)
     ids = prepared.ids
     estimate = prepared.estimate(settings.draws, data.task)
@@ -157,11 +163,24 @@ def _run(settings: Settings, data: Data, out: Path, feedback: Feedback) -> Selec
     return selection
 
 
+def _check_folder(out: Path) -> None:
+    """Check that nothing in the folder would be replaced but what an earlier selection wrote there.
+
+    Raises:
+        ValueError: There is a file that no selection made.
+    """
+    if any((out / name).is_file() for name in MARKS):
+        return
+    if foreign := [name for name in RESULTS if (out / name).exists()]:
+        raise ValueError(f"{out / foreign[0]} is there, and no selection made it; choose another folder")
+
+
 def _key(settings: Settings, prepared: Prepared, backbone: DiffusionBackbone, data: Data) -> dict[str, Any]:
     """All that the caches of a run depend on."""
     return {
         "checkpoint": settings.network.checkpoint,
         "weights": dict(backbone.provenance),
+        "weights_digest": weights_digest(backbone),
         "timestep": settings.network.timestep,
         "prompt": settings.network.prompt,
         "size": prepared.size,
@@ -204,7 +223,7 @@ def _write_report(
     strips = {name: Image.open(out / "pictures" / f"{name}.png") for name in ids}
     pyramid = pictures.pyramid(backbone, shown, [level.activations for level in selection.recipe.levels])
     photographs = [pictures.photograph(image) for image in shown]
-    (out / "report.html").write_text(report.render(selection, strips, photographs, pyramid), encoding="utf-8")
+    atomic.write_text(out / "report.html", report.render(selection, strips, photographs, pyramid))
 
 
 def _digest(data: Data) -> str:

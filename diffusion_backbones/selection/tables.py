@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_backbones.ops import atomic
 from diffusion_backbones.reports import backbone_card
 from diffusion_backbones.selection.result import Selection
 from diffusion_backbones.selection.rules import MEASURED
@@ -14,16 +15,17 @@ from diffusion_backbones.selection.rules import MEASURED
 
 def write(selection: Selection, out: Path) -> None:
     """Write the recipe, its card and the tables to the folder ``out``."""
-    selection.recipe.to_yaml(out / "recipe.yaml")
+    with atomic.replacing(out / "recipe.yaml") as part:
+        selection.recipe.to_yaml(part)
     load = f'db.create_model({selection.arguments}, recipe="recipe.yaml")'
-    (out / "card.md").write_text(backbone_card.card(selection.declaration, selection.configs, load), encoding="utf-8")
+    atomic.write_text(out / "card.md", backbone_card.card(selection.declaration, selection.configs, load))
     _write_csv(out / "activations.csv", _activations(selection))
     _write_csv(out / "curves.csv", _curves(selection))
     _write_csv(out / "redundancy.csv", _redundancy(selection))
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with atomic.replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

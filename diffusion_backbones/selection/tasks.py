@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_backbones.evaluation.metrics import IGNORED, correct_keypoints, mean_iou, pck
+from diffusion_backbones.evaluation.labels import IGNORED, points
+from diffusion_backbones.evaluation.metrics import correct_keypoints, mean_iou, pck
 
 POINTS = 400
 """Number of places in an image at which a segmentation probe reads features."""
@@ -72,7 +73,8 @@ class Segmentation(Task):
         seed: Seed of places and splits.
 
     Raises:
-        ValueError: There are fewer than four images or two classes, or an image lacks a mask of its size.
+        ValueError: There are fewer than four images or two classes, or an image lacks a mask of its size, or one that
+            holds classes.
     """
 
     metric = "mIoU"
@@ -90,6 +92,8 @@ class Segmentation(Task):
                 raise ValueError(
                     f"mask {i} is {mask.shape} and its image {tuple(image.shape[1:])}; they must have the same size"
                 )
+            if mask.dtype.kind not in "iu":
+                raise ValueError(f"mask {i} holds {mask.dtype}, and classes are integers from 0")
         self.views, rng = [image[None] for image in images], np.random.default_rng(seed)
         size = images[0].shape[-1]
         self.places = rng.integers(0, size, (len(images), POINTS, 2))  # row, column
@@ -171,7 +175,8 @@ class Keypoints(Task):
         seed: Seed of the splits.
 
     Raises:
-        ValueError: There are fewer than three pairs, or a pair has no points or not equally many in both images.
+        ValueError: There are fewer than three pairs, or a pair has no points, not equally many in both images, or
+            others than finite x and y, or no extent.
     """
 
     metric = "PCK@0.1"
@@ -183,6 +188,10 @@ class Keypoints(Task):
             if len(match.source_points) == 0 or match.source_points.shape != match.target_points.shape:
                 counts = f"{len(match.source_points)} source and {len(match.target_points)} target points"
                 raise ValueError(f"pair {i} has {counts}; they must be equally many, 1 or more")
+            points(match.source_points, f"pair {i}: source_points")
+            points(match.target_points, f"pair {i}: target_points")
+            if not 0 < match.extent < np.inf:
+                raise ValueError(f"pair {i}: extent must be a length in pixels above 0, got {match.extent}")
         self.matches = list(matches)
         self.views = _Pairs(matches)
         self.points = max(len(match.source_points) for match in matches)
