@@ -90,7 +90,7 @@ MOVED = {
 
 
 class OldPath(ModuleType):
-    """Stands at an old path and gives the names that are elsewhere now."""
+    """Stands at an old path and gives the names that are elsewhere now; what is set on it is set there."""
 
     places: tuple[str, ...] = ()
 
@@ -102,6 +102,14 @@ class OldPath(ModuleType):
         raise AttributeError(
             f"module {self.__name__!r} has no attribute {name!r}; it moved to {', '.join(self.places)}"
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        for place in self.places:
+            module = import_module(f"{PACKAGE}.{place}")
+            if hasattr(module, name):
+                setattr(module, name, value)
+                return
+        super().__setattr__(name, value)
 
 
 class OldPaths(MetaPathFinder, Loader):

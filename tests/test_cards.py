@@ -131,7 +131,13 @@ def test_noise_levels_equal_diffusers(folder):
 
 def test_linear_betas_too():
     alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
-    config = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
+    config = {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "num_train_timesteps": 1000,
+    }
     assert noise_level(config, 261)[0] == pytest.approx(alpha_bar[261].sqrt().item(), abs=1e-5)
 
 

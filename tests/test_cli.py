@@ -369,7 +369,7 @@ def test_wrong_usage_is_status_2(args, told):
 def test_failures_are_one_line_and_status_1(photo, tmp_path):
     (tmp_path / "broken.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "weights.ckpt").write_text("")
+    (tmp_path / "weights.ckpt").write_bytes(b"\x80\x02}.")
     out = tmp_path / "out"
     for told, args in {
         "is not a folder": ["extract", "local-dir:nowhere", photo, "-o", out],

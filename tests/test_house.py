@@ -83,6 +83,14 @@ def test_contributing_lists_the_rooms_in_the_order_of_their_imports():
     )
 
 
+def test_what_is_set_at_an_old_path_is_set_where_it_moved(monkeypatch):
+    old = import_module(f"{_moved.PACKAGE}.registry")
+    new = import_module(f"{_moved.PACKAGE}.spec.registry")
+    monkeypatch.setattr(new, "_declarations", new._declarations)  # put back afterwards
+    old._declarations = {}
+    assert new._declarations == {}
+
+
 @pytest.mark.parametrize("old", _moved.MOVED)
 def test_an_old_module_path_gives_what_moved_with_a_warning(old):
     path = f"{_moved.PACKAGE}.{old}"

@@ -265,7 +265,7 @@ def test_a_format_from_the_future_is_refused(folder):
         ({"out_strides": None}, "lacks 'out_strides'"),
         ({"recipe": {"name": "gdf"}}, "recipe: it needs levels"),
         ({"recipe": {"levels": [["mid-vit-out"]], "nose": 1}}, r"recipe has no setting 'nose'\. Did you mean noise"),
-        ({"recipe": 1}, "not iterable"),
+        ({"recipe": 1}, "a recipe is a mapping of its settings, got int"),
         ({"checkpoint": []}, "has no attribute 'items'"),
     ],
 )
@@ -295,7 +295,7 @@ def test_missing_and_broken_weights_are_named(folder):
     safetensors_io.write(
         folder / "model.safetensors", state | {"denoiser.conv_in.weight": weights, "encoder.foreign": torch.ones(1)}, {}
     )
-    with pytest.raises(ValueError, match=r"sd15_gdf encoder: not part of this network, in .*: foreign"):
+    with pytest.raises(ValueError, match=r"sd15_gdf encoder: not part of this network, in .*: encoder.foreign"):
         back(folder)
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model.safetensors is empty"):

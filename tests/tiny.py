@@ -80,6 +80,8 @@ def folder(name: str, path: Path, seed: int = 0, **save: Any) -> Path:
         return path
     for component, network in networks.items():
         network.save_pretrained(path / component, **save)
+    if "force_upcast" not in c.get("vae", {"force_upcast": None}):
+        _drop(path / "vae" / "config.json", "force_upcast")  # which diffusers writes though nobody published it
     (path / "scheduler").mkdir(parents=True, exist_ok=True)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(c["scheduler"]))
     for text in (component for component in networks if component.startswith("text_encoder")):
@@ -92,6 +94,12 @@ def folder(name: str, path: Path, seed: int = 0, **save: Any) -> Path:
                 (tokenizer / "chat_template.jinja").write_text(CHAT)
     (path / "model_index.json").write_text(json.dumps(c.get("model_index", {"_class_name": "StableDiffusionPipeline"})))
     return path
+
+
+def _drop(file: Path, key: str) -> None:
+    config = json.loads(file.read_text())
+    config.pop(key, None)
+    file.write_text(json.dumps(config))
 
 
 def sentencepiece(path: Path) -> None:

@@ -114,7 +114,8 @@ def _open_folder(path: Path, checkpoint: Checkpoint, base: Source | None) -> tup
     _check_folder(folder, family, checkpoint.name)
     own = folder.over({}, family)
     needed = [family.denoiser, *([family.encoder] if family.encoder else [])]
-    if family.denoiser in (configs := {**(base.configs(family) if base else {}), **own}):
+    configs = {**(base.configs(family) if base else {}), **own}
+    if all(name in configs for name in (*needed, "scheduler")):
         needed = components(_network(checkpoint, configs, folder))
     return folder, [name for name in needed if not folder.has(name)] + ["scheduler"] * ("scheduler" not in own)
 

@@ -24,6 +24,8 @@ DEEPEST = 1000
 """No number of layers is larger."""
 SAID = ("scaling_factor",)
 """Keys that must be in a file if the class has them."""
+ASKED = ("force_upcast",)
+"""Keys that say what a checkpoint's authors found out about it, which a constructor's default does not."""
 MAY_BE_ZERO = ("layers", "shift", "padding")
 """Parts of the names of whole numbers that may be 0."""
 
@@ -72,7 +74,7 @@ def complete(config: Config, network: str, where: str) -> dict[str, Any]:
     known = inspect.signature(getattr(diffusers, network)).parameters
     for key in config.keys() & known.keys():
         _check_value(key, config[key], known[key], where)
-    defaults = {key: known[key].default for key in known if key not in SAID}
+    defaults = {key: known[key].default for key in known if key not in (*SAID, *ASKED)}
     return {**{key: value for key, value in defaults.items() if value is not inspect.Parameter.empty}, **config}
 
 

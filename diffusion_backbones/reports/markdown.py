@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 HUB = "https://huggingface.co"
 WEB = r"https?://[^\s<>\"]+"
-"""What a link may lead to."""
+PAGE = r"(?:\.\./)*[\w/-]+\.md"
+"""What a link may lead to: the web, or a page beside the one that it is on."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -55,7 +56,7 @@ def line(text: str) -> str:
     """
     text = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", text)
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
-    return re.sub(r"\](?=:|\((?!https?://|\.\./))", r"\]", text)
+    return re.sub(rf"\](?=:|\((?!https?://|\.\./|{PAGE}\)))", r"\]", text)
 
 
 def code(text: str) -> str:
@@ -80,8 +81,8 @@ def bullets(sentences: Iterable[str]) -> str:
 
 
 def link(text: str, address: str) -> str:
-    """A link, or the text alone without an address on the web."""
-    return f"[{text}]({address})" if re.fullmatch(WEB, address) else text
+    """A link, or the text alone without an address of the web or of a page."""
+    return f"[{text}]({address})" if re.fullmatch(f"{WEB}|{PAGE}", address) else text
 
 
 def repository(name: str) -> str:
