@@ -54,13 +54,15 @@ class Loop:
 
     def __init__(self, setting: Setting, name: str, model: nn.Module, minutes: float, lr: float, shape: dict[str, Any]):
         self.setting, self.name, self.shape, self.lr, self.seconds = setting, name, shape, lr, 60 * minutes
-        self.model = model.to(setting.device, memory_format=torch.channels_last).train()
+        fast = torch.channels_last if setting.device.type == "cuda" else torch.contiguous_format
+        self.model = model.to(setting.device, memory_format=fast).train()
         self.names = [key for key, _ in model.named_parameters()]
         self.parameters = [p for _, p in model.named_parameters()]
         self.average = [p.detach().clone() for p in self.parameters]
         rate = torch.tensor(lr, device=setting.device)
         self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.step, self.elapsed, self.history = 0, 0.0, list[dict[str, Any]]()
+        setting.folder.mkdir(parents=True, exist_ok=True)
         self._restore()
 
     @property
@@ -78,6 +80,8 @@ class Loop:
             for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
                 p.copy_(tensors[f"weights/{name}"])
                 average.copy_(tensors[f"average/{name}"])
+                if f"exp_avg/{name}" not in tensors:
+                    continue
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(self.step), device=p.device),
                     **{key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")},
@@ -125,6 +129,8 @@ class Loop:
         """
         left = min(self.seconds - self.elapsed, self.setting.deadline - time.monotonic())
         if left <= 0:
+            if not self.path.exists():  # weights to start from are the result
+                self.save()
             return self.averaged()
         self.seconds = self.elapsed + left  # a deadline shortens the box, and the learning rate knows it
         device, generator = self.setting.device, torch.Generator(self.setting.device)

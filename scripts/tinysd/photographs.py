@@ -23,9 +23,9 @@ import numpy as np
 import pack
 import scenes
 import sprites
-from data import tokenizer
 from PIL import Image
 from tqdm import tqdm
+from vocabulary import tokenizer
 
 QUALITY = 80
 """Of the drawn scenes' WebP; photographs keep their bytes."""

@@ -102,6 +102,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--export", type=Path, metavar="TARGET", help="only write the diffusers folder of weights/ there"
     )
+    parser.add_argument("--collect", action="store_true", help="only write weights/ of the latest states")
     args = parser.parse_args()
     args.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     for name, value in (GPU if args.device.type == "cuda" else CPU).items():
@@ -166,7 +167,7 @@ def collect(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]
     facts: dict[str, Any] = {"VAE widths": list(args.vae_widths), "U-Net widths": list(args.unet_widths)}
     for stage in STAGES:
         found = state.read(args.folder / stage)
-        if found is None or found[1]["step"] == 0:
+        if found is None:
             continue
         facts[stage] = found[1]
         network = "vae" if stage == "vae" else "denoiser"
@@ -261,4 +262,4 @@ def export(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = options()
-    export(arguments) if arguments.export else train(arguments)
+    (export if arguments.export else collect if arguments.collect else train)(arguments)

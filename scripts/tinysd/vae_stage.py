@@ -15,7 +15,8 @@ from torch import Tensor
 
 def to_signal(pixels: Tensor) -> Tensor:
     """uint8 (B, S, S, 3) -> (B, 3, S, S) in [-1, 1]."""
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # in channels_last, which a GPU is fast in
+    return x if x.device.type == "cuda" else x.contiguous()
 
 
 def crops(images: Tensor, which: Tensor, side: int, generator: torch.Generator) -> Tensor:
