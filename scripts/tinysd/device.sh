@@ -42,7 +42,7 @@ train() {
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     local start=()
     if [ -f "$device/start/facts.json" ]; then start=(--from "$device/start"); fi
-    local minutes=(--vae "${VAE:-2}" --small "${SMALL:-3}" --large "${LARGE:-3}" --deadline "${DEADLINE:-450}")
+    local minutes=(--vae "${VAE:-1.2}" --small "${SMALL:-1.5}" --large "${LARGE:-3}" --deadline "${DEADLINE:-450}")
     # shellcheck disable=SC2086
     timeout -k 5 "$((${DEADLINE:-450} + 40))" "$python" $here/train.py "$device/pack" "$run" "${minutes[@]}" "${start[@]}" \
         --save "${SAVE:-1}" ${OPTIONS:-} 2>&1 | tee "$out/log.txt" ||
@@ -79,5 +79,5 @@ rehearse() {
 case "${1:-}" in
 prepare | rehearse | take) "$1" "${2:?a folder}" ;;
 train) train ;;
-*) sed -n 's/^# \{0,1\}//p' "$0" | head -24; exit 2 ;;
+*) sed -n 's/^# \{0,1\}//p' "$0" | head -25; exit 2 ;;
 esac

@@ -50,9 +50,20 @@ class Loop:
         minutes: The box.
         lr: Largest learning rate.
         shape: Facts that a state must share to be gone on from, such as widths.
+        may_be_slow: Whether it goes on at any speed. The VAE does: its narrow convolutions move bytes.
     """
 
-    def __init__(self, setting: Setting, name: str, model: nn.Module, minutes: float, lr: float, shape: dict[str, Any]):
+    def __init__(
+        self,
+        setting: Setting,
+        name: str,
+        model: nn.Module,
+        minutes: float,
+        lr: float,
+        shape: dict[str, Any],
+        may_be_slow: bool = False,
+    ):
+        self.may_be_slow = may_be_slow or setting.slow_ok
         self.setting, self.name, self.shape, self.lr, self.seconds = setting, name, shape, lr, 60 * minutes
         fast = torch.channels_last if setting.device.type == "cuda" else torch.contiguous_format
         self.model = model.to(setting.device, memory_format=fast).train()
@@ -138,8 +149,8 @@ class Loop:
             {**self.setting.seen, "data": self.setting.data, "seed": self.setting.seed, "from": self.step}
         )
         clock = Clock(self, loss_of)
-        loss_of = compiled(loss_of, sample(self.step, generator.manual_seed(0)), self.setting)
-        self.optimizer.zero_grad()
+        shapes = [sample(step, generator.manual_seed(0)) for step in (0, 1)]  # the last stage has two
+        loss_of = compiled(loss_of, shapes, self.optimizer, self.setting)
         clock.start()
         sums: Losses = {}
         while self.elapsed < self.seconds:
@@ -213,7 +224,7 @@ class Clock:
         setting = self.loop.setting
         speed.synchronize(setting.device)
         spent = time.monotonic() - self.since
-        told = speed.judge(self.operations / spent / 1e12, setting.peak, setting.device, setting.slow_ok)
+        told = speed.judge(self.operations / spent / 1e12, setting.peak, setting.device, self.loop.may_be_slow)
         rates = f"{self.steps / spent:.3g} steps/s, {self.items / spent:.4g} pictures/s"
         print(f"{self.loop.name}: {rates}, {told}", flush=True)
         self.told = True
@@ -230,7 +241,9 @@ MODES = ("reduce-overhead", "default")
 """Of ``torch.compile``; the first replays CUDA graphs."""
 
 
-def compiled(loss_of: Callable[..., Losses], batch: tuple[Tensor, ...], setting: Setting) -> Callable[..., Losses]:
+def compiled(
+    loss_of: Callable[..., Losses], shapes: list[tuple[Tensor, ...]], optimizer: torch.optim.Optimizer, setting: Setting
+) -> Callable[..., Losses]:
     """``loss_of`` compiled in the first mode that works here, which is named; as it is where ``compile`` is off."""
     if not setting.compile:
         return loss_of
@@ -238,14 +251,18 @@ def compiled(loss_of: Callable[..., Losses], batch: tuple[Tensor, ...], setting:
         since = time.monotonic()
         try:
             fast = torch.compile(loss_of, mode=mode, dynamic=False)
-            for _ in range(3):  # the second and third call record and replay
+            for batch in [batch for batch in shapes for _ in range(3)]:  # the second and third call record and replay
+                if setting.device.type == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
                 torch.stack(list(fast(*batch).values())).sum().backward()
+                optimizer.zero_grad()
         except Exception as error:  # whatever a compiler raises, training goes on without it
-            print(
-                f"torch.compile, mode {mode}, failed after {time.monotonic() - since:.0f} s: {error!r:.300}", flush=True
-            )
+            told = f"{error!r:.300}"
+            print(f"torch.compile, mode {mode}, failed after {time.monotonic() - since:.0f} s: {told}", flush=True)
             torch._dynamo.reset()
+            optimizer.zero_grad()
         else:
             print(f"torch.compile, mode {mode}: {time.monotonic() - since:.0f} s", flush=True)
             return fast
+    print("training goes on without torch.compile", flush=True)
     return loss_of

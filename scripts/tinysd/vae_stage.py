@@ -54,7 +54,7 @@ def train(
 ) -> AutoencoderKL:
     """Train on random crops of ``images`` (N, S, S, 3) uint8, all of them training pictures."""
     torch.manual_seed(setting.seed)
-    loop = Loop(setting, "vae", model.vae(widths), minutes, lr, {"VAE widths": list(widths)})
+    loop = Loop(setting, "vae", model.vae(widths), minutes, lr, {"VAE widths": list(widths)}, may_be_slow=True)
     if start:
         loop.start_from(start)
     vae, device = loop.model, setting.device
