@@ -7,12 +7,12 @@
 #   scripts/tinysd/device.sh take FOLDER    here, after: what came back -> build/device/run/weights and .../tinysd
 #
 # A transfer of at most 64 MiB with the tree takes one shard (28 MiB) a call; what a call brought stays there while the
-# machine is warm. So, one after the other at once, each time with "carry":
+# machine is warm. So, one after the other at once, each with "carry":
 #
-#   ls build/device/pack/0                  carry build/device/pack/0
-#   ls build/device/pack/1                  carry build/device/pack/1          ... to the last but one
-#   scripts/tinysd/device.sh train          carry build/device/pack/3, build/device/pack/pack.json,
-#                                           build/device/pack/tokenizer, build/device/wheels; limit 560 s
+#   true                                    carry build/device/pack/pack.json, build/device/pack/tokenizer,
+#                                           build/device/wheels, build/device/pack/0 where that fits
+#   true                                    carry build/device/pack/1          ... to the last but one
+#   scripts/tinysd/device.sh train          carry build/device/pack/3 (the last); limit 560 s
 #
 # To go on with weights that came back, copy them to build/device/start (at most 55 MB: send it in a call of its own) and
 # carry that too. VAE, SMALL and LARGE are the minutes of the stages; VAE=0 keeps the VAE of build/device/start.
@@ -79,5 +79,5 @@ rehearse() {
 case "${1:-}" in
 prepare | rehearse | take) "$1" "${2:?a folder}" ;;
 train) train ;;
-*) sed -n 's/^# \{0,1\}//p' "$0" | head -25; exit 2 ;;
+*) sed -n 's/^# \{0,1\}//p' "$0" | head -26; exit 2 ;;
 esac
