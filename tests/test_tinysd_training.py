@@ -195,6 +195,21 @@ def test_a_training_that_must_stop(tmp_path, monkeypatch):
     assert speed.judge(0.05, 0.1, CPU, slow_ok=False)
 
 
+def test_a_compiler_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    def broken(function, mode, dynamic):
+        raise RuntimeError(f"no compiler for {mode}")
+
+    plain = Line(tmp_path / "plain", monkeypatch, 30).run()
+    monkeypatch.setattr(loop.torch, "compile", broken)
+    line = Line(tmp_path / "broken", monkeypatch, 30)
+    line.loop.setting.compile = True
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), line.run().parameters(), strict=True))
+    told = capsys.readouterr().out
+    assert "torch.compile, mode default, failed" in told
+    assert "no compiler for default" in told
+    assert "training goes on without torch.compile" in told
+
+
 def test_the_operations_of_a_step():
     """A product of (1, 8) and (8, 4) is 2 * 8 * 4 operations; a step's are thrice a forward pass's."""
     assert speed.operations(nn.Linear(8, 4, bias=False), torch.randn(1, 8)) == 3 * 2 * 8 * 4
