@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import subprocess
@@ -12,20 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from diffusion_backbones.evaluation.scenes import load_scenes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "tinysd"))
 
-import data  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_set  # noqa: E402
 import scenes  # noqa: E402
 import sprites  # noqa: E402
-import train  # noqa: E402
+import vocabulary  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -129,49 +125,8 @@ def test_packages_that_cannot_be_had(tmp_path, monkeypatch):
         package.archive(tmp_path / "packages")
 
 
-def test_training_needs_its_data(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "scripts/tinysd/train.py", tmp_path], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert "holds no finished training data; run python scripts/tinysd/data.py" in run.stderr
-
-
-def line(steps, folder, stop=None, lr=1e-2):
-    """Fit a line; ``stop`` interrupts behind that step as Ctrl-C would, right after a state was saved."""
-    torch.manual_seed(0)
-    training = train.Training(folder, "line", nn.Linear(2, 1), steps, lr)
-
-    def loss_of(model, generator):
-        if training.step == stop:
-            raise KeyboardInterrupt
-        x = torch.randn(8, 2, generator=generator)
-        return {"fit": (model(x) - x.sum(1, keepdim=True)).square().mean()}
-
-    return training.run(loss_of)
-
-
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    whole = line(120, tmp_path / "whole")
-    monkeypatch.setattr(train, "SAVE_EVERY", -1)  # every step
-    with pytest.raises(KeyboardInterrupt):
-        line(120, tmp_path / "twice", stop=70)
-    again = line(120, tmp_path / "twice")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
-    tables = [list(csv.reader((tmp_path / name / "line.csv").open())) for name in ("whole", "twice")]
-    assert [row[0] for row in tables[0]] == [row[0] for row in tables[1]] == ["step", "50", "100", "120"]
-    assert tables[0][1] == tables[1][1]
-    assert (tmp_path / "twice" / "line.png").is_file()
-
-
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    training = train.Training(tmp_path, "nan", nn.Linear(1, 1), 10, 1e-3)
-    with pytest.raises(SystemExit, match="the loss is nan at step 3.*last good state"):
-        training.run(
-            lambda model, generator: {"x": model(torch.ones(1, 1)).sum() * (float("nan") if training.step == 3 else 1)}
-        )
-
-
 def test_the_tokenizer_knows_its_captions_and_takes_any_text():
-    tokens = data.tokenizer(["a red apple on gravel", "an apple and a red house on gravel"] * 20)
+    tokens = vocabulary.tokenizer(["a red apple on gravel", "an apple and a red house on gravel"] * 20)
     assert len(tokens("a red apple").input_ids) == 2 + 3
     assert tokens.decode(tokens("zürich, 1%").input_ids, skip_special_tokens=True).replace(" ", "") == "zürich,1%"
     assert tokens.pad_token_id == tokens.eos_token_id

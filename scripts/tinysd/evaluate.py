@@ -1,6 +1,7 @@
 """What the features of tinysd are worth: a linear probe and matched keypoints on the evaluation set in the package.
 
     python scripts/tinysd/evaluate.py [--csv docs/tinysd.csv] [--only probe|keypoints] [BACKBONE ...]
+    python scripts/tinysd/evaluate.py --photographs DATA [--weights FOLDER] [--resnet open-nsfw.onnx] [FEATURES ...]
 
 *Probe*: multinomial logistic regression on standardised features, all levels resized bilinearly to a quarter of the
 input and concatenated, from 20000 pixels of 50 of the 80 probe scenes; a seed draws both. Reported is the mIoU over all
@@ -9,6 +10,9 @@ classes, background included, on new scenes, on held-out identities and on a hel
 *Keypoints*: every source point goes to the most similar place (cosine, all levels at a quarter of the input, each level
 brought to unit length first, so that a wide level does not outvote a narrow one) anywhere in the target; PCK@0.1 is the
 share that lands within 0.1 of the longer side of the object's box. Nothing is trained.
+
+With ``--photographs`` the tasks are those of ``photo_tasks.py``, on data that is no part of this repository, and the
+baselines those of ``photo_features.py``.
 
 Baselines: ``untrained``, the same network as ``tinysd_gdf`` with random weights, of which a seed draws another;
 ``rgb``, colour and position for the probe, patches of 17 x 17 pixels less their mean for keypoints. Seeds are 0, 1 and
@@ -24,6 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import photo_features
+import photo_tasks
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
@@ -147,19 +153,49 @@ def _describe(extract: Extract, name: str, x: Tensor) -> Tensor:
     return patches - patches.mean(0)
 
 
+def photographs(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Measure on photographs; ``untrained`` once for every seed."""
+    rows = []
+    for name in names:
+        for seed in SEEDS if name == "untrained" else SEEDS[:1]:
+            extract = photo_features.method(name, seed, args.weights, args.resnet)
+            measured: dict[str, photo_tasks.Figure] = {}
+            for task, measure in photo_tasks.TASKS.items():
+                if args.only in (None, task):
+                    measured |= measure(args.photographs, name, extract, args.most)
+            for metric, (value, low, high) in measured.items():
+                figures = {"value": f"{value:.2f}", "low": f"{low:.2f}", "high": f"{high:.2f}"}
+                rows.append({"features": name, "seed": seed, "metric": metric, **figures})
+            told = "  ".join(f"{m} {v:.1f} [{low:.1f}, {high:.1f}]" for m, (v, low, high) in measured.items())
+            print(f"{name:20} seed {seed}  {told}", flush=True)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tinysd = db.list_models("tinysd_*")
+    default = ["rgb", "untrained", *tinysd, *SINGLE]
     parser.add_argument(
         "backbones",
         nargs="*",
-        default=["rgb", "untrained", *tinysd, *SINGLE],
+        default=default,
         metavar="BACKBONE",
         help="default: all that are named above",
     )
-    parser.add_argument("--only", choices=("probe", "keypoints"))
+    parser.add_argument("--only", choices=("probe", "keypoints", *photo_tasks.TASKS))
     parser.add_argument("--csv", type=Path, help="write the table here")
+    parser.add_argument("--photographs", type=Path, metavar="DATA", help="measure on photographs instead")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="of tinysd (default those in the package)")
+    parser.add_argument("--resnet", type=Path, metavar="ONNX", help="open-nsfw.onnx, for the features resnet")
+    parser.add_argument("--most", type=int, metavar="N", help="try it on N photographs of a split, or groups")
     args = parser.parse_args()
+    if args.photographs:
+        photographs(args, args.backbones if args.backbones != default else [*photo_features.BASELINES, *tinysd])
+        return
     data, rows = load_scenes(), []
     for name in args.backbones:
         measured = {} if args.only == "keypoints" else probe(name, data)

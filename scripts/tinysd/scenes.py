@@ -56,6 +56,7 @@ def draw(
     side: int,
     first: int | None = None,
     mirror: bool = True,
+    large: bool = False,
 ) -> Scene:
     """A random scene.
 
@@ -66,6 +67,7 @@ def draw(
         side: Width and height in pixels.
         first: Index of a sprite that must be in it, and is its first object.
         mirror: Whether objects may be mirrored.
+        large: One object alone that takes most of the scene.
     """
     ground, canvas = _background(rng, side)
     classes, instances = np.zeros((2, side, side), np.uint8)
@@ -74,7 +76,7 @@ def draw(
     for index in choice:
         by_class.setdefault(sprites.identities[sprites.identity[index]].cls, []).append(index)
     objects: list[Placed] = []
-    wanted = int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.2, 0.25, 0.2, 0.15, 0.1, 0.1]))
+    wanted = 1 if large else int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.2, 0.25, 0.2, 0.15, 0.1, 0.1]))
     for _ in range(4 * wanted):
         if len(objects) == wanted:
             break
@@ -82,7 +84,7 @@ def draw(
             first if first is not None and not objects else int(rng.choice(by_class[str(rng.choice(list(by_class)))]))
         )
         reach = (0.72, 0.62, 0.52, 0.45, 0.42, 0.4)[wanted - 1]
-        size = side * rng.uniform(0.45 * reach, reach)
+        size = side * (rng.uniform(0.7, 1.0) if large else rng.uniform(0.45 * reach, reach))
         angle = rng.normal(0, np.pi / 10)
         stretch = np.exp(rng.normal(0, 0.06, 2)) * (rng.choice([-1, 1]) if mirror else 1, 1)
         linear = (
