@@ -241,7 +241,7 @@ def test_the_papers_rules(tmp_path):
             r"rule 'a' has no setting 'abov'. Did you mean above",
         ),
         ("name: a", "must hold a list of rules"),
-        ("- [", "is not a YAML file"),
+        ("- [", "is not a YAML or JSON file"),
     ],
 )
 def test_rules_that_cannot_be(tmp_path, text, error):

@@ -189,7 +189,7 @@ def test_what_is_refused(tiny_folder, tmp_path):
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
     with pytest.raises(
         ValueError,
-        match="gives latents of 4 channels at stride 8, and those of these weights have 8 channels at stride 8",
+        match="the network takes 4 channels, and the image encoder gives 8",
     ):
         db.create_model("tinysd_gdf", encoder="tiny", checkpoint_path=folder)
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderOfTomorrow"}))

@@ -115,8 +115,9 @@ def _open_folder(path: Path, checkpoint: Checkpoint, base: Source | None) -> tup
     own = folder.over({}, family)
     needed = [family.denoiser, *([family.encoder] if family.encoder else [])]
     configs = {**(base.configs(family) if base else {}), **own}
-    if all(name in configs for name in (*needed, "scheduler")):
-        needed = components(_network(checkpoint, configs, folder))
+    if family.denoiser in configs:
+        whole = all(name in configs for name in (*needed, "scheduler"))
+        needed = components(_network(checkpoint, configs, folder) if whole else family(configs, checkpoint.name))
     return folder, [name for name in needed if not folder.has(name)] + ["scheduler"] * ("scheduler" not in own)
 
 

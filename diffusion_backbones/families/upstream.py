@@ -26,7 +26,7 @@ SAID = ("scaling_factor",)
 """Keys that must be in a file if the class has them."""
 ASKED = ("force_upcast",)
 """Keys that say what a checkpoint's authors found out about it, which a constructor's default does not."""
-MAY_BE_ZERO = ("layers", "shift", "padding")
+MAY_BE_ZERO = ("layers", "blocks", "shift", "padding")
 """Parts of the names of whole numbers that may be 0."""
 
 

@@ -129,13 +129,12 @@ def _read(path: Path, network: Architecture) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt", device="cpu") as opened:
             row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
             known = (opened.metadata() or {}).get("digest")
-        if known is None:
-            return None  # other versions noted no digest
-        wrong = misfit(network, row) if known == _digest(row) else "its content is not what was written"
+        whole = known is None or known == _digest(row)
+        wrong = misfit(network, row) if whole else "its content is not what was written"
     except (SafetensorError, OSError) as error:
         wrong = str(error)
     if not wrong:
-        return row
+        return row if known else None  # other versions noted no digest
     log.warning("the cached prompt %s cannot be read and is made again: %s", path, wrong)
     return None
 

@@ -60,12 +60,12 @@ def linear_probabilities(q: Tensor, k: Tensor, average: bool = False) -> Tensor:
     for head in range(q.shape[1]):
         x, y = torch.relu(q[:, head]), torch.relu(k[:, head])
         scores = _product(x, y)
-        weights = (scores / (scores.sum(-1, keepdim=True) + 1e-15)).to(q.dtype)
+        weights = scores / (scores.sum(-1, keepdim=True) + 1e-15)
         if average:
             out = out + weights / q.shape[1]
         else:
             maps.append(weights)
-    return out if isinstance(out, Tensor) else torch.stack(maps, 1)
+    return (out if isinstance(out, Tensor) else torch.stack(maps, 1)).to(q.dtype)
 
 
 def probabilities(
