@@ -250,7 +250,7 @@ class Case:
         self.cut = self.family.truncate(copy.deepcopy(self.network), blocks(self.network)[-1:])
         self.z = torch.randn(2, self.family.latent_channels, *latent)
         self.timestep = torch.full((2,), timestep)
-        self.size = (latent[0] * 8, latent[1] * 8)
+        self.size = (latent[0] * self.family.latent_stride, latent[1] * self.family.latent_stride)
         patch = self.family.patch
         self.grid = (latent[0] // patch, latent[1] // patch)
         self.tokens = self.grid[0] * self.grid[1]
@@ -288,10 +288,11 @@ class Case:
         def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any):
             scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
             if attn_mask is not None and attn_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attn_mask, -torch.inf)
-            elif attn_mask is not None:
-                scores = scores + attn_mask
-            kept.maps[running[-1]] = scores.softmax(-1).nan_to_num(0)  # a row of padding attends to nothing
+                nothing = ~attn_mask.any(-1, keepdim=True)  # a row of padding attends to nothing; NaN elsewhere stays
+                probabilities = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1).masked_fill(nothing, 0)
+            else:
+                probabilities = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
+            kept.maps[running[-1]] = probabilities
             return kept.maps[running[-1]] @ value
 
         monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
@@ -481,15 +482,17 @@ def from_pipeline(case: Case) -> dict[str, Any]:
         f"{cls.__name__} does not take {sorted(unread)}: write the arguments of its network into ARGUMENTS"
     )
     call = _first_call(case.network, lambda: pipeline(**given))
-    scale = call["timestep"].flatten()[0] / scheduler.timesteps[0]
-    call["timestep"] = (case.timestep.float() * scale).to(call["timestep"].dtype)
+    first, said, t = scheduler.timesteps[0], call["timestep"].flatten()[0], case.timestep.float()
+    backwards = torch.isclose(said.float(), 1 - first / 1000)  # some networks count from noise to image
+    call["timestep"] = (1 - t / 1000 if backwards else t * (said / first)).to(call["timestep"].dtype)
     call["hidden_states"] = _packed(case.z, call["hidden_states"])
     return call | ({} if guidance is None else {"guidance": guidance})
 
 
 def _scheduler(case: Case) -> Any:
     config = package_configs(db.get_checkpoint(FIRST[family_of(case.name)]))["scheduler"]
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    infinite = {key: float(value) for key, value in config.items() if value == "-Infinity"}  # as diffusers writes it
+    return getattr(diffusers, config["_class_name"]).from_config({**config, **infinite})
 
 
 class _CalledError(Exception):
