@@ -109,7 +109,8 @@ def test_a_folder_says_so_by_its_own_config(says, tiny_folder, tmp_path):
         backbone = db.create_model(name, dtype="float16", **place)
         assert backbone.encoder_dtype == (torch.float32 if says else torch.float16)
         assert bool(torch.isfinite(backbone.encode(X)).all()) is bool(says)
-        again = db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path / f"saved_{name[:4]}")}", dtype="float16")
+        saved = backbone.save_pretrained(tmp_path / f"saved_{name[:4]}")
+        again = db.create_model(f"local-dir:{saved}", dtype="float16")
         assert again.encoder_dtype == backbone.encoder_dtype
 
 

@@ -116,7 +116,7 @@ def create_model(
         FileNotFoundError: Nothing at a path, or not what is needed there; ``compile`` for the CPU without a C++
             compiler.
     """
-    _check_places(name, pretrained, checkpoint_path, cache_dir)
+    _check_places(name, pretrained, cache_dir)
     options = BuildOptions.parse(
         out_indices=out_indices,
         out_strides=out_strides,
@@ -178,14 +178,13 @@ def with_random_weights(name: str, **keywords: Any) -> DiffusionBackbone:
         return create_model(name, **keywords)
 
 
-def _check_places(name: Any, pretrained: Any, *paths: Any) -> None:
-    """Raise ``TypeError`` unless a name is a text, ``pretrained`` a truth value, and paths are paths or None."""
+def _check_places(name: Any, pretrained: Any, cache_dir: Any) -> None:
+    """Raise ``TypeError`` unless a name is a text, ``pretrained`` a truth value, and ``cache_dir`` a path or None."""
     if not isinstance(name, str):
         raise TypeError(f"a backbone is named by a text such as 'sd15_gdf', got {name!r}")
     check_flag("pretrained", pretrained)
-    for keyword, path in zip(("checkpoint_path", "cache_dir"), paths, strict=True):
-        if not isinstance(path, str | os.PathLike | None):
-            raise TypeError(f"{keyword} must be a path, got {path!r}")
+    if not isinstance(cache_dir, str | os.PathLike | None):
+        raise TypeError(f"cache_dir must be a path, got {cache_dir!r}")
 
 
 def model_entrypoint(name: str) -> Callable[..., DiffusionBackbone]:
