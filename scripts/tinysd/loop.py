@@ -206,14 +206,15 @@ class Clock:
         self.known: dict[Any, float] = {}
 
     def start(self) -> None:
-        self.since = self.last = self.saved = time.monotonic()
+        self.since = self.saved = time.monotonic()
+        self.last = speed.worked(self.loop.setting.device)
 
     def tick(self, batch: tuple[Tensor, ...]) -> None:
         """After a step."""
-        loop, now = self.loop, time.monotonic()
+        loop, now, worked = self.loop, time.monotonic(), speed.worked(self.loop.setting.device)
         self.counted, self.steps, self.items = self.counted + 1, self.steps + 1, self.items + len(batch[0])
         self.operations += self._operations(batch)
-        loop.elapsed, self.last = loop.elapsed + now - self.last, now
+        loop.elapsed, self.last = loop.elapsed + worked - self.last, worked
         if not self.told and now - self.since >= speed.WARM_UP:
             self._tell()
         if now - self.saved > 60 * loop.setting.save_minutes:

@@ -49,3 +49,10 @@ def judge(rate: float, peak: float, device: torch.device, slow_ok: bool) -> str:
     if device.type == "cuda" and rate < LEAST and not slow_ok:
         raise SystemExit(f"{told}: expected at least {LEAST:.0f}. Take a larger batch, or --slow-ok.")
     return told
+
+
+def worked(device: torch.device) -> float:
+    """Seconds that have passed on a GPU, or that this process has worked on all threads of a CPU, which others may use
+    too: they make a box longer and the network in it no worse.
+    """
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
