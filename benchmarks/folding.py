@@ -113,7 +113,7 @@ def timed(name: str, recipe: list[str] | None, size: int, rounds: int) -> str:
 
 def fold(backbone: db.DiffusionBackbone) -> None:
     conditioning, timestep = dict(backbone.conditioning.items()), backbone.declaration.recipe.timestep
-    constant_folding.fold(backbone.denoiser, backbone.architecture, conditioning, timestep, backbone.catalogue.all())
+    constant_folding.fold(backbone.denoiser, backbone.architecture, conditioning, [timestep], backbone.catalogue.all())
 
 
 if __name__ == "__main__":

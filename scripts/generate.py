@@ -19,10 +19,10 @@ from diffusion_backbones.reports.facts import (
     CheckpointFacts,
     channels_at_strides,
     cite,
-    draws,
     license_link,
 )
 from diffusion_backbones.reports.markdown import gflops, link, millions, repository, table
+from diffusion_backbones.reports.settings import draws, timesteps
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.surgery.plan import Plan
 
@@ -125,7 +125,7 @@ def zoo(declarations: Iterable[Declaration]) -> str:
                 facts.kept,
                 f"{gflops(cost.encoder_gflops)} + {draws(d.recipe)}{gflops(cost.denoiser_gflops)}",
                 f"{cost.size}",
-                f"{d.recipe.timestep:g}" + (", no noise" if d.recipe.noise == "none" else ""),
+                timesteps(d.recipe) + (", no noise" if d.recipe.noise == "none" else ""),
                 link(cite(paper), paper.link) if paper else "unpublished",
                 licensed(d.checkpoint),
             ]

@@ -89,7 +89,7 @@ def test_what_is_gone_is_what_neither_the_image_nor_its_size_reaches_and_every_a
     case = cases["wide"]
     folded = copy.deepcopy(case.cut)
     conditioning = {key: tensor[:1] for key, tensor in case.conditioning.items()}
-    constant_folding.fold(folded, case.family, conditioning, 50, case.catalogue.all())
+    constant_folding.fold(folded, case.family, conditioning, [50], case.catalogue.all())
     assert set(one) - set(leaves(folded)) == constant
     assert all(recording.available(folded, site) for site in case.catalogue.all())
     for case in cases.values():

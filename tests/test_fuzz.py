@@ -73,6 +73,8 @@ RECIPE = {
     "unverified": is_list_of(is_text),
     "levels": lambda v: False,
     "paper": lambda v: v is None,
+    "timesteps": lambda v: is_several(v),
+    "combine": is_one_of("mean", "concatenate"),
 }
 
 
@@ -163,6 +165,7 @@ def can_be(*shapes: tuple[int, ...]) -> Any:
 
 CALL = {
     "timestep": (junk, lambda v: is_real(v, 0, 999.999) or _is_one_timestep(v)),
+    "timesteps": (junk, lambda v: is_several(v.tolist() if hasattr(v, "tolist") else v) and len(v) > 0),
     "noise": (
         tensors(4, 8, 8),
         lambda v: is_one_of("fixed", "random", "none")(v) or can_be((4, 8, 8), (1, 4, 8, 8))(v),
@@ -176,6 +179,12 @@ CALL = {
     "latents": (tensors(1, 4, 8, 8), lambda v: False),  # beside an image
     "timestp": (junk, lambda v: False),
 }
+
+
+def is_several(v: Any) -> bool:
+    """Whether a value is different timesteps, or none, which is the default."""
+    some = [plain(t) for t in v] if isinstance(v, (list, tuple, range)) else None
+    return some is not None and all(is_real(t, 0, 999.999) for t in some) and len({*some}) == len(some)
 
 
 def _is_one_timestep(v: Any) -> bool:

@@ -27,6 +27,7 @@ DOCUMENTS = [
     "docs/activations.md",
     "docs/checkpoints.md",
     "docs/memory.md",
+    "docs/timesteps.md",
     "docs/finetuning.md",
     "docs/tinysd.md",
     "docs/selection.md",

@@ -42,9 +42,12 @@ def configs(name: str) -> dict[str, dict[str, Any]]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of a registered backbone for its tiny checkpoint, whose smaller width holds the discarded channels."""
+    """The recipe of a registered backbone for its tiny checkpoint, whose smaller width holds the discarded channels; of
+    many timesteps the first two.
+    """
     declared = get_declaration(name).recipe
-    return declared.override(discard=tuple(channel % 10 for channel in declared.discard))
+    fewer = {"timesteps": declared.timesteps[:2]} if declared.timesteps else {}
+    return declared.override(discard=tuple(channel % 10 for channel in declared.discard), **fewer)
 
 
 def denoiser_catalogue(name: str, configs: dict[str, Any] | None = None) -> Catalogue:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from diffusion_backbones.families.base import EMBEDDINGS
 from diffusion_backbones.ops.describe import shape
-from diffusion_backbones.ops.noise import Timestep, check_timestep
+from diffusion_backbones.ops.noise import Timestep, check_timestep, check_timesteps
 from diffusion_backbones.ops.pixel_values import check_range
 from diffusion_backbones.ops.tensor_checks import FLOATING, check_floating, readable
 from diffusion_backbones.spec.input_format import InputFormat
-from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.recipe import Combination, Recipe
 from diffusion_backbones.spec.validation import as_integer, check_count, closest
 
-FOLDED = ("prompt", *EMBEDDINGS, "timestep")
+FOLDED = ("prompt", *EMBEDDINGS, "timestep", "timesteps")
 """What is constant in a folded backbone."""
 KEYWORDS = (*FOLDED, "noise", "generator", "ensemble", "chunk", "latents")
 
@@ -30,7 +30,8 @@ class Call:
 
     Attributes:
         noise: ``"fixed"``, ``"random"``, ``"none"``, or a tensor (C, h, w) or (B, C, h, w).
-        timestep: What the network receives, a number or one per image.
+        timesteps: What the network receives, pass by pass, each a number or one per image.
+        combine: How the activations of several timesteps become one.
         ensemble: Number of noise draws.
         chunk: How many noisy latents the denoiser is run on at once; None for all.
         generator: For random noise.
@@ -40,7 +41,8 @@ class Call:
     """
 
     noise: Any
-    timestep: Timestep
+    timesteps: tuple[Timestep, ...]
+    combine: Combination
     ensemble: int
     chunk: int | None
     generator: torch.Generator | None = None
@@ -61,8 +63,9 @@ class Call:
 
         Raises:
             TypeError: An unknown keyword; the closest is named. One that a folded backbone has no weights for. Both a
-                prompt and its embeddings. A timestep or generator of another type.
-            ValueError: An ensemble or chunk of less than one; a timestep that is not finite.
+                prompt and its embeddings, or both one timestep and several. A timestep or generator of another type.
+            ValueError: An ensemble or chunk of less than one; a timestep that is not finite; several that cannot be,
+                or another number of them than the recipe concatenates.
         """
         given = {key: value for key, value in given.items() if value is not None}
         _check_keywords(given, name, folded)
@@ -70,7 +73,8 @@ class Call:
         draws = recipe.ensemble if isinstance(noise, str) and noise != "none" else 1
         return cls(
             noise=noise,
-            timestep=check_timestep(given.get("timestep", recipe.timestep)),
+            timesteps=_timesteps(given, recipe, name),
+            combine=recipe.combine,
             ensemble=check_count("ensemble", given.get("ensemble", draws)),
             chunk=check_count("chunk", given["chunk"]) if "chunk" in given else chunk,
             generator=given.get("generator"),
@@ -95,6 +99,21 @@ def _check_keywords(given: Mapping[str, Any], name: str, folded: bool) -> None:
         raise TypeError(f"generator must be a torch.Generator, got {type(given['generator']).__name__}")
     if "prompt" in given and (embeddings := [key for key in EMBEDDINGS if key in given]):
         raise TypeError(f"give either prompt= or {', '.join(embeddings)}, not both")
+
+
+def _timesteps(given: Mapping[str, Any], recipe: Recipe, name: str) -> tuple[Timestep, ...]:
+    if "timestep" in given and "timesteps" in given:
+        raise TypeError("give either timestep= or timesteps=, not both")
+    if "timesteps" in given:
+        several = check_timesteps(given["timesteps"])
+    else:
+        several = (check_timestep(given["timestep"]),) if "timestep" in given else recipe.all_timesteps
+    if recipe.combine == "concatenate" and len(several) != (n := len(recipe.all_timesteps)):
+        raise ValueError(
+            f"{name} concatenates the channels of {n} timesteps, so a call gives as many in timesteps=, got "
+            f"{len(several)}; for another number build it with timesteps="
+        )
+    return several
 
 
 def check_image(x: Any, input_format: InputFormat) -> None:

@@ -28,6 +28,8 @@ class DiffusionBackbone(TimmMixin):
       (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``,
       ``class_labels``.
     * ``timestep``: what the network receives, a number or one per image.
+    * ``timesteps``: several of them, one pass each on the same noise, combined as the recipe says: averaged, or
+      concatenated along channels, which takes as many as the recipe has.
     * ``noise``: ``"fixed"``, ``"random"``, ``"none"``, or a tensor of the latents' shape, (C, h, w) or (B, C, h, w).
     * ``generator``: for ``noise="random"``.
     * ``ensemble``: number of noise draws to average.
@@ -111,7 +113,8 @@ class DiffusionBackbone(TimmMixin):
             **call: See the class.
 
         Returns:
-            Id -> (B, C, h, w), or (B, h·w, C) for tokens, or (B, heads, h·w, keys) for attention maps.
+            Id -> (B, C, h, w), or (B, h·w, C) for tokens, or (B, heads, h·w, keys) for attention maps; of several
+            timesteps the mean, or all along C, heads, or keys if heads are averaged.
 
         Raises:
             KeyError: The network has no such activation, or it lies behind the point where this one is cut.
@@ -139,7 +142,7 @@ class DiffusionBackbone(TimmMixin):
             ids: As in :meth:`forward_activations`. Neither activations of the image encoder nor attention maps, which
                 are not spatial maps.
             visit: Called with the site and its map (B, C, h, w), ensemble draws one after another along the batch, once
-                for every id, in forward order; with ``chunk``, once for every id of every chunk.
+                for every id, in forward order; once for every id of each timestep, and of every chunk with ``chunk``.
             **call: See the class.
 
         Raises:

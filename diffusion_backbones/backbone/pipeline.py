@@ -6,7 +6,7 @@
     pad      on the right and bottom, with mid-grey, to size_divisibility
     z        the image encoder's latents, scaled
     z_t      alpha_t z + sigma_t noise
-    denoise  up to the recipe's last activation
+    denoise  up to the recipe's last activation, once for every timestep
     levels   tokens -> maps, concatenated along channels, cropped to ceil(H / stride) x ceil(W / stride)
     pyramid  a list of maps, fine to coarse
 """
@@ -30,15 +30,17 @@ from diffusion_backbones.backbone.conditioning import merge_conditioning
 from diffusion_backbones.backbone.device import check_device
 from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
 from diffusion_backbones.backbone.state import BackboneState
-from diffusion_backbones.ops import micro_batching, noise, postprocessing, pyramid
+from diffusion_backbones.ops import combining, micro_batching, noise, postprocessing, pyramid
 from diffusion_backbones.ops.autocast import autocast_off, casts_to_float16
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.levels import LevelInfo
-from diffusion_backbones.surgery import compilation
+from diffusion_backbones.surgery import compilation, constant_folding
 
+Activations = dict[str, Tensor]
+"""Id -> activation."""
 Visit = Callable[[Site, Tensor], None]
 """Called with a site and what it gave, while the network runs."""
 
@@ -135,36 +137,60 @@ def activations(
     sites: Sequence[Site],
     average_heads: bool = False,
     visit: Visit | None = None,
-) -> dict[str, Tensor]:
-    """Add noise to the latents, run the denoiser on them, and read what it computed.
+    postprocess: Callable[[Activations], Activations] = dict,
+) -> Activations:
+    """Add noise to the latents, run the denoiser on them at one timestep after another, and read what it computed.
 
     Args:
         sites: In the denoiser.
         average_heads: Average attention maps over heads.
         visit: Takes each activation as it comes, one noise draw after another.
+        postprocess: Done to the activations of each timestep, averaged over the ensemble, before they are combined.
 
     Returns:
-        Id -> (B, ...), averaged over the ensemble; nothing with ``visit``.
+        Id -> (B, ...), combined over timesteps; nothing with ``visit``.
     """
     if not sites:
         return {}
     z = latents.z
     b, values = z.shape[0], ValueChecks()  # len() would be a constant of an exported file
     conditioning = _conditioning(backbone, call, b, values)
-    for name in ("noise", "timestep"):
-        if isinstance(given := getattr(call, name), Tensor):
-            values.finite(name, given, backbone.dtype if name == "noise" else None)
+    for name, given, dtype in (("noise", call.noise, backbone.dtype), *(("timestep", t, None) for t in call.timesteps)):
+        if isinstance(given, Tensor):
+            values.finite(name, given, dtype)
     values.read()
     draws = _draw(backbone, z, call)
-    z_t = noise.mix(z, draws, call.timestep, backbone.forward_process)
-    z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
-    t = noise.timesteps(call.timestep, b, z.device)
+    combined = combining.combiner(call.combine, len(call.timesteps))
+    for step, timestep in enumerate(call.timesteps):
+        z_t = noise.mix(z, draws, timestep, backbone.forward_process)
+        z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
+        t = noise.timesteps(timestep, b, z.device)
+        with constant_folding.at_step(step, backbone.denoiser if backbone.folded else None):
+            acts = _ensemble(backbone, z_t, latents.size, t, conditioning, sites, average_heads, visit, call.chunk)
+        combined.add(postprocess(acts), b)
+    return combined.take()
+
+
+def _ensemble(
+    backbone: BackboneState,
+    z_t: Tensor,
+    size: tuple[int, int],
+    t: Tensor,
+    conditioning: Mapping[str, Tensor],
+    sites: Sequence[Site],
+    average_heads: bool,
+    visit: Visit | None,
+    chunk: int | None,
+) -> Activations:
+    """(draws, B, C, h, w) noisy latents through the denoiser, at most ``chunk`` of them together, and the mean over
+    draws.
+    """
     parts = []
-    for images, slices in micro_batching.split(call.ensemble, b, call.chunk):
-        mean = micro_batching.RunningMean(call.ensemble)
+    for images, slices in micro_batching.split(z_t.shape[0], t.shape[0], chunk):
+        mean = micro_batching.RunningMean(z_t.shape[0])
         text = {name: rows[images] for name, rows in conditioning.items()}
         for some in slices:
-            acts = denoise(backbone, z_t[some, images], latents.size, t[images], text, sites, average_heads, visit)
+            acts = denoise(backbone, z_t[some, images], size, t[images], text, sites, average_heads, visit)
             mean.add(acts, t[images].shape[0])
         parts.append(mean.take())
     return micro_batching.cat(parts)
@@ -243,9 +269,14 @@ def feature_pyramid(backbone: BackboneState, latents: Latents, call: Call, indic
     """Latents -> some of the maps that ``DiffusionBackbone.forward`` returns."""
     plan = backbone.plan
     inner = [site for site in backbone.sites_of(indices) if not site.encoder]
-    acts = activations(backbone, latents, call, plan.recorded(inner))
-    processed = postprocessing.apply(plan.declaration.recipe, inner, acts)
-    return _levels(backbone, latents.z, latents.size, indices, latents.encoder_acts | processed)
+    acts = activations(
+        backbone,
+        latents,
+        call,
+        plan.recorded(inner),
+        postprocess=lambda acts: postprocessing.apply(plan.declaration.recipe, inner, acts),
+    )
+    return _levels(backbone, latents.z, latents.size, indices, latents.encoder_acts | acts)
 
 
 @explain_oom("pyramid")

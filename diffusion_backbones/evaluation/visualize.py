@@ -19,6 +19,7 @@ from diffusion_backbones.extraction import images, stages
 from diffusion_backbones.ops import atomic
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.reports.facts import cite
+from diffusion_backbones.reports.settings import timesteps
 from diffusion_backbones.spec.declaration import Declaration
 
 UNTRAINED = "untrained weights: the structure of a random network, nothing learned"
@@ -120,7 +121,7 @@ def titles(declaration: Declaration) -> tuple[str, str]:
     """Title and subtitle of a backbone's picture."""
     recipe = declaration.recipe
     chosen = f"recipe {recipe.name}" + (f" of {cite(recipe.paper)}" if recipe.paper else "")
-    return declaration.name, f"{declaration.checkpoint.title} · {chosen} · timestep {recipe.timestep:g}"
+    return declaration.name, f"{declaration.checkpoint.title} · {chosen} · timestep {timesteps(recipe)}"
 
 
 def picture(photo: Image.Image, panels: Sequence[Panel], title: str, about: str, warning: str = "") -> Image.Image:

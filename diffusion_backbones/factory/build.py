@@ -144,7 +144,7 @@ class Builder:
         if not self.folds:
             return
         sites = [*self.plan.catalogue_sites, *self.plan.sites]
-        constant_folding.fold(self.denoiser, self.network, self.conditioning, self.recipe.timestep, sites)
+        constant_folding.fold(self.denoiser, self.network, self.conditioning, self.recipe.all_timesteps, sites)
         self.quantized &= set(self.denoiser.state_dict())
 
     def quantize(self) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from diffusion_backbones.backbone.module import DiffusionBackbone
+    from diffusion_backbones.spec.recipe import Recipe
 
 SUFFIXES = (".pt2", ".onnx")
 MOST = {"batch": 32, "pixels": 2048}
@@ -161,9 +162,13 @@ def describe(
         "channels": " ".join(map(str, info.channels())),
         "strides": " ".join(map(str, info.reduction())),
         "device": backbone.device.type,
-        "fixed": f"weights, levels, prompt {recipe.prompt!r}, timestep {recipe.timestep}, noise {recipe.noise!r}",
+        "fixed": f"weights, levels, prompt {recipe.prompt!r}, timestep {_several(recipe)}, noise {recipe.noise!r}",
         "made_with": f"diffusion_backbones {diffusion_backbones.__version__}, torch {torch.__version__}",
     }
+
+
+def _several(recipe: Recipe) -> str:
+    return ", ".join(map(str, recipe.all_timesteps))
 
 
 def check_path(path: Path, compiled: bool = True, overwrite: bool = False) -> None:

@@ -90,3 +90,27 @@ register_model(
         ),
     ),
 )
+
+register_model(
+    FLUX_DEV,
+    Recipe(
+        name="dtm_mean",
+        levels=("vit-block27-out",),
+        timesteps=range(20, 621, 20),
+        discard=MASSIVE_CHANNELS,
+        normalize="adaptive",
+        input_size=960,
+        paper=papers["dtm2026"],
+        source="arXiv 2609.15357, the row that averages over t = 20 ... 620 and trains nothing; its code was not seen",
+        notes=(
+            *_NOTES[:1],
+            "The feature is DiTF's; the same noise is used at every timestep.",
+            "The sequence model over timesteps that the paper trains for its best figures is no part of this backbone.",
+        ),
+        unverified=(
+            "The full title and the authors of the paper.",
+            "The number of noise draws of each timestep is taken to be one, and the prompt to be empty.",
+            "The mean is taken to be that of the modulated features, without the two massive channels.",
+        ),
+    ),
+)

@@ -104,3 +104,28 @@ register_model(
         ),
     ),
 )
+
+register_model(
+    SD35_LARGE,
+    Recipe(
+        name="fuse2match",
+        levels=(("vit-block24-q", "vit-block24-v", "vit-block25-q", "vit-block25-v"),),
+        timesteps=(521, 621, 721),
+        input_size=1024,
+        paper=papers["fuse2match2025"],
+        source="Fuse2Match (NeurIPS 2025), sections 5.1 and 5.3, tables 1 and 4; its code was not seen",
+        notes=(
+            "Queries and values of the image tokens in two blocks; positions are compared by the cosine.",
+            "Fuse2Match prompts with 'A photo of a {category}.'; prompt= in a call does it.",
+            "Its best figures add features of Stable Diffusion 2.1 and DINOv2, which are not part of this backbone.",
+        ),
+        unverified=(
+            "Blocks 24 and 25 are taken to be counted from 0, and queries to be read before their norm.",
+            "Features of the timesteps are taken to be averaged; the printed width leaves mean or sum, which for the "
+            "cosine are the same.",
+            "How noise is drawn: here it is one fixed seeded canvas, the same at every timestep.",
+            "The timesteps 521, 621 and 721 are taken as what the network receives, with no shift for the resolution.",
+            "The authors of the paper.",
+        ),
+    ),
+)

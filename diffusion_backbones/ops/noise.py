@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -225,6 +226,24 @@ def check_timestep(timestep: Any) -> Timestep:
         raise ValueError(f"timestep must be finite, and between -{FARTHEST} and {FARTHEST}; got {timestep}")
     number: int | float = timestep
     return number
+
+
+def check_timesteps(timesteps: Any) -> tuple[Timestep, ...]:
+    """Several timesteps as they are given, each as :func:`check_timestep` takes it.
+
+    Raises:
+        TypeError: Not a sequence, or one that holds something else.
+        ValueError: There is none, or one is there twice.
+    """
+    if getattr(timesteps, "ndim", 0) == 1 and not (isinstance(timesteps, Tensor) and not readable(timesteps)):
+        timesteps = timesteps.tolist()
+    if isinstance(timesteps, (str, bytes)) or not (isinstance(timesteps, Sequence) or getattr(timesteps, "ndim", None)):
+        raise TypeError(f"timesteps must be a sequence of timesteps such as (50, 150, 250), got {timesteps!r}")
+    several = tuple(map(check_timestep, timesteps))
+    numbers = [t for t in several if not isinstance(t, Tensor)]
+    if not several or len(set(numbers)) < len(numbers):
+        raise ValueError(f"timesteps must be one or more that differ from each other, got {timesteps!r}")
+    return several
 
 
 def _read_timestep(timestep: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diffusion_backbones.reports import facts as about
-from diffusion_backbones.reports import markdown, measurements
+from diffusion_backbones.reports import markdown, measurements, settings
 from diffusion_backbones.reports.facts import BackboneFacts
 from diffusion_backbones.spec.configs import Configs, package_configs
 from diffusion_backbones.spec.declaration import Declaration
@@ -46,8 +46,8 @@ def card(declaration: Declaration, saved: Configs | None = None, load: str = "")
         load=load or (FOLDER if saved else published),
         published=not (load or saved),
         shapes=about.shapes(facts.plan.levels, size),
-        draws=about.draws(recipe),
-        postprocessing=about.postprocessing(recipe),
+        draws=settings.draws(recipe),
+        postprocessing=settings.postprocessing(recipe),
         unverified=facts.unverified,
         deviations=deviations,
         deviations_table=measurements.deviations_table(deviations),
@@ -63,7 +63,8 @@ def _sites(facts: BackboneFacts, size: int) -> Iterator[list[str]]:
         shape = " × ".join(map(str, about.shapes([level], size)[0][1:]))
         for part, site in enumerate(level.sites):
             first = ["", "", ""] if part else [str(index), str(site.stride), shape]
-            yield [*first, f"`{site.id}`", str(site.channels), f"`{site.path}`"]
+            each = f"{level.timesteps} × " if level.timesteps > 1 and not site.encoder else ""
+            yield [*first, f"`{site.id}`", f"{each}{site.channels}", f"`{site.path}`"]
 
 
 def entry_help(declaration: Declaration) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusion_backbones.families import Architecture, architecture
 from diffusion_backbones.families.image_encoders import TinyAutoencoder
+from diffusion_backbones.reports import settings
 from diffusion_backbones.reports.costs import Costs, costs, whole_network
 from diffusion_backbones.reports.markdown import HUB, WEB, gflops, link, memory, millions, repository
 from diffusion_backbones.spec import registry
@@ -24,11 +25,6 @@ from diffusion_backbones.spec.levels import LevelInfo
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.schedule import noise_level
 from diffusion_backbones.surgery.plan import Plan
-
-_POSTPROCESSING = {
-    "layer": "LayerNorm over channels",
-    "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it",
-}
 
 
 def channels_at_strides(levels: Iterable[LevelInfo]) -> str:
@@ -45,17 +41,6 @@ def cite(paper: Paper) -> str:
     """``Meng et al. 2024``."""
     first, *others = paper.authors.split(" and ")
     return f"{first.partition(',')[0]}{' et al.' if others else ''} {paper.year}"
-
-
-def draws(recipe: Recipe) -> str:
-    """``8 × ``, the factor in front of the cost of one noise draw, or empty for one draw."""
-    return f"{recipe.ensemble} × " if recipe.ensemble > 1 else ""
-
-
-def postprocessing(recipe: Recipe) -> str:
-    """The operations on the activations behind the network, or empty."""
-    dropped = f"channels {', '.join(map(str, recipe.discard))} set to zero" if recipe.discard else ""
-    return "; ".join(filter(None, [dropped, _POSTPROCESSING.get(recipe.normalize, "")]))
 
 
 def read_by(checkpoint: Checkpoint) -> list[str]:
@@ -309,25 +294,14 @@ class BackboneFacts(Facts):
 
     @property
     def timestep(self) -> str:
-        """The timestep that the network receives, and the number that the source gives it."""
+        """The timesteps that the network receives, and the number that the source gives it."""
         nominal = self.recipe.nominal_timestep
-        return f"{self.recipe.timestep:g}" + ("" if nominal is None else f", which the source counts as {nominal}")
+        return settings.timesteps(self.recipe) + ("" if nominal is None else f", which the source counts as {nominal}")
 
     @property
     def noise(self) -> str:
         """The noise level of the timestep, and how noise is drawn."""
-        recipe = self.recipe
-        if recipe.noise == "none":
-            return "none: z_t = z"
-        fixed, n = recipe.noise == "fixed", recipe.ensemble
-        alpha, sigma = noise_level(self.network.configs["scheduler"], recipe.timestep)
-        drawn = f"one fixed canvas, seed {recipe.seed}" if fixed else "drawn anew in every call"
-        if n > 1:
-            of = (
-                f"fixed canvases, seeds {recipe.seed} to {recipe.seed + n - 1}" if fixed else "draws, new in every call"
-            )
-            drawn = f"activations averaged over {n} {of}"
-        return f"z_t = {alpha:.4f} z + {sigma:.4f} noise; {drawn}"
+        return settings.noise(self.recipe, self.network.configs["scheduler"])
 
     @property
     def prompt(self) -> str:

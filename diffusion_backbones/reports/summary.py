@@ -14,10 +14,9 @@ from diffusion_backbones.reports.facts import (
     CheckpointFacts,
     access,
     cite,
-    draws,
-    postprocessing,
 )
 from diffusion_backbones.reports.markdown import HUB, gflops, millions, plain
+from diffusion_backbones.reports.settings import draws, postprocessing
 from diffusion_backbones.spec.activations import Site, parse
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.declaration import Declaration

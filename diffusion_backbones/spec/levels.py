@@ -13,14 +13,20 @@ from diffusion_backbones.spec.validation import as_integer
 
 @dataclass(frozen=True)
 class LevelInfo:
-    """One level of a pyramid: ``channels`` at ``stride`` pixels, read at ``sites``."""
+    """One level of a pyramid: ``channels`` at ``stride`` pixels, read at ``sites``.
+
+    Args:
+        sites: What is read, in the order in which it is concatenated.
+        timesteps: How many timesteps of each site in the denoiser are concatenated.
+    """
 
     sites: tuple[Site, ...]
+    timesteps: int = 1
 
     @property
     def channels(self) -> int:
         """Channels of all sites together."""
-        return sum(site.channels for site in self.sites)
+        return sum(site.channels * (1 if site.encoder else self.timesteps) for site in self.sites)
 
     @property
     def stride(self) -> int:
@@ -33,14 +39,18 @@ class LevelInfo:
         return "+".join(site.path for site in self.sites)
 
 
-def make_levels(levels: Sequence[Sequence[Site]]) -> tuple[LevelInfo, ...]:
+def make_levels(levels: Sequence[Sequence[Site]], timesteps: int = 1) -> tuple[LevelInfo, ...]:
     """Check that the sites of each level share a stride, and that levels run fine to coarse.
+
+    Args:
+        levels: Sites of each.
+        timesteps: How many timesteps of each site are concatenated.
 
     Raises:
         ValueError: The strides differ or do not grow; a site is an attention map, which has no channels to concatenate;
             or no site is in the denoiser.
     """
-    infos = tuple(LevelInfo(tuple(sites)) for sites in levels)
+    infos = tuple(LevelInfo(tuple(sites), timesteps) for sites in levels)
     for info in infos:
         for site in info.sites:
             if site.layout == "attention":

@@ -21,6 +21,7 @@ from diffusion_backbones.spec.validation import MOST, check_fields, convert, pla
 NoiseRule = Literal["fixed", "random", "none"]
 PromptPadding = Literal["max_length", "longest"]
 Normalization = Literal["none", "layer", "adaptive"]
+Combination = Literal["mean", "concatenate"]
 Timestep = Annotated[int, Meta(ge=-1, lt=1000)] | Annotated[float, Meta(ge=-1, lt=1000)]
 """An integer stays one, so that the digest of a recipe does not change."""
 Count = Annotated[int, Meta(ge=1, le=MOST)]
@@ -76,6 +77,10 @@ class Recipe:
         source: Where the settings were read.
         notes: Differences from the source and conditions that a user must know, one sentence each.
         unverified: Facts that no source at hand confirms, one sentence each.
+        timesteps: Several timesteps, in place of one: the image is encoded once, the network runs once for each of them
+            on the same noise draws, and what it gives is combined. ``timestep`` is their first, and need not be given.
+        combine: How activations of several timesteps become one, once each is post-processed: their ``"mean"``, or
+            ``"concatenate"`` along channels in the order of ``timesteps``. Those of the image encoder have none.
 
     The keyword and attribute ``normalise`` of version 0.1 still work, with a ``DeprecationWarning``. Files keep that
     spelling, and are read in both.
@@ -102,26 +107,40 @@ class Recipe:
     source: str = ""
     notes: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
+    timesteps: tuple[Timestep, ...] = ()
+    combine: Combination = "mean"
 
     def __post_init__(self) -> None:
         what = f"recipe {self.name!r}"
         settings = {name: plain(value) for name, value in vars(self).items()}
         settings["levels"] = _levels(self.levels, what)
+        settings["timesteps"] = _plain_items(self.timesteps)
         self.__dict__.update(msgspec.structs.asdict(convert(settings, _settings(), what)))
         if self.ensemble > 1 and self.noise == "none":
             raise ValueError(
                 f"{what}: an ensemble of {self.ensemble} averages over noise, and there is none with noise='none'; use "
                 "ensemble=1"
             )
-        if self.timestep < 0 and self.noise != "none":
+        if (first := min(self.all_timesteps)) < 0 and self.noise != "none":
             raise ValueError(
-                f"{what}: timestep {self.timestep} lies before the first step, where no noise level is defined; use "
+                f"{what}: timestep {first} lies before the first step, where no noise level is defined; use "
                 "noise='none'"
             )
+        self._check_timesteps(what)
+
+    def _check_timesteps(self, what: str) -> None:
+        if self.timesteps and self.timestep != self.timesteps[0]:
+            raise ValueError(
+                f"{what}: timestep={self.timestep} is not the first of timesteps={self.timesteps}; give one of the two"
+            )
+        if len(set(self.timesteps)) < len(self.timesteps):
+            raise ValueError(f"{what}: timesteps must differ from each other, got {self.timesteps}")
+        if len(self.timesteps) == 1:  # the same as timestep alone, and so with the same digest
+            self.__dict__["timesteps"] = ()
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Also pickles of version 0.1."""
-        self.__dict__.update(_american(state))
+        self.__dict__.update(_LATER | _american(state))
 
     @property
     def normalise(self) -> Normalization:
@@ -135,15 +154,32 @@ class Recipe:
         return tuple(name for level in self.levels for name in level.activations)
 
     @property
+    def all_timesteps(self) -> tuple[Timestep, ...]:
+        """``timesteps``, or the one ``timestep``: never empty."""
+        return self.timesteps or (self.timestep,)
+
+    @property
+    def passes(self) -> int:
+        """How many noisy latents of an image the network is run on: every noise draw at every timestep."""
+        return self.ensemble * len(self.all_timesteps)
+
+    @property
+    def concatenated(self) -> int:
+        """How many timesteps each channel of the denoiser is there for: 1 unless they are concatenated."""
+        return len(self.all_timesteps) if self.combine == "concatenate" else 1
+
+    @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that change whenever a setting that changes the features does."""
         cosmetic = {"name", "paper", "nominal_timestep", "source", "notes", "unverified", "input_size"}
         usual = Recipe("", self.levels).to_dict()  # left out, so that a setting that is new one day changes no digest
-        settings = {k: v for k, v in self.to_dict().items() if k not in cosmetic and (k == "levels" or v != usual[k])}
+        settings = {
+            k: v for k, v in self.to_dict().items() if k not in cosmetic and (k == "levels" or v != usual.get(k))
+        }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def override(self, **settings: Any) -> Recipe:
-        """A copy with other settings.
+        """A copy with other settings. A ``timestep`` takes the place of several.
 
         Raises:
             TypeError: An unknown setting; the closest is named.
@@ -153,12 +189,16 @@ class Recipe:
             _warn(stacklevel=3)
         settings = _american(settings)
         check_fields(Recipe, settings, f"recipe {self.name!r}")
-        return replace(self, **settings)
+        _check_several(settings, f"recipe {self.name!r}")
+        if "timestep" in settings:
+            settings = {"timesteps": ()} | settings
+        return replace(self, **_with_first(settings))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form that :meth:`from_dict` reads back."""
         data = asdict(self) | {"levels": [list(level.activations) for level in self.levels]}
-        return {_ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+        kept = {k: v for k, v in data.items() if k not in _LATER or v != _LATER[k]}
+        return {_ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -176,6 +216,7 @@ class Recipe:
         check_fields(cls, data, "recipe")
         if "levels" not in data:
             raise ValueError("recipe: it needs levels, a list of lists of activation ids, fine to coarse")
+        _check_several(data, "recipe")
         return cls(**{"name": "custom", **data})
 
     def to_yaml(self, path: str | Path) -> None:
@@ -234,6 +275,31 @@ def _level(given: Any, what: str) -> Level:
         raise ValueError(f"{what}: {error}") from error
 
 
+def _plain_items(given: Any) -> Any:
+    """A sequence as a tuple with Python's numbers; anything else as it is."""
+    return tuple(map(plain, given)) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else given
+
+
+def _with_first(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the first of ``timesteps`` as ``timestep``, where that is not given."""
+    several = _plain_items(settings.get("timesteps"))
+    first = several[0] if isinstance(several, tuple) and several else None
+    known = "timestep" in settings or not isinstance(first, (int, float)) or isinstance(first, bool)
+    return dict(settings) if known else {"timestep": first, **settings}
+
+
+def _check_several(settings: Mapping[str, Any], what: str) -> None:
+    """Raise ``ValueError`` if no timestep is given in place of the one."""
+    several = settings.get("timesteps", "none given")
+    if isinstance(several, Sequence) and not several:
+        raise ValueError(
+            f"{what}: timesteps must hold at least one timestep, got {several!r}; leave it out for the one"
+        )
+
+
+_LATER: dict[str, Any] = {"timesteps": (), "combine": "mean"}
+"""Settings that files of version 0.1 do not have, left out where they are as they were then: files stay the same."""
+
 # The setting ``normalize`` was called ``normalise`` in version 0.1, and still is in files, so that digests and saved
 # folders stay as they are.
 
@@ -257,11 +323,12 @@ _init = Recipe.__init__
 
 
 @functools.wraps(_init)
-def _init_with_old_name(self: Recipe, *args: Any, **settings: Any) -> None:
+def _init_as_written(self: Recipe, *args: Any, **settings: Any) -> None:
+    """Also by the old name, and with several timesteps in place of the one, which is the third argument."""
     if "normalise" in settings:
         _warn(stacklevel=3)
         settings = _american(settings)
-    _init(self, *args, **settings)
+    _init(self, *args, **(settings if len(args) > 2 else _with_first(settings)))
 
 
-Recipe.__init__ = _init_with_old_name  # type: ignore[method-assign]
+Recipe.__init__ = _init_as_written  # type: ignore[method-assign]

@@ -4,13 +4,16 @@ A backbone reads one prompt at one timestep, so the embedding of the timestep, t
 modulations of a transformer and more are the same for every image. Which modules those are is found by running the
 network on latents of NaN: whatever depends on an image by any arithmetic is NaN then. What holds no NaN, and is bit for
 bit the same at two sizes, is constant, and the outermost such modules with matrices are replaced by :class:`Constant`.
-Nothing here knows a family.
+Where a recipe has several timesteps, a constant has a row for each of them, unless all are equal. Nothing here knows a
+family.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffusion_backbones.families import Architecture
-from diffusion_backbones.ops.noise import timesteps
+from diffusion_backbones.ops.noise import timesteps as rows
 from diffusion_backbones.spec.activations import Site
 
 SIZES = ((2, 1), (1, 3))
@@ -27,6 +30,33 @@ SIZES = ((2, 1), (1, 3))
 both.
 """
 COSTLY = (F.linear, F.conv2d, F.scaled_dot_product_attention)
+
+
+class _Step(threading.local):
+    """Which of the recipe's timesteps the call in this thread is at: (1,) int64; None outside calls."""
+
+    row: Tensor | None = None
+
+
+_STEP = _Step()
+
+
+@contextmanager
+def at_step(step: int, network: nn.Module | None) -> Iterator[None]:
+    """Within the ``with`` block, constants of this thread's calls give what belongs to a timestep, by its position.
+
+    Args:
+        step: Position among the recipe's timesteps.
+        network: That has constants; None for one that has not.
+    """
+    if network is None:
+        yield
+        return
+    _STEP.row = torch.tensor([step], device=next(network.parameters()).device)
+    try:
+        yield
+    finally:
+        _STEP.row = None
 
 
 class Constant(nn.Module):
@@ -39,7 +69,10 @@ class Constant(nn.Module):
         counted: Where the number of images is read: an argument's position or name, its axis, and its length for one
             image.
         as_tuple: Whether the outputs are a tuple and not the only one.
+        by_step: Whether outputs have an axis of timesteps in front of all others; see :func:`at_step`.
     """
+
+    by_step: bool = False
 
     def __init__(
         self,
@@ -47,15 +80,16 @@ class Constant(nn.Module):
         axes: Iterable[int | None],
         counted: tuple[int | str, int, int] | None,
         as_tuple: bool,
+        by_step: bool = False,
     ):
         super().__init__()
-        self.axes, self.counted, self.as_tuple = tuple(axes), counted, as_tuple
+        self.axes, self.counted, self.as_tuple, self.by_step = tuple(axes), counted, as_tuple, by_step
         for i, output in enumerate(outputs):
             self.register_buffer(f"output{i}", output)
 
     @property
     def outputs(self) -> list[Tensor | None]:
-        """What the module gave for one image."""
+        """What the module gave for one image, at each timestep if that makes a difference."""
         return [getattr(self, f"output{i}") for i in range(len(self.axes))]
 
     @property
@@ -69,8 +103,14 @@ class Constant(nn.Module):
         if self.counted is not None:
             key, axis, length = self.counted
             images = (args[key] if isinstance(key, int) else kwargs[key]).shape[axis] // length
-        outputs = tuple(_repeat(output, axis, images) for output, axis in zip(self.outputs, self.axes, strict=True))
+        rows = [self._at_step(output) for output in self.outputs] if self.by_step else self.outputs
+        outputs = tuple(_repeat(output, axis, images) for output, axis in zip(rows, self.axes, strict=True))
         return outputs if self.as_tuple else outputs[0]
+
+    def _at_step(self, output: Tensor | None) -> Tensor | None:
+        if _STEP.row is None:
+            raise RuntimeError("a network folded at several timesteps runs only inside a call of its backbone")
+        return None if output is None else output.index_select(0, _STEP.row)[0]
 
     def describe(self) -> dict[str, Any]:
         """What :func:`restore` needs, for JSON."""
@@ -80,6 +120,7 @@ class Constant(nn.Module):
             "axes": list(self.axes),
             "counted": self.counted and list(self.counted),
             "tuple": self.as_tuple,
+            **({"by_step": True} if self.by_step else {}),
         }
 
 
@@ -107,7 +148,8 @@ def restore(network: nn.Module, described: Mapping[str, Any]) -> None:
     for path, what in described.items():
         try:
             outputs = [None if shape is None else torch.zeros(shape) for shape in what["outputs"]]
-            constant = Constant(outputs, what["axes"], what["counted"] and tuple(what["counted"]), what["tuple"])
+            counted = what["counted"] and tuple(what["counted"])
+            constant = Constant(outputs, what["axes"], counted, what["tuple"], what.get("by_step", False))
             network.set_submodule(path, constant)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -140,17 +182,17 @@ def fold(
     denoiser: nn.Module,
     network: Architecture,
     conditioning: Mapping[str, Tensor],
-    timestep: float,
+    timesteps: Sequence[float],
     sites: Iterable[Site],
 ) -> None:
-    """Replace what does not depend on the image, in place. The network is run three times, on few pixels, and mostly
-    without computing anything.
+    """Replace what does not depend on the image, in place. The network is run three times at every timestep, on few
+    pixels, and mostly without computing anything.
 
     Args:
         denoiser: A network with weights, possibly truncated.
         network: Its architecture.
         conditioning: Tensors of :attr:`Architecture.conditioning_shapes`, (1, ...) each.
-        timestep: What the network receives.
+        timesteps: What the network receives, one after another.
         sites: Activations that may be asked for; no module around what they are read from is replaced.
     """
     denoiser.eval()
@@ -158,7 +200,7 @@ def fold(
     candidates = {path: module for path, module in denoiser.named_modules() if _foldable(path, module, read)}
     first = next(denoiser.parameters())
 
-    def run(images: int, size: tuple[int, int]) -> dict[str, list[_Output | None]]:
+    def run(timestep: float, images: int, size: tuple[int, int]) -> dict[str, list[_Output | None]]:
         height, width = (n * network.size_divisibility for n in size)
         stride = network.latent_stride
         z = first.new_full((images, network.latent_channels, height // stride, width // stride), torch.nan)
@@ -173,15 +215,19 @@ def fold(
                     name: tensor.to(z.device).repeat(images, *[1] * (tensor.ndim - 1))
                     for name, tensor in conditioning.items()
                 }
-                network.call(denoiser, z, timesteps(timestep, images, z.device), given, (height, width))
+                network.call(denoiser, z, rows(timestep, images, z.device), given, (height, width))
         finally:
             for hook in hooks:
                 hook.remove()
         return seen
 
-    one, two, elsewhere = run(1, SIZES[0]), run(2, SIZES[0]), run(2, SIZES[1])
+    def found(timestep: float) -> dict[str, Constant | None]:
+        runs = [run(timestep, *which) for which in ((1, SIZES[0]), (2, SIZES[0]), (2, SIZES[1]))]
+        return {path: _constant(*(seen[path] for seen in runs)) for path in candidates}
+
+    each = [found(timestep) for timestep in timesteps]
     for path, module in candidates.items():  # what is outside comes before what is inside, and takes that along
-        constant = _constant(one[path], two[path], elsewhere[path])
+        constant = _by_step([constants[path] for constants in each])
         if constant is not None and module in set(denoiser.modules()):
             denoiser.set_submodule(path, constant)
 
@@ -256,15 +302,35 @@ def _constant(one: list[_Output | None], two: list[_Output | None], elsewhere: l
     return Constant(one[0].outputs, axes, counts[0] if needed else None, one[0].as_tuple)
 
 
+def _by_step(several: list[Constant | None]) -> Constant | None:
+    """What may stand in for a module at all timesteps, given what may at each of them; None if nothing may."""
+    first, *others = several
+    if first is None or not others:
+        return first
+    if any(other is None or _form(other) != _form(first) for other in others):
+        return None
+    steps = list(zip(*(constant.outputs for constant in several if constant is not None), strict=True))
+    if all(_same_tensor(output[0], other) for output in steps for other in output):
+        return first
+    outputs = [None if output[0] is None else torch.stack(output) for output in steps]
+    return Constant(outputs, first.axes, first.counted, first.as_tuple, by_step=True)
+
+
+def _form(constant: Constant) -> tuple[Any, ...]:
+    shapes = [None if output is None else output.shape for output in constant.outputs]
+    return shapes, constant.axes, constant.counted, constant.as_tuple
+
+
+def _same_tensor(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is y if x is None or y is None else torch.equal(x, y)
+
+
 def _all_equal(several: list[_Output | None]) -> bool:
     first = several[0]
     return first is not None and all(
         other is not None
         and (len(other.outputs), other.as_tuple) == (len(first.outputs), first.as_tuple)
-        and all(
-            x is y if x is None or y is None else torch.equal(x, y)
-            for x, y in zip(first.outputs, other.outputs, strict=True)
-        )
+        and all(_same_tensor(x, y) for x, y in zip(first.outputs, other.outputs, strict=True))
         for other in several
     )
 

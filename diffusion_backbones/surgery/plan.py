@@ -50,7 +50,8 @@ class Plan:
         network = whole.without(recipe.without)
         _check_without(recipe, whole, network)
         ids, tokens = [level.activations for level in recipe.levels], network.text_tokens
-        levels = make_levels([[network.catalogue[name].over_text(tokens) for name in level] for level in ids])
+        sites = [[network.catalogue[name].over_text(tokens) for name in level] for level in ids]
+        levels = make_levels(sites, recipe.concatenated)
         return cls(declaration, network, levels, truncate)
 
     def select(self, indices: int | Sequence[int] | None) -> Plan:

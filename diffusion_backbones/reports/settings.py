@@ -1,0 +1,52 @@
+"""The settings of a recipe in words, as cards and ``info`` say them. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from diffusion_backbones.spec.configs import Config
+from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.schedule import noise_level
+
+_COMBINED = {"mean": "averaged", "concatenate": "concatenated"}
+_POSTPROCESSING = {
+    "layer": "LayerNorm over channels",
+    "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it",
+}
+
+
+def draws(recipe: Recipe) -> str:
+    """``8 × ``, the factor in front of the cost of one pass: draws times timesteps; empty for one pass."""
+    return f"{recipe.passes} × " if recipe.passes > 1 else ""
+
+
+def timesteps(recipe: Recipe) -> str:
+    """``50``, or ``50, 150, 250, concatenated``, or ``20, 40 ... 620 (31), averaged``: what the network receives."""
+    several = [f"{t:g}" for t in recipe.all_timesteps]
+    if len(several) == 1:
+        return several[0]
+    steps = {b - a for a, b in pairwise(recipe.all_timesteps)}
+    short = len(several) > 4 and len(steps) == 1
+    said = f"{several[0]}, {several[1]} ... {several[-1]} ({len(several)})" if short else ", ".join(several)
+    return f"{said}, {_COMBINED[recipe.combine]}"
+
+
+def postprocessing(recipe: Recipe) -> str:
+    """The operations on the activations behind the network, or empty."""
+    dropped = f"channels {', '.join(map(str, recipe.discard))} set to zero" if recipe.discard else ""
+    return "; ".join(filter(None, [dropped, _POSTPROCESSING.get(recipe.normalize, "")]))
+
+
+def noise(recipe: Recipe, scheduler: Config) -> str:
+    """The noise levels of the first and the last timestep, and how noise is drawn."""
+    if recipe.noise == "none":
+        return "none: z_t = z"
+    fixed, n = recipe.noise == "fixed", recipe.ensemble
+    ends = dict.fromkeys((recipe.all_timesteps[0], recipe.all_timesteps[-1]))
+    levels = [noise_level(scheduler, t) for t in ends]
+    mixed = " to ".join(f"{alpha:.4f} z + {sigma:.4f} noise" for alpha, sigma in levels)
+    drawn = f"one fixed canvas, seed {recipe.seed}" if fixed else "drawn anew in every call"
+    if n > 1:
+        of = f"fixed canvases, seeds {recipe.seed} to {recipe.seed + n - 1}" if fixed else "draws, new in every call"
+        drawn = f"activations averaged over {n} {of}"
+    return f"z_t = {mixed}; {drawn}{', the same at every timestep' if len(ends) > 1 else ''}"
