@@ -42,7 +42,7 @@ def measure(setting: benchmark.Setting, kinds: list[str], largest: int) -> None:
         cost = costs.measure(
             replace(declaration, recipe=replace(declaration.recipe, input_size=side, levels=levels)), backbone.configs
         )
-        return cost.encoder_gflops + declaration.recipe.passes * cost.denoiser_gflops
+        return cost.encoder_gflops + backbone.plan.passes * cost.denoiser_gflops
 
     def images(side: int, batch: int) -> torch.Tensor:
         return replace(setting, size=side, batch=batch).images()

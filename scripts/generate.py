@@ -22,7 +22,7 @@ from diffusion_backbones.reports.facts import (
     license_link,
 )
 from diffusion_backbones.reports.markdown import gflops, link, millions, repository, table
-from diffusion_backbones.reports.settings import draws, timesteps
+from diffusion_backbones.reports.settings import times, timesteps
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.surgery.plan import Plan
 
@@ -123,7 +123,7 @@ def zoo(declarations: Iterable[Declaration]) -> str:
                 linked_card(d.name),
                 channels_at_strides(facts.plan.levels),
                 facts.kept,
-                f"{gflops(cost.encoder_gflops)} + {draws(d.recipe)}{gflops(cost.denoiser_gflops)}",
+                f"{gflops(cost.encoder_gflops)} + {times(facts.plan.passes)}{gflops(cost.denoiser_gflops)}",
                 f"{cost.size}",
                 timesteps(d.recipe) + (", no noise" if d.recipe.noise == "none" else ""),
                 link(cite(paper), paper.link) if paper else "unpublished",

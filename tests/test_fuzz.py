@@ -75,6 +75,7 @@ RECIPE = {
     "paper": lambda v: v is None,
     "timesteps": lambda v: is_several(v),
     "combine": is_one_of("mean", "concatenate"),
+    "inversion_steps": is_count,
 }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import diffusion_backbones as db
 from diffusion_backbones.reports import backbone_card, costs
 from diffusion_backbones.surgery import constant_folding
+from diffusion_backbones.surgery.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = (261, 1, 600)
@@ -147,7 +148,7 @@ def test_costs_are_those_of_one_pass_times_timesteps(averaged):
     card = backbone_card.card(several)
     assert f"denoiser 6 × {costs.costs(one).denoiser_gflops:,.0f}"[:14] in card
     assert "261, 1, 600, averaged" in card
-    assert several.recipe.passes == 6
+    assert Plan.of(several).passes == 6
 
 
 # A call.

@@ -120,7 +120,7 @@ def _gflops(backbone: DiffusionBackbone) -> dict[str, float]:
     declaration = backbone.declaration
     cost = costs.published()[declaration.name]
     draws = declaration.recipe.ensemble
-    denoiser = declaration.recipe.passes * cost["denoiser_gflops"]
+    denoiser = backbone.plan.passes * cost["denoiser_gflops"]
     return {
         benchmark.BACKBONE: denoiser + cost["encoder_gflops"],
         benchmark.LATENTS: denoiser,

@@ -29,7 +29,7 @@ class Call:
     """The settings of one call.
 
     Attributes:
-        noise: ``"fixed"``, ``"random"``, ``"none"``, or a tensor (C, h, w) or (B, C, h, w).
+        noise: ``"fixed"``, ``"random"``, ``"none"``, ``"inversion"``, or a tensor (C, h, w) or (B, C, h, w).
         timesteps: What the network receives, pass by pass, each a number or one per image.
         combine: How the activations of several timesteps become one.
         ensemble: Number of noise draws.
@@ -70,6 +70,7 @@ class Call:
         given = {key: value for key, value in given.items() if value is not None}
         _check_keywords(given, name, folded)
         noise = given.get("noise", recipe.noise)
+        _check_inversion(noise, given, recipe, name)
         draws = recipe.ensemble if isinstance(noise, str) and noise != "none" else 1
         return cls(
             noise=noise,
@@ -114,6 +115,27 @@ def _timesteps(given: Mapping[str, Any], recipe: Recipe, name: str) -> tuple[Tim
             f"{len(several)}; for another number build it with timesteps="
         )
     return several
+
+
+def _check_inversion(noise: Any, given: Mapping[str, Any], recipe: Recipe, name: str) -> None:
+    """Check that what a call says of noise goes with inversion, where the recipe or the call has it.
+
+    Raises:
+        ValueError: The network is cut, or the noise is given beside the inversion.
+    """
+    inverts, inverting = isinstance(noise, str) and noise == "inversion", recipe.noise == "inversion"
+    if inverts and not inverting:
+        raise ValueError(
+            f"noise='inversion' runs the whole network, and {name} is cut behind its last activation; build it with "
+            "noise='inversion'"
+        )
+    if inverting and isinstance(noise, Tensor):
+        raise ValueError(
+            f"{name} finds its noise by inversion, so none can be given; build it with another noise=, or give "
+            "noise='fixed', 'random' or 'none'"
+        )
+    if inverts and (several := [key for key in ("ensemble", "generator") if given.get(key, 1) != 1]):
+        raise ValueError(f"{several[0]}= is for noise that is drawn, and noise='inversion' draws none")
 
 
 def check_image(x: Any, input_format: InputFormat) -> None:

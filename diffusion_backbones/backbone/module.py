@@ -30,7 +30,8 @@ class DiffusionBackbone(TimmMixin):
     * ``timestep``: what the network receives, a number or one per image.
     * ``timesteps``: several of them, one pass each on the same noise, combined as the recipe says: averaged, or
       concatenated along channels, which takes as many as the recipe has.
-    * ``noise``: ``"fixed"``, ``"random"``, ``"none"``, or a tensor of the latents' shape, (C, h, w) or (B, C, h, w).
+    * ``noise``: ``"fixed"``, ``"random"``, ``"none"``, or a tensor of the latents' shape, (C, h, w) or (B, C, h, w);
+      where the backbone was built so ``"inversion"``.
     * ``generator``: for ``noise="random"``.
     * ``ensemble``: number of noise draws to average.
     * ``chunk``: how many noisy latents, draws times images, the denoiser is run on at once; all by default. The

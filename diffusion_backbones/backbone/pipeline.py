@@ -5,7 +5,7 @@
     x        (B, 3, H, W) in the backbone's input format
     pad      on the right and bottom, with mid-grey, to size_divisibility
     z        the image encoder's latents, scaled
-    z_t      alpha_t z + sigma_t noise
+    z_t      alpha_t z + sigma_t noise, or by inversion
     denoise  up to the recipe's last activation, once for every timestep
     levels   tokens -> maps, concatenated along channels, cropped to ceil(H / stride) x ceil(W / stride)
     pyramid  a list of maps, fine to coarse
@@ -28,16 +28,18 @@ from diffusion_backbones.backbone.call_arguments import (
 )
 from diffusion_backbones.backbone.conditioning import merge_conditioning
 from diffusion_backbones.backbone.device import check_device
+from diffusion_backbones.backbone.inversion import inverted
 from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.ops import combining, micro_batching, noise, postprocessing, pyramid
 from diffusion_backbones.ops.autocast import autocast_off, casts_to_float16
+from diffusion_backbones.ops.noise import Timestep
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.levels import LevelInfo
-from diffusion_backbones.surgery import compilation, constant_folding
+from diffusion_backbones.surgery import compilation
 
 Activations = dict[str, Tensor]
 """Id -> activation."""
@@ -159,16 +161,25 @@ def activations(
         if isinstance(given, Tensor):
             values.finite(name, given, dtype)
     values.read()
-    draws = _draw(backbone, z, call)
     combined = combining.combiner(call.combine, len(call.timesteps))
-    for step, timestep in enumerate(call.timesteps):
-        z_t = noise.mix(z, draws, timestep, backbone.forward_process)
+    for timestep, z_t in _noisy(backbone, latents, call, conditioning):
         z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
         t = noise.timesteps(timestep, b, z.device)
-        with constant_folding.at_step(step, backbone.denoiser if backbone.folded else None):
+        with backbone.at_timestep(timestep):
             acts = _ensemble(backbone, z_t, latents.size, t, conditioning, sites, average_heads, visit, call.chunk)
         combined.add(postprocess(acts), b)
     return combined.take()
+
+
+def _noisy(
+    backbone: BackboneState, latents: Latents, call: Call, conditioning: Mapping[str, Tensor]
+) -> Iterable[tuple[Timestep, Tensor]]:
+    """Each timestep of a call with the noisy latents of all draws and images, all with the same noise."""
+    z, several = latents.z, call.timesteps
+    if isinstance(call.noise, str) and call.noise == "inversion":
+        return zip(several, inverted(backbone, z, latents.size, conditioning, several, call.chunk), strict=True)
+    draws = _draw(backbone, z, call)
+    return [(timestep, noise.mix(z, draws, timestep, backbone.forward_process)) for timestep in several]
 
 
 def _ensemble(

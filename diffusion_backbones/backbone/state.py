@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -183,6 +184,12 @@ class BackboneState(nn.Module):
             for i, m in enumerate(self.out_maps)
         ]
         return FeatureInfo(infos, tuple(range(len(infos))))
+
+    def at_timestep(self, timestep: Any) -> AbstractContextManager[None]:
+        """Within the ``with`` block, a folded network gives what belongs to a timestep of the recipe."""
+        if not self.folded:
+            return nullcontext()
+        return constant_folding.at_step(self.plan.received.index(timestep), self.denoiser)
 
     def sites_of(self, indices: Sequence[int]) -> list[Site]:
         """What must be read for some of the maps that a call returns."""

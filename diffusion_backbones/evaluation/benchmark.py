@@ -208,7 +208,7 @@ class _Contest:
         """1e9 operations for one image, of the ways for which they are known."""
         recipe = replace(self.backbone.declaration.recipe, input_size=self.side)
         measured = costs.measure(replace(self.backbone.declaration, recipe=recipe), self.backbone.configs)
-        denoiser = recipe.passes * measured.denoiser_gflops
+        denoiser = self.backbone.plan.passes * measured.denoiser_gflops
         return {BACKBONE: denoiser + measured.encoder_gflops, LATENTS: denoiser}
 
 

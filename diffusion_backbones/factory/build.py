@@ -92,13 +92,19 @@ class Builder:
         Raises:
             FileNotFoundError: A part of the checkpoint is nowhere.
             TypeError: Folding goes with nothing that is trained.
-            ValueError: There is nothing to fold, or no prompt to train; or the noise level of a timestep is not known.
+            ValueError: There is nothing to fold, or no prompt to train; or the noise level of a timestep is not known,
+                or an inversion does not come by it.
         """
         options, process = self.options, self.network.forward_process
         if self.fills and isinstance(self.resolved.source, Completed):
             self.resolved.source.check()
         if isinstance(process, UnknownProcess) and self.recipe.noise != "none":
             raise ValueError(f"{self.resolved.source or self.name}: {process.reason}")
+        if self.plan.received and self.plan.inversion and options.trainable:
+            raise TypeError(
+                f"{self.name}: trainable={options.trainable!r} trains one pass of the network, and noise='inversion' "
+                "runs it many times without a gradient; train with noise='fixed'"
+            )
         constant_folding.check_fold(options.fold, self.folded, options.trainable, options.device, self.name)
         if options.trainable == "prompt":
             trainable.check_prompt(self.plan, options.prompt_tokens)
@@ -144,7 +150,7 @@ class Builder:
         if not self.folds:
             return
         sites = [*self.plan.catalogue_sites, *self.plan.sites]
-        constant_folding.fold(self.denoiser, self.network, self.conditioning, self.recipe.all_timesteps, sites)
+        constant_folding.fold(self.denoiser, self.network, self.conditioning, self.plan.received, sites)
         self.quantized &= set(self.denoiser.state_dict())
 
     def quantize(self) -> None:

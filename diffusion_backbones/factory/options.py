@@ -21,7 +21,18 @@ OVERLAY = ("file", "custom_load")
 """Keys of timm's ``pretrained_cfg_overlay``: the weights, and that the model loads them itself, as all do here."""
 WEIGHTS = ("file", "url", "hf_hub_filename", "state_dict")
 """Keys of timm's ``pretrained_cfg`` that name weights."""
-OVERRIDES = ("timestep", "timesteps", "combine", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled")
+OVERRIDES = (
+    "timestep",
+    "timesteps",
+    "combine",
+    "noise",
+    "inversion_steps",
+    "ensemble",
+    "seed",
+    "prompt",
+    "prompt_padding",
+    "scaled",
+)
 """Settings of a recipe that ``create_model`` takes by themselves."""
 
 PLACES = ("pretrained", "checkpoint_path", "cache_dir", "recipe", "encoder")

@@ -19,6 +19,7 @@ CANVAS = 256
 FARTHEST = 2**31
 """Timesteps of every network are far below it."""
 REAL = "timestep must be a real number, or one per image"
+NOISE = "noise must be 'fixed', 'random', 'none', 'inversion' or a tensor"
 Timestep = int | float | Tensor
 """What the network receives: a number, or () or (B,) of them."""
 
@@ -182,7 +183,7 @@ def draw(
             )
         return noise.to(z).expand(1, *z.shape)
     if not isinstance(noise, str):
-        raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
+        raise ValueError(f"{NOISE}, got {noise!r}")
     if noise == "none":
         if ensemble > 1:
             raise ValueError("an ensemble averages noise draws, and noise='none' has none")
@@ -194,7 +195,7 @@ def draw(
         return torch.randn(
             (ensemble, *z.shape), generator=generator, device=generator.device if generator else z.device
         ).to(z)
-    raise ValueError(f"noise must be 'fixed', 'random', 'none' or a tensor, got {noise!r}")
+    raise ValueError(f"{NOISE}, got {noise!r}")
 
 
 def mix(z: Tensor, noise: Tensor | None, timestep: Timestep, process: ForwardProcess) -> Tensor:

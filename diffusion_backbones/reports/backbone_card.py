@@ -46,7 +46,7 @@ def card(declaration: Declaration, saved: Configs | None = None, load: str = "")
         load=load or (FOLDER if saved else published),
         published=not (load or saved),
         shapes=about.shapes(facts.plan.levels, size),
-        draws=settings.draws(recipe),
+        draws=settings.times(facts.plan.passes),
         postprocessing=settings.postprocessing(recipe),
         unverified=facts.unverified,
         deviations=deviations,

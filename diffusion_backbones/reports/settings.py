@@ -15,9 +15,9 @@ _POSTPROCESSING = {
 }
 
 
-def draws(recipe: Recipe) -> str:
-    """``8 × ``, the factor in front of the cost of one pass: draws times timesteps; empty for one pass."""
-    return f"{recipe.passes} × " if recipe.passes > 1 else ""
+def times(passes: int) -> str:
+    """``8 × ``, the factor in front of the cost of one pass; empty for one pass."""
+    return f"{passes} × " if passes > 1 else ""
 
 
 def timesteps(recipe: Recipe) -> str:
@@ -41,6 +41,8 @@ def noise(recipe: Recipe, scheduler: Config) -> str:
     """The noise levels of the first and the last timestep, and how noise is drawn."""
     if recipe.noise == "none":
         return "none: z_t = z"
+    if recipe.noise == "inversion":
+        return f"z_t by DDIM inversion, of {recipe.inversion_steps} steps over the whole schedule those that lead there"
     fixed, n = recipe.noise == "fixed", recipe.ensemble
     ends = dict.fromkeys((recipe.all_timesteps[0], recipe.all_timesteps[-1]))
     levels = [noise_level(scheduler, t) for t in ends]

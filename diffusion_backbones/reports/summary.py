@@ -16,7 +16,7 @@ from diffusion_backbones.reports.facts import (
     cite,
 )
 from diffusion_backbones.reports.markdown import HUB, gflops, millions, plain
-from diffusion_backbones.reports.settings import draws, postprocessing
+from diffusion_backbones.reports.settings import postprocessing, times
 from diffusion_backbones.spec.activations import Site, parse
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.declaration import Declaration
@@ -113,7 +113,7 @@ def about(declaration: Declaration) -> Lines:
         f"with encoder='tiny': image encoder {gflops(cost.tiny_encoder_gflops)} GFLOPs, "
         f"{millions(cost.tiny_encoder_parameters)}"
     )
-    operations = plain(f"{known.operations(draws(recipe))}, for one image of {cost.size} × {cost.size}")
+    operations = plain(f"{known.operations(times(known.plan.passes))}, for one image of {cost.size} × {cost.size}")
     yield from _continued("operations", [operations, tiny] if cost.tiny_encoder_gflops else [operations])
     yield "to read", known.memory
     yield from _weights(known.checkpoint)

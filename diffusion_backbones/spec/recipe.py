@@ -18,7 +18,7 @@ from diffusion_backbones.spec import activations, strict_yaml
 from diffusion_backbones.spec.checkpoint import Paper
 from diffusion_backbones.spec.validation import MOST, check_fields, convert, plain
 
-NoiseRule = Literal["fixed", "random", "none"]
+NoiseRule = Literal["fixed", "random", "none", "inversion"]
 PromptPadding = Literal["max_length", "longest"]
 Normalization = Literal["none", "layer", "adaptive"]
 Combination = Literal["mean", "concatenate"]
@@ -59,7 +59,8 @@ class Recipe:
         timestep: The timestep that the network receives and that sets the noise level, -1 to 999; -1 is "before the
             first step" and goes with ``noise="none"``. The default, 50, is GDF's nominal timestep.
         noise: ``"fixed"`` adds one seeded canvas, the same for every image; ``"random"`` draws anew in every call;
-            ``"none"`` gives the network the clean latent.
+            ``"none"`` gives the network the clean latent; ``"inversion"`` has the whole network find the noise that
+            leads to the image.
         ensemble: Number of noise draws whose activations are averaged, at least 1, and 1 without noise.
         seed: Seed of the fixed canvas.
         prompt: Text for every image unless a call overrides it.
@@ -81,6 +82,8 @@ class Recipe:
             on the same noise draws, and what it gives is combined. ``timestep`` is their first, and need not be given.
         combine: How activations of several timesteps become one, once each is post-processed: their ``"mean"``, or
             ``"concatenate"`` along channels in the order of ``timesteps``. Those of the image encoder have none.
+        inversion_steps: Steps of an inversion over the whole schedule, of which those up to the last timestep are made,
+            as diffusers' ``DDIMInverseScheduler`` spaces them.
 
     The keyword and attribute ``normalise`` of version 0.1 still work, with a ``DeprecationWarning``. Files keep that
     spelling, and are read in both.
@@ -109,6 +112,7 @@ class Recipe:
     unverified: tuple[str, ...] = ()
     timesteps: tuple[Timestep, ...] = ()
     combine: Combination = "mean"
+    inversion_steps: Count = 50
 
     def __post_init__(self) -> None:
         what = f"recipe {self.name!r}"
@@ -116,10 +120,10 @@ class Recipe:
         settings["levels"] = _levels(self.levels, what)
         settings["timesteps"] = _plain_items(self.timesteps)
         self.__dict__.update(msgspec.structs.asdict(convert(settings, _settings(), what)))
-        if self.ensemble > 1 and self.noise == "none":
+        if self.ensemble > 1 and self.noise in ("none", "inversion"):
             raise ValueError(
-                f"{what}: an ensemble of {self.ensemble} averages over noise, and there is none with noise='none'; use "
-                "ensemble=1"
+                f"{what}: an ensemble of {self.ensemble} averages over noise that is drawn, and none is with "
+                f"noise={self.noise!r}; use ensemble=1"
             )
         if (first := min(self.all_timesteps)) < 0 and self.noise != "none":
             raise ValueError(
@@ -157,11 +161,6 @@ class Recipe:
     def all_timesteps(self) -> tuple[Timestep, ...]:
         """``timesteps``, or the one ``timestep``: never empty."""
         return self.timesteps or (self.timestep,)
-
-    @property
-    def passes(self) -> int:
-        """How many noisy latents of an image the network is run on: every noise draw at every timestep."""
-        return self.ensemble * len(self.all_timesteps)
 
     @property
     def concatenated(self) -> int:
@@ -297,7 +296,7 @@ def _check_several(settings: Mapping[str, Any], what: str) -> None:
         )
 
 
-_LATER: dict[str, Any] = {"timesteps": (), "combine": "mean"}
+_LATER: dict[str, Any] = {"timesteps": (), "combine": "mean", "inversion_steps": 50}
 """Settings that files of version 0.1 do not have, left out where they are as they were then: files stay the same."""
 
 # The setting ``normalize`` was called ``normalise`` in version 0.1, and still is in files, so that digests and saved

@@ -110,7 +110,7 @@ def noise_level(scheduler: Config, timestep: float) -> tuple[float, float]:
         return 1 - timestep / FLOW_STEPS, timestep / FLOW_STEPS
     bars = alpha_bars(scheduler)
     if scheduler.get("rescale_betas_zero_snr"):
-        bars = _ending_in_noise(bars)
+        bars = ending_in_noise(bars)
     bar = bars[int(timestep)]
     return bar**0.5, (1 - bar) ** 0.5
 
@@ -125,7 +125,7 @@ def alpha_bars(scheduler: Config) -> list[float]:
     return list(accumulate(kept, mul))
 
 
-def _ending_in_noise(bars: list[float]) -> list[float]:
+def ending_in_noise(bars: list[float]) -> list[float]:
     """Without signal at the last step (https://arxiv.org/abs/2305.08891, algorithm 1)."""
     first, last = bars[0] ** 0.5, bars[-1] ** 0.5
     return [((bar**0.5 - last) * first / (first - last)) ** 2 for bar in bars]

@@ -42,16 +42,13 @@ _STEP = _Step()
 
 
 @contextmanager
-def at_step(step: int, network: nn.Module | None) -> Iterator[None]:
+def at_step(step: int, network: nn.Module) -> Iterator[None]:
     """Within the ``with`` block, constants of this thread's calls give what belongs to a timestep, by its position.
 
     Args:
-        step: Position among the recipe's timesteps.
-        network: That has constants; None for one that has not.
+        step: Position among the timesteps that the network was folded at.
+        network: That has constants.
     """
-    if network is None:
-        yield
-        return
     _STEP.row = torch.tensor([step], device=next(network.parameters()).device)
     try:
         yield

@@ -15,6 +15,7 @@ from diffusion_backbones.families import Architecture, architecture
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.configs import Configs, package_configs
 from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.inversion import Inversion
 from diffusion_backbones.spec.levels import LevelInfo, encoder_levels, make_levels, take
 from diffusion_backbones.spec.recipe import Recipe
 
@@ -96,7 +97,38 @@ class Plan:
     def paths(self) -> list[str]:
         """The denoiser's modules that are kept: those that are recorded, or all that any activation is read from."""
         sites = self.denoiser_sites if self.truncated else [*self.architecture.sites(), *self.denoiser_sites]
-        return [path for site in sites for path in site.modules]
+        whole = [""] if self.inversion else []  # which runs to its end
+        return [*whole, *(path for site in sites for path in site.modules)]
+
+    @cached_property
+    def inversion(self) -> Inversion | None:
+        """The steps that lead to the recipe's noisy latents, where these are inverted.
+
+        Raises:
+            ValueError: The checkpoint's schedule has no inversion, or not in so many steps.
+        """
+        recipe = self.declaration.recipe
+        if recipe.noise != "inversion":
+            return None
+        return Inversion.of(self.architecture.configs["scheduler"], recipe.inversion_steps)
+
+    @property
+    def received(self) -> tuple[float, ...]:
+        """Every timestep that the network receives in a call of the recipe.
+
+        Raises:
+            ValueError: An inversion does not come by one of them.
+        """
+        several = self.declaration.recipe.all_timesteps
+        return self.inversion.passed(several) if self.inversion else several
+
+    @property
+    def passes(self) -> int:
+        """How many noisy latents of an image the network is run on: every noise draw at every timestep, and every step
+        of an inversion.
+        """
+        recipe = self.declaration.recipe
+        return recipe.ensemble * len(recipe.all_timesteps) + (len(self.received) if self.inversion else 0)
 
     @property
     def reads_text(self) -> bool:
