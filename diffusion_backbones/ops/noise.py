@@ -19,7 +19,7 @@ CANVAS = 256
 FARTHEST = 2**31
 """Timesteps of every network are far below it."""
 REAL = "timestep must be a real number, or one per image"
-NOISE = "noise must be 'fixed', 'random', 'none', 'inversion' or a tensor"
+NOISE = "noise must be 'fixed', 'random', 'none' or a tensor"
 Timestep = int | float | Tensor
 """What the network receives: a number, or () or (B,) of them."""
 
