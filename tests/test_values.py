@@ -59,6 +59,11 @@ def test_what_the_dtype_of_the_network_cannot_hold_is_refused():
             backbone(IMAGE, **{key: with_value(1e5, *shape)})
     with pytest.raises(ValueError, match="latents must be finite"):
         backbone.forward_latents(with_value(1e5, 1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"got values from 0 to 1e\+05, which torch.float16 cannot hold"):
+        backbone(with_value(1e5, 1, 3, 64, 64))
+    whole = db.create_model("tinysd_gdf", pretrained=True, out_indices=[2])
+    with pytest.raises(ValueError, match=r"got values from -1e\+300 to 0, which torch.float32 cannot hold"):
+        whole(with_value(-1e300, 1, 3, 64, 64, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn])

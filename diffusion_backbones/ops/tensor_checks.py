@@ -23,8 +23,9 @@ def check_floating(name: str, tensor: Any, expected: str) -> None:
         raise TypeError(f"{name} must be a tensor {expected}, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be {expected} of floating point, which networks compute in, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor {expected}, got {tensor.layout}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor {expected}, got {kind}")
 
 
 def readable(tensor: Tensor) -> bool:
