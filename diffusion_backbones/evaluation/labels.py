@@ -150,8 +150,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
 
     try:
         classes = np.array(image_decoding.read(path, check, Image.Image.copy), np.uint8)
-    except _UnfitError:
-        raise
+    except _UnfitError as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # each of Pillow's decoders fails in its own way
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
     check_edges(classes, str(path))

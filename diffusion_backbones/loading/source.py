@@ -202,8 +202,7 @@ class Folder:
             ValueError: It is not such an index.
         """
         found = self.json(index).get("weight_map")
-        shards = found.values() if isinstance(found, dict) else [None]
-        if not all(isinstance(shard, str) and PurePosixPath(shard).name == shard for shard in shards):
+        if not isinstance(found, dict) or not all(map(_is_name, found.values())):
             raise ValueError(
                 f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files beside it"
             )
@@ -308,6 +307,11 @@ def modern_attention(name: str) -> str:
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
     )
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value is the name of a file, without a folder."""
+    return isinstance(value, str) and PurePosixPath(value).name == value
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -106,7 +106,7 @@ def _in_float32(narrow: NDArray[np.float16], path: Path) -> NDArray[np.float32]:
         wide = open_memmap(part, "w+", np.float32, narrow.shape)
         wide[:] = narrow
         wide.flush()
-    return open_memmap(path, "r+")  # type: ignore[no-any-return]
+    return open_memmap(path, "r+")
 
 
 def single_scores(
