@@ -14,7 +14,7 @@ from diffusion_backbones.families.base import EMBEDDINGS
 from diffusion_backbones.ops.describe import shape
 from diffusion_backbones.ops.noise import Timestep, check_timestep
 from diffusion_backbones.ops.pixel_values import check_range
-from diffusion_backbones.ops.tensor_checks import FLOATING, check_floating, readable
+from diffusion_backbones.ops.tensor_checks import FLOATING, LARGEST, check_floating, readable
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.validation import as_integer, check_count, closest
@@ -131,8 +131,8 @@ def check_image(x: Any, input_format: InputFormat, dtype: torch.dtype) -> None:
     smallest, largest = torch.stack(x.aminmax()).tolist()  # waits for the device once; NaN if there is one
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"{expected}, got NaN or infinite values")
-    if max(-smallest, largest) > torch.finfo(dtype).max:
-        raise ValueError(f"{expected}, got values from {smallest:.3g} to {largest:.3g}, which {dtype} cannot hold")
+    if max(-smallest, largest) > min(LARGEST, torch.finfo(dtype).max):
+        raise ValueError(f"{expected}, got values from {smallest:.3g} to {largest:.3g}, too large for {dtype}")
     check_range(smallest, largest, input_format, x.is_floating_point())
 
 

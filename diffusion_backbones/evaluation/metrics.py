@@ -59,6 +59,10 @@ def _overlaps(truth: ArrayLike, guess: ArrayLike, classes: Iterable[int]) -> NDA
     return np.array(found, np.float64)
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
+
+
 def _labels(values: ArrayLike, name: str) -> NDArray[Any]:
     found = np.asarray(values)
     whole = found.dtype.kind in "iub" or (found.dtype.kind == "f" and bool((found == np.rint(found)).all()))
@@ -82,9 +86,9 @@ def correct_keypoints(found: ArrayLike, truth: ArrayLike, extent: float, alpha: 
     Raises:
         ValueError: Points do not have that form, or the extent is no length, or ``alpha`` no share.
     """
-    if not isinstance(extent, NUMBERS) or not 0 < extent < np.inf:
+    if not _is_real(extent) or not 0 < extent < np.inf:
         raise ValueError(f"extent must be a length in pixels above 0, got {extent!r}")
-    if not isinstance(alpha, NUMBERS) or not 0 < alpha <= 1:
+    if not _is_real(alpha) or not 0 < alpha <= 1:
         raise ValueError(f"alpha must be a share of the extent, above 0 and at most 1, got {alpha!r}")
     a, b = points(found, "found"), points(truth, "truth")
     if len(a) != len(b):
