@@ -4,6 +4,7 @@ holds from itself. The right features are those of diffusers' own pipeline on th
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import original
 import pytest
 import tiny
 import torch
+from diffusers import DDPMScheduler
 from hub import Hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -244,6 +246,20 @@ def test_latents_that_are_normalized_otherwise_are_refused(name, folders, tmp_pa
     save_file(state | {name: torch.zeros(1, 4, 1, 1)}, tmp_path / "edm.safetensors")
     with pytest.raises(ValueError, match=rf"holds {name}: its latents are normalized and its noise is scheduled"):
         db.create_model("sd15_gdf", checkpoint_path=tmp_path / "edm.safetensors")
+
+
+def test_a_mark_of_zero_terminal_snr_is_heeded(folders, tmp_path):
+    """The levels are those of stock DDPM with rescale_betas_zero_snr, at a step where they differ much."""
+    base, recipe = folders[0], db.Recipe("late", levels=("mid-vit-out",), timestep=900)
+    state = load_file(original.write("sd15", folders[1], tmp_path / "whole.safetensors"))
+    save_file(state | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "marked.safetensors")
+    config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    for name, rescaled in (("whole", False), ("marked", True)):
+        backbone = db.create_model(f"local-dir:{base}", recipe=recipe, checkpoint_path=tmp_path / f"{name}.safetensors")
+        stock = DDPMScheduler(**{key: config[key] for key in keys}, rescale_betas_zero_snr=rescaled)
+        bar = stock.alphas_cumprod[900].item()
+        assert backbone.forward_process.levels(900) == pytest.approx((bar**0.5, (1 - bar) ** 0.5), rel=1e-5)
 
 
 # Other architectures.

@@ -29,7 +29,7 @@ from diffusion_backbones.backbone.call_arguments import (
 from diffusion_backbones.backbone.conditioning import merge_conditioning
 from diffusion_backbones.backbone.device import check_device
 from diffusion_backbones.backbone.inversion import inverted
-from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
+from diffusion_backbones.backbone.out_of_memory import check_draws, check_maps, explain_oom
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.ops import combining, micro_batching, noise, postprocessing, pyramid
 from diffusion_backbones.ops.autocast import autocast_off, casts_to_float16
@@ -107,7 +107,7 @@ def given_latents(
 @explain_oom("image encoder")
 def encode(backbone: BackboneState, x: Tensor) -> Tensor:
     """(B, 3, H, W) images -> (B, C, h, w) clean latents, padded and scaled; see ``DiffusionBackbone.encode``."""
-    check_image(x, backbone.input_format)
+    check_image(x, backbone.input_format, backbone.encoder_dtype)
     check_device("images", x, backbone.encoder, backbone.declaration.name)
     x, d = to_symmetric(x, backbone.input_format), backbone.size_divisibility
     x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
@@ -161,9 +161,11 @@ def activations(
         if isinstance(given, Tensor):
             values.finite(name, given, dtype)
     values.read()
+    check_draws(backbone, z, call.ensemble, call.chunk, sites)
     combined = combining.combiner(call.combine, len(call.timesteps))
-    for timestep, z_t in _noisy(backbone, latents, call, conditioning):
-        z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
+    noisy = _noisy(backbone, latents, call, conditioning)
+    for timestep in call.timesteps:
+        z_t = noisy(timestep).to(backbone.dtype).view(call.ensemble, *z.shape)
         t = noise.timesteps(timestep, b, z.device)
         with backbone.at_timestep(timestep):
             acts = _ensemble(backbone, z_t, latents.size, t, conditioning, sites, average_heads, visit, call.chunk)
@@ -173,13 +175,14 @@ def activations(
 
 def _noisy(
     backbone: BackboneState, latents: Latents, call: Call, conditioning: Mapping[str, Tensor]
-) -> Iterable[tuple[Timestep, Tensor]]:
-    """Each timestep of a call with the noisy latents of all draws and images, all with the same noise."""
+) -> Callable[[Timestep], Tensor]:
+    """What gives the noisy latents of all draws and images at each timestep of a call, all with the same noise."""
     z, several = latents.z, call.timesteps
     if isinstance(call.noise, str) and call.noise == "inversion":
-        return zip(several, inverted(backbone, z, latents.size, conditioning, several, call.chunk), strict=True)
+        found = inverted(backbone, z, latents.size, conditioning, several, call.chunk)
+        return dict(zip(several, found, strict=True)).__getitem__
     draws = _draw(backbone, z, call)
-    return [(timestep, noise.mix(z, draws, timestep, backbone.forward_process)) for timestep in several]
+    return lambda timestep: noise.mix(z, draws, timestep, backbone.forward_process)
 
 
 def _ensemble(
@@ -220,9 +223,9 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
     height, width = z.shape[-2:]
     if backbone.canvas is not None and len(backbone.canvas) >= call.ensemble:
         return noise.crop(backbone.canvas[: call.ensemble], height, width)
+    seed, channels = backbone.declaration.recipe.seed, backbone.architecture.latent_channels
     with backbone.device:
-        canvas = noise.canvas(backbone.declaration.recipe.seed, call.ensemble, backbone.architecture.latent_channels)
-    return noise.crop(canvas, height, width)
+        return noise.canvas(seed, call.ensemble, channels, (height, width))
 
 
 def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ from diffusion_backbones.spec.configs import Config, Configs
 log = logging.getLogger(__name__)
 
 AVERAGED = "model_ema."
+ENDS_IN_NOISE = "ztsnr"
+"""An empty tensor by which trainers mark a schedule without signal at its last step."""
 _CLIP = {
     "text_encoder": (
         "cond_stage_model.clip_l.",
@@ -63,8 +65,8 @@ class SingleFile:
     """
 
     def __init__(self, path: Path, configs: Configs):
-        self.path, self._configs = path, configs
-        self._stored = TensorFiles([path])
+        self.path, self._stored = path, TensorFiles([path])
+        self._configs = self._with_schedule(configs)
         self.provenance = {"path": str(path)}
 
     def __str__(self) -> str:
@@ -143,7 +145,14 @@ class SingleFile:
 
     def over(self, configs: Configs, family: type[Architecture]) -> Configs:  # noqa: ARG002  (a folder's)
         """The configs of a base, or the declared ones where there is none."""
-        return configs or self._configs
+        return self._with_schedule(configs) or self._configs
+
+    def _with_schedule(self, configs: Configs) -> Configs:
+        """Configs with what the file itself says of its noise."""
+        scheduler = configs.get("scheduler")
+        if ENDS_IN_NOISE not in self._stored or scheduler is None:
+            return configs
+        return {**configs, "scheduler": {**scheduler, "rescale_betas_zero_snr": True}}
 
     def text_config(self, component: str) -> Config:
         """The config of a text encoder."""

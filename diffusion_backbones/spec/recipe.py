@@ -196,8 +196,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form that :meth:`from_dict` reads back."""
         data = asdict(self) | {"levels": [list(level.activations) for level in self.levels]}
-        kept = {k: v for k, v in data.items() if k not in _LATER or v != _LATER[k]}
-        return {_ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+        as_before = all(data[k] == v for k, v in _LATER.items())
+        kept = {k: v for k, v in data.items() if not (as_before and k in _LATER)}
+        return {ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -297,12 +298,12 @@ def _check_several(settings: Mapping[str, Any], what: str) -> None:
 
 
 _LATER: dict[str, Any] = {"timesteps": (), "combine": "mean", "inversion_steps": 50}
-"""Settings that files of version 0.1 do not have, left out where they are as they were then: files stay the same."""
+"""Settings that files of version 0.1 do not have, left out where all are as they were then: files stay the same."""
 
 # The setting ``normalize`` was called ``normalise`` in version 0.1, and still is in files, so that digests and saved
 # folders stay as they are.
 
-_ON_DISK = {"normalize": "normalise"}
+ON_DISK = {"normalize": "normalise"}
 
 
 def _american(settings: Mapping[str, Any]) -> dict[str, Any]:
