@@ -286,6 +286,14 @@ def test_a_file_of_another_architecture_says_which_names_read_it(
     assert "config.json" not in str(error.value)
 
 
+@pytest.mark.parametrize(("given", "asked"), [("sd15", "sdxl"), ("sd21", "sdxl")])
+def test_a_whole_file_of_another_architecture_says_so_before_what_it_lacks(given, asked, tiny_folder, tmp_path):
+    """SDXL has a second text encoder; to add one to a file of Stable Diffusion would not help."""
+    path = original.write(given, tiny_folder(given), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"is not a file of {asked}.*though not the widths, of .*{given}"):
+        db.create_model(f"{asked}_gdf", checkpoint_path=path)
+
+
 def test_a_unet_of_more_channels_says_whose_they_are(folders, tmp_path):
     state = load_file(original.write("sd15", folders[1], tmp_path / "whole.safetensors"))
     state[f"{PREFIX}input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture
 from diffusion_backbones.loading import fingerprint, layouts
-from diffusion_backbones.loading.looks_like import difference, readers
+from diffusion_backbones.loading.looks_like import difference, has_layers, readers
 from diffusion_backbones.loading.source import digest, modern_attention
 from diffusion_backbones.loading.what_it_is import what_a_file_is
 from diffusion_backbones.ops.conversion import ConvertedFiles
@@ -116,11 +116,15 @@ class SingleFile:
                 f"give a folder in the diffusers layout, or a file of its {network.denoiser}/"
             )
 
-    def check_sizes(self, network: Architecture, wanted: str) -> None:
-        """Check that the denoiser's layers are those of a network; arguments and errors as for :meth:`check`."""
+    def check_sizes(self, network: Architecture, wanted: str, widths: bool = True) -> None:
+        """Check that the denoiser's layers are those of a network, of its ``widths`` or of any; other arguments and
+        errors as for :meth:`check`.
+        """
         if not self.has(network.denoiser):
             return
         shapes = self.converted(network)
+        if not widths and shapes is not None and has_layers(shapes, network):
+            return
         how = "it lacks layers" if shapes is None else difference(shapes, network)
         said = readers(layouts.denoiser_names(self._stored.shapes), self.converted) if how else ""
         if shapes is None and not said:
