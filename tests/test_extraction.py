@@ -606,9 +606,10 @@ def test_interrupted_and_killed_runs_go_on_where_they_stopped(backbone, tmp_path
     assert "Traceback" not in told
     assert 3 <= len(first) < n
     assert litter(out) == []
-    assert {name for name, status in statuses(out).items() if status == "done"} == {
-        path.name.removesuffix(".safetensors") for path in first
-    }
+    written = {path.name.removesuffix(".safetensors") for path in first}
+    noted = {name for name, status in statuses(out).items() if status == "done"}
+    assert noted <= written
+    assert len(written - noted) <= 1  # the signal may come between a file and its note; the next run reads the file
 
     process = start(photos, out)
     wait_for(process, out, len(first) + 3)

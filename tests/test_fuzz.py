@@ -244,7 +244,7 @@ BUILD = {
     "truncate": is_bool,
     "features_only": lambda v: v is True,
     "pretrained_cfg": lambda v: isinstance(v, dict),
-    "pretrained_cfg_overlay": lambda v: v == {} and isinstance(v, dict),
+    "pretrained_cfg_overlay": lambda v: isinstance(v, dict) and v == {},
     "img_size": lambda v: is_count(v) or is_int(v, 1) or (isinstance(v, tuple) and v in ((1, 2), (4, 2))),
     "num_classes": lambda v: plain(v) == 0,
     "recipe": lambda v: False,
