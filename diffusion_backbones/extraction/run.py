@@ -119,7 +119,7 @@ def extract(
         reader = Reader(backbone, size, max_pixels, folder.obstacle)
         _run(reader, Computer(backbone, dtype), folder, waiting, batch_size, threads_that_read, summary)
     finally:
-        folder.write_manifest()  # also when interrupted, so that it is current
+        folder.close()  # also when interrupted, so that the manifest is current
     return summary
 
 
