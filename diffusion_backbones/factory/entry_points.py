@@ -140,7 +140,7 @@ def create_model(
     found = locate(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
     if encoder is not None:
         found = with_encoder(found, encoder, pretrained, cache_dir)
-    configs = found.configs()
+    configs = found.configs
     plan = plan_for(_declared(found, configs, recipe, settings), configs, options)
     folded = found.restored.folded if found.restored else {}
     if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
@@ -211,7 +211,7 @@ def architecture(name: str, checkpoint_path: str | Path | None = None) -> tuple[
         KeyError: No such checkpoint.
     """
     found = locate(name, True, checkpoint_path, False, None)
-    return found.checkpoint, families.architecture(found.checkpoint, found.configs())
+    return found.checkpoint, families.architecture(found.checkpoint, found.configs)
 
 
 def build_described(described: SavedConfig, trainable: bool | str = False) -> DiffusionBackbone:
