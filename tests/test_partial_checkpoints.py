@@ -240,7 +240,7 @@ def test_a_tensor_that_does_not_fit_is_named_as_it_is_stored(folders, tmp_path):
         db.create_model(f"local-dir:{folders[0]}", recipe=["mid-vit-out"], checkpoint_path=tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("name", ["edm_mean", "edm_std"])
+@pytest.mark.parametrize("name", ["edm_mean", "edm_std", "edm_vpred.sigma_max"])
 def test_latents_that_are_normalized_otherwise_are_refused(name, folders, tmp_path):
     state = load_file(original.write("sd15", folders[1], tmp_path / "whole.safetensors"))
     save_file(state | {name: torch.zeros(1, 4, 1, 1)}, tmp_path / "edm.safetensors")
@@ -284,6 +284,14 @@ def test_a_file_of_another_architecture_says_which_names_read_it(
     with pytest.raises(ValueError, match=rf"is not a file of my_.*{how}.*though not the widths, of .*{reads}") as error:
         db.create_model(f"local-dir:{tiny_folder(asked)}", recipe=["mid-vit-out"], checkpoint_path=path)
     assert "config.json" not in str(error.value)
+
+
+@pytest.mark.parametrize(("given", "asked"), [("sd15", "sdxl"), ("sd21", "sdxl")])
+def test_a_whole_file_of_another_architecture_says_so_before_what_it_lacks(given, asked, tiny_folder, tmp_path):
+    """SDXL has a second text encoder; to add one to a file of Stable Diffusion would not help."""
+    path = original.write(given, tiny_folder(given), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"is not a file of {asked}.*though not the widths, of .*{given}"):
+        db.create_model(f"{asked}_gdf", checkpoint_path=path)
 
 
 def test_a_unet_of_more_channels_says_whose_they_are(folders, tmp_path):

@@ -50,6 +50,7 @@ class Folder:
     def __init__(self, path: Path, settings: Settings, about: Mapping[str, Any], overwrite: bool):
         self.path, self.settings, self.about, self.overwrite = path, settings, about, overwrite
         self.images: Images = {}
+        self.under_way: ImageFile | None = None
         self.written = 0.0
         self._kept(self._read())
 
@@ -174,7 +175,7 @@ class Folder:
         Raises:
             OSError: The file cannot be written.
         """
-        path = self.target(file)
+        path, self.under_way = self.target(file), file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             safetensors_io.write(path, maps, {**metadata, "settings": self.settings.digest})
@@ -184,8 +185,20 @@ class Folder:
     def note(self, file: ImageFile, error: str | None) -> None:
         """Record the status of an image; the manifest on disk is written again after :data:`REFRESH` seconds."""
         self.images[file.name] = _entry(file, "done") if error is None else _entry(file, "failed", error=error)
+        self.under_way = None
         if time.monotonic() - self.written > REFRESH:
             self.write_manifest()
+
+    def close(self) -> None:
+        """Write the manifest, with the image whose features were written when a signal came before its note.
+
+        Raises:
+            ValueError: Another process has given the folder other settings.
+            OSError: It cannot be written.
+        """
+        if self.under_way is not None and self.finished(self.under_way):
+            self.images[self.under_way.name] = _entry(self.under_way, "done")
+        self.write_manifest()
 
     def write_manifest(self) -> None:
         """Write the manifest as it is now, with what other processes have noted in it.

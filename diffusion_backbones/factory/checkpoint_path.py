@@ -25,6 +25,11 @@ _HUB = re.compile(
 )
 
 
+def is_given(path: Any) -> bool:
+    """Whether there is a path, or what stands where one belongs; timm gives an empty string for none."""
+    return path is not None and not (isinstance(path, str) and not path)
+
+
 def local_path(given: Any) -> Path:
     """A path as it was given, checked to be one of this machine.
 
@@ -70,74 +75,80 @@ def from_address(text: str) -> str:
     return f"The name 'hf-hub:{repo}' reads the repository, with recipe=."
 
 
-def open_path(
-    path: Path, checkpoint: Checkpoint, base: Source | None, published: Callable[[], Source] | None
-) -> Source:
-    """The source of a path, with what it lacks from a base.
+class GivenPath:
+    """A path that was given beside a checkpoint.
 
     Args:
         path: A folder or a file.
         checkpoint: What was asked for.
         base: Where its weights are already; None for a registered name.
         published: Opens the published checkpoint; None where that is not allowed.
-
-    Raises:
-        ConnectionError: The published checkpoint is needed and cannot be opened.
-        FileNotFoundError: It holds nothing of a checkpoint.
-        ValueError: It is something else, or of another architecture.
     """
-    opened = _open_folder if path.is_dir() else _open_file
-    part, lacks = opened(path, checkpoint, base)
-    if lacks and not base and published:
-        base = published()
-        part, lacks = opened(path, checkpoint, base)
-    family = FAMILIES[checkpoint.family]
-    source = Completed(part, family, base, lacks, checkpoint.hub_id) if lacks else part
-    if isinstance(part, SingleFile) and (base or not lacks):
-        part.check_sizes(_network(checkpoint, source.configs(family), source), checkpoint.name)
-    return source
 
+    def __init__(self, path: Path, checkpoint: Checkpoint, base: Source | None, published: Callable[[], Source] | None):
+        self.path, self.checkpoint, self.base, self.published = path, checkpoint, base, published
+        self.family = FAMILIES[checkpoint.family]
 
-def _open_file(path: Path, checkpoint: Checkpoint, base: Source | None) -> tuple[SingleFile, list[str]]:
-    family = FAMILIES[checkpoint.family]
-    network = _network(checkpoint, base.configs(family) if base else package_configs(checkpoint), base or path)
-    file = SingleFile(path, network.configs)
-    if base and any(name.startswith(layouts.TEXT) for name in file.names()):
-        texts = {name: base.text_config(name) for name in network.text_encoders}
-        file = SingleFile(path, {**network.configs, **texts})
-    file.check(network, checkpoint.name)
-    return file, [name for name in components(network) if not file.has(name)]
+    def open(self) -> Source:
+        """The source that the path is, with what it lacks from the base or else from the published checkpoint.
 
+        Raises:
+            ConnectionError: The published checkpoint is needed and cannot be opened.
+            FileNotFoundError: The path holds nothing of a checkpoint.
+            ValueError: It is something else, or of another architecture.
+        """
+        part, lacks = self._part()
+        if lacks and not self.base and self.published:
+            self.base = self.published()
+            part, lacks = self._part()
+        source = Completed(part, self.family, self.base, lacks, self.checkpoint.hub_id) if lacks else part
+        if isinstance(part, SingleFile):  # before it is said what another file would lack
+            network = self._network(source.configs(self.family), source)
+            part.check_sizes(network, self.checkpoint.name, widths=bool(self.base or not lacks))
+        return source
 
-def _open_folder(path: Path, checkpoint: Checkpoint, base: Source | None) -> tuple[Folder, list[str]]:
-    family, folder = FAMILIES[checkpoint.family], Folder(path)
-    _check_folder(folder, family, checkpoint.name)
-    own = folder.over({}, family)
-    needed = [family.denoiser, *([family.encoder] if family.encoder else [])]
-    configs = {**(base.configs(family) if base else {}), **own}
-    if family.denoiser in configs:
-        whole = all(name in configs for name in (*needed, "scheduler"))
-        needed = components(_network(checkpoint, configs, folder) if whole else family(configs, checkpoint.name))
-    return folder, [name for name in needed if not folder.has(name)] + ["scheduler"] * ("scheduler" not in own)
+    def _part(self) -> tuple[Folder | SingleFile, list[str]]:
+        """What is there, and what it lacks."""
+        return self._folder() if self.path.is_dir() else self._file()
 
+    def _file(self) -> tuple[SingleFile, list[str]]:
+        base = self.base
+        configs = base.configs(self.family) if base else package_configs(self.checkpoint)
+        network = self._network(configs, base or self.path)
+        file = SingleFile(self.path, network.configs)
+        if base and any(name.startswith(layouts.TEXT) for name in file.names()):
+            texts = {name: base.text_config(name) for name in network.text_encoders}
+            file = SingleFile(self.path, {**network.configs, **texts})
+        file.check(network, self.checkpoint.name)
+        return file, [name for name in components(network) if not file.has(name)]
 
-def _check_folder(folder: Folder, family: type[Architecture], wanted: str) -> None:
-    """Raise if a folder holds nothing of a checkpoint, or the denoiser of another kind."""
-    parts = (family.denoiser, family.encoder or family.denoiser, "text_encoder", "text_encoder_2", "text_encoder_3")
-    others = {other.denoiser for other in FAMILIES.values()} - {family.denoiser}
-    if folder.has(family.denoiser):
-        if averaged := [name for name in (f"{family.denoiser}_ema",) if folder.has(name)]:
-            log.warning("%s holds averaged weights too (%s); the others are read", folder, averaged[0])
-        return
-    if found := [other for other in sorted(others) if folder.has(other)]:
-        raise FileNotFoundError(
-            f"{folder} holds {found[0]}/ and no {family.denoiser}/, where the denoiser of {wanted} is; use a name of "
-            "its own architecture, or 'local-dir:' with recipe="
-        )
-    if not any(folder.has(part) for part in parts):
-        raise FileNotFoundError(f"{folder} {what_a_folder_is(folder)}")
+    def _folder(self) -> tuple[Folder, list[str]]:
+        family, folder = self.family, Folder(self.path)
+        self._check_folder(folder)
+        own = folder.over({}, family)
+        needed = [family.denoiser, *([family.encoder] if family.encoder else [])]
+        configs = {**(self.base.configs(family) if self.base else {}), **own}
+        if family.denoiser in configs:
+            whole = all(name in configs for name in (*needed, "scheduler"))
+            needed = components(self._network(configs, folder) if whole else family(configs, self.checkpoint.name))
+        return folder, [name for name in needed if not folder.has(name)] + ["scheduler"] * ("scheduler" not in own)
 
+    def _check_folder(self, folder: Folder) -> None:
+        """Raise if a folder holds nothing of a checkpoint, or the denoiser of another kind."""
+        denoiser = self.family.denoiser
+        parts = (denoiser, self.family.encoder or denoiser, "text_encoder", "text_encoder_2", "text_encoder_3")
+        others = {other.denoiser for other in FAMILIES.values()} - {denoiser}
+        if folder.has(denoiser):
+            if folder.has(averaged := f"{denoiser}_ema"):
+                log.warning("%s holds averaged weights too (%s); the others are read", folder, averaged)
+            return
+        if found := [other for other in sorted(others) if folder.has(other)]:
+            raise FileNotFoundError(
+                f"{folder} holds {found[0]}/ and no {denoiser}/, where the denoiser of {self.checkpoint.name} is; use "
+                "a name of its own architecture, or 'local-dir:' with recipe="
+            )
+        if not any(folder.has(part) for part in parts):
+            raise FileNotFoundError(f"{folder} {what_a_folder_is(folder)}")
 
-def _network(checkpoint: Checkpoint, configs: Configs, where: Source | Path) -> Architecture:
-    family = FAMILIES[checkpoint.family]
-    return family(upstream.read(family, configs, str(where)), checkpoint.name)
+    def _network(self, configs: Configs, where: Source | Path) -> Architecture:
+        return self.family(upstream.read(self.family, configs, str(where)), self.checkpoint.name)

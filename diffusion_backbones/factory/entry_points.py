@@ -15,6 +15,7 @@ import torch
 from diffusion_backbones import families
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.factory.build import Builder, plan_for
+from diffusion_backbones.factory.checkpoint_path import is_given
 from diffusion_backbones.factory.locate import Resolved, declare, locate, with_encoder
 from diffusion_backbones.factory.options import BuildOptions, check_overlay, check_strides, recipe_overrides
 from diffusion_backbones.loading.prompts import no_text_encoder
@@ -135,11 +136,12 @@ def create_model(
         truncate=truncate,
     )
     settings = recipe_overrides({**overrides, "features_only": features_only})
-    checkpoint_path = checkpoint_path or check_overlay(pretrained_cfg_overlay)
+    overlaid = check_overlay(pretrained_cfg_overlay)
+    checkpoint_path = checkpoint_path if is_given(checkpoint_path) else overlaid
     found = locate(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
     if encoder is not None:
         found = with_encoder(found, encoder, pretrained, cache_dir)
-    configs = found.configs()
+    configs = found.configs
     plan = plan_for(_declared(found, configs, recipe, settings), configs, options)
     folded = found.restored.folded if found.restored else {}
     if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
@@ -210,7 +212,7 @@ def architecture(name: str, checkpoint_path: str | Path | None = None) -> tuple[
         KeyError: No such checkpoint.
     """
     found = locate(name, True, checkpoint_path, False, None)
-    return found.checkpoint, families.architecture(found.checkpoint, found.configs())
+    return found.checkpoint, families.architecture(found.checkpoint, found.configs)
 
 
 def build_described(described: SavedConfig, trainable: bool | str = False) -> DiffusionBackbone:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.factory import tiny_encoder
-from diffusion_backbones.factory.checkpoint_path import from_address, local_path, open_path
+from diffusion_backbones.factory.checkpoint_path import GivenPath, from_address, is_given, local_path
 from diffusion_backbones.families import FAMILIES, Architecture, architecture, upstream
 from diffusion_backbones.loading.hub import HubRepo, open_checkpoint
 from diffusion_backbones.loading.saved_folder import SavedBackbone, is_saved
@@ -57,6 +57,7 @@ class Resolved:
         place = self.restored or self.source
         return place.provenance if place else {}
 
+    @cached_property
     def configs(self) -> Configs:
         """The upstream configs of the network's components, those of files checked.
 
@@ -77,7 +78,7 @@ def locate(
 ) -> Resolved:
     """What a name stands for; arguments and errors as for :func:`~diffusion_backbones.create_model`."""
     found = _by_name(name, has_recipe, cache_dir)
-    if checkpoint_path:
+    if is_given(checkpoint_path):
         return _with_path(found, local_path(checkpoint_path), pretrained, cache_dir)
     if pretrained and not found.has_weights:
         return replace(found, source=_published(found.checkpoint, cache_dir))
@@ -160,7 +161,7 @@ def _with_path(found: Resolved, path: Path, pretrained: bool, cache_dir: str | P
     if path.is_dir() and is_saved(Folder(path)):
         return _with_saved(found, path)
     published = partial(_published, replace(checkpoint, denoiser=None), cache_dir) if pretrained else None
-    return replace(found, source=open_path(path, checkpoint, found.source, published))
+    return replace(found, source=GivenPath(path, checkpoint, found.source, published).open())
 
 
 def _with_saved(found: Resolved, path: Path) -> Resolved:
@@ -193,7 +194,7 @@ def with_encoder(found: Resolved, encoder: str, pretrained: bool, cache_dir: str
         source = tiny_encoder.source(tiny, found.source, found.family, cache_dir)
     config = (source and source.config) or packaged(tiny)
     declared = architecture(found.checkpoint).image_encoder
-    fitted = tiny_encoder.fitted(config, architecture(found.checkpoint, found.configs()), declared)
+    fitted = tiny_encoder.fitted(config, architecture(found.checkpoint, found.configs), declared)
     checkpoint = replace(found.checkpoint, encoder_float16=True)  # it is the checkpoint's own encoder that overflows
     declaration = found.declaration and replace(found.declaration, checkpoint=checkpoint)
     return Resolved(checkpoint, declaration, source, encoder=fitted)

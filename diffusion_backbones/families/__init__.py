@@ -22,37 +22,40 @@ from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.configs import Configs, package_configs
 from diffusion_backbones.spec.validation import closest
 
-FAMILIES: dict[str, type[Architecture]] = {
-    "unet": UNet,
-    "dit": DiT,
-    "pixart": PixArt,
-    "sd3": SD3,
-    "flux": Flux,
-    "hunyuan": Hunyuan,
-    "auraflow": AuraFlow,
-    "sana": Sana,
-    "qwen": Qwen,
-    "flux2": Flux2,
-    "lumina": Lumina,
-    "z_image": ZImage,
-    "chroma": Chroma,
-    "pixel": PixelUNet,
-    "deepfloyd": DeepFloyd,
-}
-"""Every family by the name that :class:`~diffusion_backbones.spec.checkpoint.Checkpoint` uses."""
+
+class _Families(dict[str, type[Architecture]]):
+    """Name -> family; a name that is none says so."""
+
+    def __missing__(self, name: str) -> type[Architecture]:
+        raise ValueError(f"there is no family {name!r}.{closest(name, self)} Known are {', '.join(self)}.")
+
+
+FAMILIES: dict[str, type[Architecture]] = _Families(
+    {
+        "unet": UNet,
+        "dit": DiT,
+        "pixart": PixArt,
+        "sd3": SD3,
+        "flux": Flux,
+        "hunyuan": Hunyuan,
+        "auraflow": AuraFlow,
+        "sana": Sana,
+        "qwen": Qwen,
+        "flux2": Flux2,
+        "lumina": Lumina,
+        "z_image": ZImage,
+        "chroma": Chroma,
+        "pixel": PixelUNet,
+        "deepfloyd": DeepFloyd,
+    }
+)
+"""Every family by the name that :class:`~diffusion_backbones.spec.checkpoint.Checkpoint` uses. Any other name raises
+``ValueError``, which names the closest.
+"""
 
 
 def architecture(checkpoint: Checkpoint, configs: Configs | None = None) -> Architecture:
-    """A checkpoint's family bound to configs, by default to those that travel with the package.
-
-    Raises:
-        ValueError: There is no such family; the closest is named.
-    """
-    if checkpoint.family not in FAMILIES:
-        near = closest(checkpoint.family, FAMILIES)
-        raise ValueError(
-            f"{checkpoint.name} is of family {checkpoint.family!r}.{near} Known are {', '.join(FAMILIES)}."
-        )
+    """A checkpoint's family bound to configs, by default to those that travel with the package."""
     return FAMILIES[checkpoint.family](configs or package_configs(checkpoint), checkpoint.name)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture
 from diffusion_backbones.loading import fingerprint, layouts
-from diffusion_backbones.loading.looks_like import difference, readers
+from diffusion_backbones.loading.looks_like import difference, has_layers, readers
 from diffusion_backbones.loading.source import digest, modern_attention
 from diffusion_backbones.loading.what_it_is import what_a_file_is
 from diffusion_backbones.ops.conversion import ConvertedFiles
@@ -98,12 +98,11 @@ class SingleFile:
         """
         if other := what_a_file_is(self.path, self._stored.shapes):
             raise ValueError(f"{self.path} {other}")
-        for name in ("edm_mean", "edm_std"):
-            if name in self._stored:
-                raise ValueError(
-                    f"{self.path} holds {name}: its latents are normalized and its noise is scheduled in another way "
-                    f"(EDM), which no config beside it says; give a folder in the diffusers layout"
-                )
+        if edm := [name for name in self._stored.shapes if name.startswith("edm_")]:
+            raise ValueError(
+                f"{self.path} holds {edm[0]}: its latents are normalized and its noise is scheduled in another way "
+                "(EDM), which no config beside it says; give a folder in the diffusers layout"
+            )
         if not self.has(network.denoiser):
             return
         names, family = layouts.denoiser_names(self._stored.shapes), type(network)
@@ -116,11 +115,15 @@ class SingleFile:
                 f"give a folder in the diffusers layout, or a file of its {network.denoiser}/"
             )
 
-    def check_sizes(self, network: Architecture, wanted: str) -> None:
-        """Check that the denoiser's layers are those of a network; arguments and errors as for :meth:`check`."""
+    def check_sizes(self, network: Architecture, wanted: str, widths: bool = True) -> None:
+        """Check that the denoiser's layers are those of a network, of its ``widths`` or of any; other arguments and
+        errors as for :meth:`check`.
+        """
         if not self.has(network.denoiser):
             return
         shapes = self.converted(network)
+        if not widths and shapes is not None and has_layers(shapes, network):
+            return
         how = "it lacks layers" if shapes is None else difference(shapes, network)
         said = readers(layouts.denoiser_names(self._stored.shapes), self.converted) if how else ""
         if shapes is None and not said:
