@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from diffusion_backbones.families.base import TEXT
 from diffusion_backbones.families.meta_trace import run
 from diffusion_backbones.ops import safetensors_io
+from diffusion_backbones.ops.known_shapes import KnownShapes
 from diffusion_backbones.ops.recording import Recorder
 from diffusion_backbones.surgery.plan import Plan
 
@@ -28,7 +29,7 @@ def unreached(plan: Plan) -> set[str]:
         denoiser, conditioning = plan.denoiser(), network.blank_conditioning()
     recorder = Recorder(denoiser, sites)
     text = {f"conditioning.{name}": conditioning[name].requires_grad_() for name in TEXT if name in conditioning}
-    with torch.enable_grad(), recorder.recording(sites) as acts:
+    with KnownShapes(), torch.enable_grad(), recorder.recording(sites) as acts:
         output = run(network, denoiser, (2 * d, 2 * d), conditioning)
     reached = _leaves(x for x in (output, *acts.values()) if x.requires_grad)
     reachable = {f"denoiser.{name}": parameter for name, parameter in denoiser.named_parameters()} | text
@@ -58,7 +59,7 @@ def called(plan: Plan) -> set[str]:
     names: list[str] = []
     for name, module in denoiser.named_modules():
         module.register_forward_hook(functools.partial(_note, names, name))
-    with torch.no_grad():
+    with KnownShapes(), torch.no_grad():
         run(plan.architecture, denoiser, (2 * d, 2 * d))
     return set(names)
 
@@ -71,6 +72,6 @@ def gflops(function: Any, *args: Any) -> float:
     """Billions of floating-point operations of a call, two per multiply-add, as PyTorch's counter sees them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with KnownShapes(), FlopCounterMode(display=False) as counter:
         function(*args)
     return int(counter.get_total_flops()) / 1e9
