@@ -228,7 +228,7 @@ def test_heads_and_classifiers(backbone):
         ({"levels": (("mid-vit-out", 3),)}, r"levels\[0\]\[1\]: expected str, got 3"),
         ({"levels": (3,)}, r"levels\[0\]: expected list, got 3"),
         ({"prompt_padding": "left"}, "prompt_padding: expected one of max_length, longest, got 'left'"),
-        ({"noise": "fixd"}, "noise: expected one of fixed, random, none, got 'fixd'. Did you mean fixed"),
+        ({"noise": "fixd"}, "noise: expected one of fixed, random, none, inversion, got 'fixd'. Did you mean fixed"),
         ({"normalize": "layr"}, "normalize: .*'layr'. Did you mean layer"),
         ({"ensemble": 4, "noise": "none"}, "an ensemble of 4 averages over noise"),
         ({"ensemble": True}, "ensemble: expected int, got True"),

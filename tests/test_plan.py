@@ -95,12 +95,13 @@ def test_a_call_is_parsed_once():
     """What a call leaves out is the recipe's; noise that is not drawn has one draw."""
     recipe = db.get_declaration("tinysd_dift").recipe
     call = Call.parse({"timestep": None, "noise": None}, recipe, 4, "tinysd_dift", folded=False)
-    assert (call.timestep, call.noise, call.ensemble, call.chunk) == (recipe.timestep, "fixed", recipe.ensemble, 4)
+    settings = (call.timesteps, call.noise, call.ensemble, call.chunk)
+    assert settings == ((recipe.timestep,), "fixed", recipe.ensemble, 4)
     given = torch.zeros(4, 8, 8)
     call = Call.parse({"noise": given, "chunk": 2}, recipe, 4, "tinysd_dift", folded=False)
     assert (call.noise is given, call.ensemble, call.chunk) == (True, 1, 2)
     with pytest.raises(AttributeError):
-        call.timestep = 3
+        call.timesteps = (3,)
 
 
 @pytest.mark.parametrize(
