@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from diffusers import AutoencoderTiny
 from hub import Hub
 from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from test_hub import contents
@@ -25,7 +27,6 @@ from diffusion_backbones.extraction.rerun import Order, all_finished
 from diffusion_backbones.ops.file_formats import safetensors_metadata
 
 OPTIONS = asdict(ModelOptions(None, "cpu", None, False, None, None)) | {"size": 64, "dtype": "float16"}
-RECIPE_FREE = "local-dir:"
 
 
 @pytest.fixture
@@ -180,14 +181,14 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_weights_on_the_hub_are_known_by_the_commit_of_the_branch(hub, tiny_folder, photos, tmp_path):
-    name, out = "sd21_gdf" if db.is_model("sd21_gdf") else "sd21_dift", tmp_path / "out"
+    name, out = "sd21_dift", tmp_path / "out"
     checkpoint = db.get_declaration(name).checkpoint
-    hub.commit(checkpoint.hub_id, contents(tiny_folder(checkpoint.name)), commit="a" * 40)
-    hub.repos[checkpoint.hub_id].refs[checkpoint.revision] = "a" * 40
+    hub.commit(checkpoint.hub_id, contents(tiny_folder(checkpoint.name)), commit=checkpoint.revision)
     made(name, photos, out)
     assert done(name, photos, out), "the first run downloaded, and the second has nothing to do"
+    assert Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=checkpoint.hub_id, repo_type="model")).is_dir()
     hub.off()
-    assert done(name, photos, out), "a hub that cannot be asked is answered by the cache"
+    assert done(name, photos, out), "a commit is its own answer"
     [weights] = Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/unet/diffusion_pytorch_model.safetensors")
     real = weights.resolve()
     real.write_bytes(real.read_bytes()[:-1] + b"0")
@@ -195,13 +196,20 @@ def test_weights_on_the_hub_are_known_by_the_commit_of_the_branch(hub, tiny_fold
 
 
 def test_a_branch_that_moved_is_seen(hub, tiny_folder, photos, tmp_path):
+    """The tiny encoder's; where a hub cannot be asked, the cache says where the branch was."""
     name, out = "sd21_dift", tmp_path / "out"
     checkpoint = db.get_declaration(name).checkpoint
-    files = contents(tiny_folder(checkpoint.name))
-    hub.commit(checkpoint.hub_id, files, commit="a" * 40)
-    made(name, photos, out)
-    hub.commit(checkpoint.hub_id, files | {"README.md": b"other"}, commit="b" * 40)
-    assert not done(name, photos, out)
+    whole = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    whole.save_pretrained(tmp_path / "taesd")
+    encoder, files = checkpoint.tiny_encoder.file, contents(tmp_path / "taesd")
+    hub.commit(checkpoint.hub_id, contents(tiny_folder(checkpoint.name)), commit=checkpoint.revision)
+    hub.commit(encoder.repo, files, commit="a" * 40)
+    made(name, photos, out, encoder="tiny")
+    assert done(name, photos, out, encoder="tiny")
+    hub.commit(encoder.repo, files | {"README.md": b"other"}, commit="b" * 40)
+    assert not done(name, photos, out, encoder="tiny")
+    hub.off()
+    assert done(name, photos, out, encoder="tiny")
 
 
 def test_what_came_from_another_place_than_was_asked_first_is_not_noted():

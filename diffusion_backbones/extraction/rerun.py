@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -106,18 +107,13 @@ class Order:
         return self.digest(commits) if known is not None and known.keys() == commits.keys() else None
 
     def now(self) -> str | None:
-        """The same before they are read; the hub is asked which commits its branches are at.
+        """The same before they are read. The hub is asked which commit a branch is at; a commit is its own answer.
 
         Raises:
             ConnectionError: It does not say, nor does the cache.
         """
         known = self.repositories
-        if not known:
-            return None if known is None else self.digest({})
-
-        from diffusion_backbones.loading.hub import HubRepo  # the hub's client, a third of a second
-
-        return self.digest({repo: HubRepo(repo, revision).commit for repo, revision in known.items()})
+        return None if known is None else self.digest({repo: _commit(repo, at) for repo, at in known.items()})
 
 
 def all_finished(order: Order, files: Sequence[ImageFile], out: Path) -> bool:
@@ -154,11 +150,20 @@ def _files(place: Path) -> Iterator[Path]:
         yield from (path for path in place.glob(depth) if path.is_file())
 
 
+def _commit(repo: str, revision: str) -> str:
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+
+    from diffusion_backbones.loading.hub import HubRepo  # the hub's client takes a third of a second
+
+    return HubRepo(repo, revision).commit
+
+
 def _snapshot(repo: str, commit: str) -> Path:
     """Where the hub's client keeps a commit."""
-    from huggingface_hub import constants, file_download  # heavy
+    from huggingface_hub import constants  # heavy
 
-    folder = file_download.repo_folder_name(repo_id=repo, repo_type="model")
+    folder = constants.REPO_ID_SEPARATOR.join(["models", *repo.split("/")])
     return Path(constants.HF_HUB_CACHE, folder, "snapshots", commit)
 
 
