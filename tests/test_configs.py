@@ -18,7 +18,7 @@ from diffusion_backbones.families import FAMILIES, upstream
 from diffusion_backbones.spec.configs import CONFIGS, package_configs
 from diffusion_backbones.spec.registry import get_checkpoint, list_checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "costs_not_measured")
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 X = torch.linspace(-1, 1, 3 * 64 * 128).view(1, 3, 64, 128).sin()

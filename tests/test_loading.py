@@ -23,6 +23,8 @@ import diffusion_backbones as db
 from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec import registry
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET, VAE, TEXT = f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"
 X = torch.linspace(-1, 1, 3 * 64 * 128).view(1, 3, 64, 128).sin()

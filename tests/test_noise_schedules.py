@@ -18,6 +18,8 @@ from diffusion_backbones.ops.noise import RectifiedFlow, VariancePreserving
 from diffusion_backbones.spec.configs import CONFIGS, is_flow
 from diffusion_backbones.spec.schedule import FLOWS, VARIANCE_PRESERVING, check_schedule, noise_level
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 SD = {
     "_class_name": "PNDMScheduler",
     "num_train_timesteps": 1000,

@@ -11,6 +11,8 @@ from markdown_it import MarkdownIt
 
 import diffusion_backbones as db
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 
 class Page(HTMLParser):
     """The elements of a page, and what its links and pictures point to."""
