@@ -85,7 +85,8 @@ gc.freeze()
 before = gc.get_freeze_count()
 with uncollected():
     import decimal, fractions, statistics, xmlrpc.client
-assert before and gc.get_freeze_count() == before and gc.isenabled(), (before, gc.get_freeze_count())
+after = gc.get_freeze_count()  # a few are freed meanwhile
+assert before - 100 < after <= before and gc.isenabled(), (before, after)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
