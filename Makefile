@@ -46,15 +46,17 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv; the first time this fetches PyTorch, several gigabytes." >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip install --disable-pip-version-check --editable . >&2
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "Installing what the tests need into .venv." >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' >&2
 	@touch $@
 
 .venv-lowest/installed: pyproject.toml scripts/lowest.py .venv/installed-dev
 	@test -x .venv-lowest/bin/python || $(LOWEST_PYTHON) -m venv .venv-lowest
 	@$(BIN)/python scripts/lowest.py > .venv-lowest/lowest.txt
-	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-lowest/lowest.txt pytest pytest-xdist
+	@echo "Installing the lowest versions into .venv-lowest." >&2
+	@.venv-lowest/bin/python -m pip install --disable-pip-version-check --requirement .venv-lowest/lowest.txt pytest pytest-xdist >&2
 	@touch $@

@@ -8,6 +8,7 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone
+from diffusion_backbones.cli.loading import loading
 from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING_FILE, NEW_FILE, ModelOptions, Name, argument_of
 from diffusion_backbones.ops import atomic
 
@@ -41,7 +42,7 @@ def visualize(
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
       diffusion-backbones visualize tinysd_genpercept photo.jpg -o picture.png --size 512
     """
-    from diffusion_backbones.extraction.images import load, too_large  # torch
+    from diffusion_backbones.extraction.images import load, too_large  # Pillow
 
     if image is None:
         name, image = "tinysd_gdf", name
@@ -51,7 +52,8 @@ def visualize(
     photo = load(path, max_pixels)
     model.check(name)
 
-    from diffusion_backbones.evaluation import visualize  # torch
+    with loading(name):
+        from diffusion_backbones.evaluation import visualize  # torch
 
     if out.suffix.lower() not in visualize.FORMATS:
         raise click.BadParameter(f"{out.name!r} must end in one of {', '.join(visualize.FORMATS)}.", param_hint="'-o'")
