@@ -14,6 +14,7 @@ them choose its weight); accuracy on the held-out ones; the bootstrap draws phot
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import hashlib
@@ -115,6 +116,17 @@ def rows(folder: Path) -> tuple[list[Row], list[Row]]:
     known = [row for row in csv.DictReader((folder / "index.csv").open(newline="")) if row["class"]]
     held_out = [hashlib.sha256(row["file"].encode()).digest()[0] % 20 == 0 for row in known]
     return tuple([row for row, out in zip(known, held_out, strict=True) if out == side] for side in (False, True))
+
+
+def common(some: Sequence[Row], number: int) -> list[str]:
+    """The classes with most photographs, most first; by name where they have as many."""
+    counts = collections.Counter(row["class"] for row in some)
+    return sorted(counts, key=lambda name: (-counts[name], name))[:number]
+
+
+def caption(some: Sequence[Row], name: str) -> str:
+    """The caption of a class."""
+    return next(row["caption"] for row in some if row["class"] == name)
 
 
 def pictures(folder: Path, wanted: Sequence[Row]) -> Iterator[Image.Image]:
