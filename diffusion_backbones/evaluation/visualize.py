@@ -166,7 +166,7 @@ def sheet(
     for i, (name, what) in enumerate(captions):
         x = MARGIN + i * (width + GAP)
         _text(draw, (x, bottom + 18), name, size, INK, bold=True)
-        _text(draw, (x, bottom + 62), what, size, GREY)
+        _text(draw, (x, bottom + 18 + round(1.375 * size)), what, size, GREY)
     if warning:
         _text(draw, (MARGIN, bottom + 126), warning, _fit(draw, [warning], 34, line), RED, bold=True)
     return canvas

@@ -95,7 +95,8 @@ def color(x: Tensor) -> Tensor:
 
 def patches(x: Tensor) -> Tensor:
     """The 17 x 17 pixels around a place less their mean, of unit length."""
-    found = F.unfold(F.pad(x, (8,) * 4, mode="reflect"), 17, stride=1).unflatten(2, x.shape[-2:])[:, :, 2::4, 2::4]
+    padded = F.pad(x, (6, 7, 6, 7), mode="reflect")  # the middle of a patch is pixel 2 of a place's 4
+    found = F.unfold(padded, 17, stride=STEP).unflatten(2, (x.shape[-2] // STEP, x.shape[-1] // STEP))
     return F.normalize(found - found.mean(1, keepdim=True), dim=1)
 
 
