@@ -136,26 +136,38 @@ def test_positions_are_centered_on_their_pixels(width):
     assert steps.max() < 5, "the enlargement has edges that the level has not"
 
 
-def test_a_sheet_has_a_row_for_every_image_and_the_clearest_level_first():
+def test_a_sheet_has_a_column_for_every_image_and_the_clearest_level_first():
     torch.manual_seed(0)
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     levels = {8: torch.randn(2, 5, 8, 8), 16: torch.randn(2, 6, 4, 4), 32: torch.randn(2, 7, 2, 2)}
     panels = [[Panel(f"level {n}", levels[s][i], s) for n, s in enumerate(levels)] for i in range(2)]
     made = sheet(images, panels, "title", "about")
-    cell = visualize.NARROWEST
-    for row in range(2):
-        y = visualize.MARGIN + 130 + row * (cell + visualize.GAP)
-        for column, stride in enumerate([None, 16, 8, 32]):
-            x = visualize.MARGIN + column * (cell + visualize.GAP)
-            shown = np.asarray(made.crop((x + 20, y + 20, x + cell - 20, y + cell - 20)))
+    side = visualize.OF_SEVERAL
+    for column in range(2):
+        x = visualize.MARGIN + column * (side + visualize.GAP)
+        for row, stride in enumerate([None, 16, 8, 32]):
+            y = visualize.TOP + visualize.ABOVE + row * (visualize.ABOVE + side + visualize.GAP)
+            shown = np.asarray(made.crop((x + 20, y + 20, x + side - 20, y + side - 20)))
             if stride is None:
-                assert (shown == ((255, 0, 0), (0, 0, 255))[row]).all()
+                assert (shown == ((255, 0, 0), (0, 0, 255))[column]).all()
                 continue
-            colors = shared_rgb(list(levels[stride]))[row].numpy()
-            expected = Image.fromarray(colors).resize((cell, cell), Image.Resampling.BICUBIC)
+            colors = shared_rgb(list(levels[stride]))[column].numpy()
+            expected = Image.fromarray(colors).resize((side, side), Image.Resampling.BICUBIC)
             assert np.array_equal(shown, np.asarray(expected)[20:-20, 20:-20]), (row, stride)
     assert made.tobytes() == sheet(images, panels, "title", "about").tobytes()
     assert made.tobytes() != sheet(images, panels, "title", "about", hide_background=True).tobytes()
+
+
+def test_one_image_lies_beside_its_levels_the_clearest_first():
+    torch.manual_seed(0)
+    levels = {8: torch.randn(5, 8, 8), 16: torch.randn(6, 4, 4), 32: torch.randn(7, 2, 2)}
+    panels = [Panel(f"level {n}", features, stride) for n, (stride, features) in enumerate(levels.items())]
+    made, side = picture(Image.new("RGB", (64, 64)), panels, "title", "about"), visualize.HEIGHT
+    for column, stride in enumerate([16, 8, 32], 1):
+        x = visualize.MARGIN + column * (side + visualize.GAP)
+        shown = made.crop((x + 20, visualize.TOP + 20, x + side - 20, visualize.TOP + side - 20))
+        expected = Image.fromarray(pca_rgb(levels[stride]).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(shown), np.asarray(expected)[20:-20, 20:-20]), stride
 
 
 def test_images_of_several_sizes_make_one_sheet():

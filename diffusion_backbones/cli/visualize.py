@@ -40,7 +40,7 @@ def visualize(
     hide_background: bool,
     model: ModelOptions,
 ) -> None:
-    """Draw images beside every level of their pyramids, one image a row.
+    """Draw images and every level of their pyramids, an image a column, or one image beside its levels.
 
     The channels of a level become red, green and blue by principal component analysis of all images together, so that
     like things have like colors in all of them. The level of stride 16, or the nearest to it, comes first. NAME is a

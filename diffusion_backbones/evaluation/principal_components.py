@@ -47,7 +47,7 @@ def shared_rgb(maps: Sequence[Tensor], hide_background: bool = False) -> list[Te
     rgb = torch.full((len(x), 3), WHITE, dtype=torch.uint8)
     shown = _objects(x, maps) if hide_background else torch.ones(len(x), dtype=torch.bool)
     rgb[shown] = _colors(x[shown])
-    parts = rgb.split([features[0].numel() for features in maps])
+    parts = torch.split(rgb, [features[0].numel() for features in maps])
     return [part.reshape(*features.shape[1:], 3) for part, features in zip(parts, maps, strict=True)]
 
 

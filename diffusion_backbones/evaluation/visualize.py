@@ -31,6 +31,8 @@ NARROWEST, TALLEST = 300, 6 * HEIGHT
 """Least width and most height of a panel in pixels."""
 OF_SEVERAL = 280
 """Height of a panel where there are several images."""
+TOP, ABOVE = MARGIN + 130, 50
+"""Pixels above the first panel, and for the caption above a row of panels."""
 CLEAREST = 16
 """Stride of the level that comes first: DIFT, which reads one level alone, reads this one, and so do the backbones that
 such pictures became known by. A finer one shows edges and texture, a coarser one has few places."""
@@ -120,7 +122,9 @@ def sheet(
     warning: str = "",
     hide_background: bool = False,
 ) -> Image.Image:
-    """Lay images below each other, each beside its levels: the clearest first, that of stride 16 or the next to it.
+    """Lay images side by side and their levels below them, or one image and its levels side by side.
+
+    The clearest level comes first: that of stride 16, or the next to it.
 
     Args:
         images: Those that the network saw, RGB.
@@ -130,7 +134,7 @@ def sheet(
         hide_background: Leave it white; :func:`~diffusion_backbones.evaluation.shared_rgb` says what it is.
 
     Returns:
-        An RGB image; all panels of a row have the shape of their image and one height.
+        An RGB image; all panels of an image have its shape and one height.
 
     Raises:
         ValueError: There is no image, or not every image has the same levels.
@@ -143,33 +147,64 @@ def sheet(
         )
     levels.sort(key=lambda level: abs(math.log2(level[0].stride / CLEAREST)))  # stable: the finer one on a tie
     colors = [shared_rgb([panel.features for panel in level], hide_background) for level in levels]
-    sizes = [_panel_size(image, HEIGHT if len(images) == 1 else OF_SEVERAL) for image in images]
-    width = max(cell for cell, _, _ in sizes)
-    rows = [
-        [image.resize(size[1:], Image.Resampling.LANCZOS)]
-        + [_enlarge(c[i], level[i].stride, image.size, size[1:]) for level, c in zip(levels, colors, strict=True)]
-        for i, (image, size) in enumerate(zip(images, sizes, strict=True))
-    ]
+    one = len(images) == 1
+    cells = [_panel_size(image, HEIGHT, NARROWEST) if one else _panel_size(image, OF_SEVERAL, 1) for image in images]
+    rows = [[image.resize(size[1:], Image.Resampling.LANCZOS) for image, size in zip(images, cells, strict=True)]]
+    for level, rgb in zip(levels, colors, strict=True):
+        of_image = zip(images, level, rgb, cells, strict=True)
+        rows.append([_enlarge(c, panel.stride, image.size, size[1:]) for image, panel, c, size in of_image])
     captions = [("image", _of_images(images)), *((level[0].name, _of_panels(level)) for level in levels)]
-    top, line = MARGIN + 130, len(captions) * (width + GAP) - GAP
-    bottom = top + sum(height + GAP for _, _, height in sizes) - GAP
-    canvas = Image.new("RGB", (line + 2 * MARGIN, bottom + 118 + 70 * bool(warning) + MARGIN // 2), PAPER)
+    if one:
+        return _beside([row[0] for row in rows], captions, cells[0][0], (title, about, warning))
+    return _below(rows, captions, [width for width, _, _ in cells], (title, about, warning))
+
+
+def _beside(
+    shown: Sequence[Image.Image], captions: Sequence[tuple[str, str]], width: int, texts: tuple[str, str, str]
+) -> Image.Image:
+    """Panels in a row of cells of one width, each above its caption of two lines."""
+    bottom = TOP + shown[0].height
+    canvas, draw = _page(len(shown) * (width + GAP) - GAP, bottom + 118, texts)
+    size = _fit(draw, [text for caption in captions for text in caption], 32, width)
+    for i, (panel, (name, what)) in enumerate(zip(shown, captions, strict=True)):
+        x = MARGIN + i * (width + GAP)
+        canvas.paste(panel, (x, TOP), _rounded(panel.size))
+        _text(draw, (x, bottom + 18), name, size, INK, bold=True)
+        _text(draw, (x, bottom + 62), what, size, GREY)
+    return canvas
+
+
+def _below(
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[tuple[str, str]],
+    widths: Sequence[int],
+    texts: tuple[str, str, str],
+) -> Image.Image:
+    """Rows of panels, each below its caption of one line; the panels of an image are in one column."""
+    line, height = sum(widths) + GAP * (len(widths) - 1), max(panel.height for panel in rows[0])
+    canvas, draw = _page(line, TOP + len(rows) * (ABOVE + height + GAP), texts)
+    size = _fit(draw, [f"{name} {what}" for name, what in captions], 32, line)
+    for i, (row, (name, what)) in enumerate(zip(rows, captions, strict=True)):
+        x, y = MARGIN, TOP + i * (ABOVE + height + GAP)
+        _text(draw, (x, y), name, size, INK, bold=True)
+        after = draw.textlength(f"{name} ", ImageFont.load_default(size=size))
+        _text(draw, (x + round(after) + 6, y), what, size, GREY)
+        for panel, width in zip(row, widths, strict=True):
+            canvas.paste(panel, (x, y + ABOVE), _rounded(panel.size))
+            x += width + GAP
+    return canvas
+
+
+def _page(line: int, bottom: int, texts: tuple[str, str, str]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """White paper for lines of ``line`` pixels that end at ``bottom``, with title, subtitle and warning on it."""
+    title, about, warning = texts
+    canvas = Image.new("RGB", (line + 2 * MARGIN, bottom + 70 * bool(warning) + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
     _text(draw, (MARGIN, MARGIN - 8), title, _fit(draw, [title], 54, line), INK, bold=True)
     _text(draw, (MARGIN, MARGIN + 62), about, _fit(draw, [about], 32, line), GREY)
-    y = top
-    for shown, (_, _, height) in zip(rows, sizes, strict=True):
-        for i, part in enumerate(shown):
-            canvas.paste(part, (MARGIN + i * (width + GAP), y), _rounded(part.size))
-        y += height + GAP
-    size = _fit(draw, [text for caption in captions for text in caption], 32, width)
-    for i, (name, what) in enumerate(captions):
-        x = MARGIN + i * (width + GAP)
-        _text(draw, (x, bottom + 18), name, size, INK, bold=True)
-        _text(draw, (x, bottom + 18 + round(1.375 * size)), what, size, GREY)
     if warning:
-        _text(draw, (MARGIN, bottom + 126), warning, _fit(draw, [warning], 34, line), RED, bold=True)
-    return canvas
+        _text(draw, (MARGIN, bottom + 8), warning, _fit(draw, [warning], 34, line), RED, bold=True)
+    return canvas, draw
 
 
 def _level(panels: Sequence[Panel]) -> Sequence[Panel]:
@@ -179,10 +214,10 @@ def _level(panels: Sequence[Panel]) -> Sequence[Panel]:
     return panels
 
 
-def _panel_size(image: Image.Image, height: int) -> tuple[int, int, int]:
+def _panel_size(image: Image.Image, height: int, narrowest: int) -> tuple[int, int, int]:
     """Width of a panel's cell, and width and height of the panel."""
     fitting = round(height * image.width / image.height)
-    width = min(max(fitting, NARROWEST), 3 * HEIGHT)  # captions need some, and panoramas get no more
+    width = min(max(fitting, narrowest), 3 * HEIGHT)  # captions need some, and panoramas get no more
     height = min(max(round(width * image.height / image.width), 1), TALLEST)
     return width, max(min(round(height * image.width / image.height), width), 1), height  # towers get no taller
 
