@@ -30,6 +30,16 @@ TEMPERATURE, NEIGHBORS, LAST, REACH = 0.1, 5, 7, 12 / 60
 BOUND = 0.008
 
 
+def _around(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The places within reach of each, (places, reachable) as indices, and which of these are outside the map."""
+    reach = round(REACH * height)
+    steps = torch.arange(-reach, reach + 1)
+    rows, columns = (torch.arange(n)[:, None] + steps for n in (height, width))
+    outside = ((rows < 0) | (rows >= height))[:, None, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
+    index = rows.clamp(0, height - 1)[:, None, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    return index.reshape(height * width, -1), outside.reshape(height * width, -1)
+
+
 def propagate(maps: Iterable[Tensor], first: Tensor) -> Iterator[Tensor]:
     """Masks (h, w) in [0, 1] of every frame but the first.
 
@@ -37,21 +47,18 @@ def propagate(maps: Iterable[Tensor], first: Tensor) -> Iterator[Tensor]:
         maps: (C, h, w) of unit length, of each frame.
         first: (h, w) in [0, 1].
     """
-    height, width = first.shape
-    y, x = (v.flatten() for v in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-    reach = round(REACH * height)
-    far = ((y[:, None] - y).abs() > reach) | ((x[:, None] - x).abs() > reach)
+    around, outside = _around(*first.shape)
     maps = iter(maps)
     start = (next(maps).flatten(1), first.flatten())
     recent: collections.deque[tuple[Tensor, Tensor]] = collections.deque(maxlen=LAST)
     for frame in maps:
-        known = [start, *recent]
-        here = frame.flatten(1)
-        similar = torch.cat([(f.T @ here).masked_fill_(far, -torch.inf) for f, _ in known])  # (known places, places)
-        best, where = similar.topk(NEIGHBORS, 0)
-        mask = ((best / TEMPERATURE).softmax(0) * torch.cat([m for _, m in known])[where]).sum(0)
+        known, here = [start, *recent], frame.flatten(1)
+        similar = [(here.T @ f).gather(1, around).masked_fill_(outside, -torch.inf) for f, _ in known]
+        best, which = torch.cat(similar, 1).topk(NEIGHBORS, 1)
+        masks = torch.cat([mask[around] for _, mask in known], 1).gather(1, which)
+        mask = ((best / TEMPERATURE).softmax(1) * masks).sum(1)
         recent.append((here, mask))
-        yield mask.view(height, width)
+        yield mask.view_as(first)
 
 
 def enlarged(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
