@@ -132,7 +132,12 @@ def test_a_size_that_cannot_belong_to_the_latents(backbone, size):
         (["sd15_gdf"], {"checkpoint_path": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all"),
         ([3], {}, TypeError, "named by a text such as 'sd15_gdf', got 3"),
         (["sd15_gdf", "False"], {}, TypeError, "pretrained must be True or False, got 'False'"),
-        (["sd15_gdf"], {"checkpoint_path": 3}, TypeError, "checkpoint_path must be the path of a folder or a .safetensors file, got 3"),
+        (
+            ["sd15_gdf"],
+            {"checkpoint_path": 3},
+            TypeError,
+            "checkpoint_path must be the path of a folder or a .safetensors file, got 3",
+        ),
         (["sd15_gdf"], {"cache_dir": []}, TypeError, r"cache_dir must be a path, got \[\]"),
         (["sd15_gdf"], {"dtype": "float8_e4m3fn"}, ValueError, "dtype must be .* compute in.*'float8_e4m3fn'"),
         (["sd15_gdf"], {"dtype": []}, ValueError, r"dtype must be .*got \[\]"),
