@@ -414,6 +414,11 @@ def test_figures_come_into_the_table_and_into_the_document(tmp_path, monkeypatch
         "| `rgb` | 1.5 [1.0, 2.0] | 1.5 [1.0, 2.0] |",
         "| `gdf` | 1.5 [1.0, 2.0] |  |",
     ]
+    wide = table.table([{**rows[0], "metric": f"m{i}"} for i in range(7)])
+    assert [line for line in wide.splitlines() if "features" in line] == [
+        "| features | m0 | m1 | m2 | m3 | m4 |",
+        "| features | m5 | m6 |",
+    ]
     with (tmp_path / "t.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -11,17 +11,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+COLUMNS = 5
 BETWEEN = re.compile(r"(?<=<!-- figures -->\n).*(?=<!-- /figures -->)", re.DOTALL)
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table: features by metrics, each figure with its interval."""
+    """Markdown tables of at most COLUMNS metrics: features by metrics, each figure with its interval."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     cells = {(row["features"], row["metric"]): f"{row['value']} [{row['low']}, {row['high']}]" for row in rows}
-    lines = [["features", *metrics], ["---"] * (1 + len(metrics))]
-    for name in dict.fromkeys(row["features"] for row in rows):
-        lines.append([f"`{name}`", *(cells.get((name, metric), "") for metric in metrics)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    tables = []
+    for start in range(0, len(metrics), COLUMNS):
+        some = metrics[start : start + COLUMNS]
+        lines = [["features", *some], ["---"] * (1 + len(some))]
+        for name in dict.fromkeys(row["features"] for row in rows):
+            lines.append([f"`{name}`", *(cells.get((name, metric), "") for metric in some)])
+        tables.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(tables)
 
 
 def main() -> None:
