@@ -6,9 +6,9 @@ PICTURE := demo/tinysd_gdf.png
 
 .PHONY: demo test test-fast fuzz test-lowest lint cards check bench clean
 
-demo: .venv/installed                  ## the maps of tinysd as colours, beside the photograph
+demo: .venv/installed                  ## six photographs beside the maps of tinysd, in colors that they share
 	@mkdir -p $(dir $(PICTURE))
-	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/cat.jpg -o $(PICTURE)
+	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/demo/*.jpg --size 256 -o $(PICTURE)
 
 test: .venv/installed-dev              ## the whole suite; make test ARGS="-k cards" for a part of it
 	$(BIN)/python -m pytest -n 2 $(ARGS)
