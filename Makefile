@@ -11,7 +11,7 @@ demo: .venv/installed                  ## six photographs beside the maps of tin
 	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/demo/*.jpg --size 256 -o $(PICTURE)
 
 test: .venv/installed-dev              ## the whole suite; make test ARGS="-k cards" for a part of it
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 FAST := activations bad_input chunks house image_encoders import_hook inputs old_pickles plan unchanged
 test-fast: .venv/installed-dev         ## the inner loop: every registered name on meta, what must not change, the house rules

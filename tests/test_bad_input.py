@@ -139,7 +139,7 @@ def test_a_size_that_cannot_belong_to_the_latents(backbone, size):
             ["sd15_gdf"],
             {"checkpoint_path": 3},
             TypeError,
-            "checkpoint_path must be the path of a folder.*, got 3",
+            "checkpoint_path must be the path of a folder or a .safetensors file, got 3",
         ),
         (["sd15_gdf"], {"cache_dir": []}, TypeError, r"cache_dir must be a path, got \[\]"),
         (["sd15_gdf"], {"dtype": "float8_e4m3fn"}, ValueError, "dtype must be .* compute in.*'float8_e4m3fn'"),

@@ -95,8 +95,14 @@ def test_behaviour(name, tiny_folder, photo, tmp_path):
     maps = backbone(x)
     assert all(m.isfinite().all() for m in maps)
 
-    for m, alone in zip(maps, backbone(x[1:]), strict=True):  # neither its place nor its neighbors change an image
-        torch.testing.assert_close(m[1:], alone, rtol=1e-4, atol=1e-4)
+    again = backbone(x)
+    assert all(torch.equal(a, b) for a, b in zip(maps, again, strict=True)), "the same call twice gives other features"
+    for i in (0, 1):
+        for m, alone in zip(maps, backbone(x[i : i + 1]), strict=True):
+            torch.testing.assert_close(m[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+    swapped = backbone(x.flip(0))
+    for m, s in zip(maps, swapped, strict=True):
+        torch.testing.assert_close(m, s.flip(0), rtol=1e-4, atol=1e-4)
 
     z = backbone.encode(x)
     denoised = [i for i, level in enumerate(backbone.levels) if not any(site.encoder for site in level.sites)]
@@ -106,7 +112,8 @@ def test_behaviour(name, tiny_folder, photo, tmp_path):
     backbone.train()
     assert not any(m.training for m in backbone.modules())
     for other in (
-        pickle.loads(pickle.dumps(copy.deepcopy(backbone))),
+        copy.deepcopy(backbone),
+        pickle.loads(pickle.dumps(backbone)),
         db.create_model(f"local-dir:{backbone.save_pretrained(tmp_path)}"),
     ):
         assert all(torch.equal(a, b) for a, b in zip(maps, other(x), strict=True))

@@ -21,8 +21,8 @@ from benchmarks.device.worker import Worker
 ROOT = Path(__file__).parent.parent
 ONLY = [
     ["sd15_gdf", "whole", "bfloat16"],
-    ["sd15_gdf", "graph=True bfloat16"],
-    ["profile", "sd15_gdf bfloat16"],
+    ["sd15_gdf", "channels_last=True graph=True"],
+    ["profile"],
     ["extract"],
     ["load"],
 ]

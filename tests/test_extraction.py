@@ -26,6 +26,7 @@ from torchvision.transforms.functional import to_tensor
 import diffusion_backbones as db
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.extraction import MANIFEST, extract, images, stages
+from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.extraction.stages import Computer
 from diffusion_backbones.ops import safetensors_io
 
@@ -587,6 +588,25 @@ def wait_for(process: subprocess.Popen[str], out: Path, n: int) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "no features after four minutes"
         time.sleep(0.005)
+
+
+def test_an_interruption_between_features_and_their_note_loses_neither(backbone, tmp_path, monkeypatch):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for i in range(3):
+        Image.open(PHOTO).crop((i, i, i + 64, i + 64)).save(photos / f"{i}.png")
+    note = Folder.note
+
+    def interrupted(folder, file, error):
+        if file.name == "1.png":
+            raise KeyboardInterrupt
+        note(folder, file, error)
+
+    monkeypatch.setattr(Folder, "note", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(backbone, images.find([photos]), out, workers=0)
+    assert statuses(out) == {"0.png": "done", "1.png": "done", "2.png": "waiting"}
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["0.png.safetensors", "1.png.safetensors"]
 
 
 def test_interrupted_and_killed_runs_go_on_where_they_stopped(backbone, tmp_path):

@@ -225,12 +225,15 @@ def test_images_and_latents(backbone):
 BUILD = {
     "name": lambda v: False,
     "pretrained": is_bool,
-    "checkpoint_path": lambda v: v == "",
+    "checkpoint_path": lambda v: isinstance(v, str) and v == "",
     "cache_dir": lambda v: isinstance(v, (str, Path)),
     "out_indices": lambda v: is_int(v, 1, 3) or _are_positions(v),
     "out_strides": lambda v: _are_strides(v),
-    "dtype": lambda v: v == torch.float32,
-    "device": lambda v: v == torch.device("cpu") or (type(v) is int and v == 0 and torch.cuda.is_available()),
+    "dtype": lambda v: isinstance(v, torch.dtype) and v == torch.float32,
+    "device": lambda v: (
+        (isinstance(v, torch.device) and v == torch.device("cpu"))
+        or (type(v) is int and v == 0 and torch.cuda.is_available())
+    ),
     "weight_dtype": lambda v: False,
     "trainable": lambda v: v is True or v is False,
     "lora_rank": lambda v: False,
@@ -244,7 +247,7 @@ BUILD = {
     "truncate": is_bool,
     "features_only": lambda v: v is True,
     "pretrained_cfg": lambda v: isinstance(v, dict),
-    "pretrained_cfg_overlay": lambda v: v == {} and isinstance(v, dict),
+    "pretrained_cfg_overlay": lambda v: isinstance(v, dict) and v == {},
     "img_size": lambda v: is_count(v) or is_int(v, 1) or (isinstance(v, tuple) and v in ((1, 2), (4, 2))),
     "num_classes": lambda v: plain(v) == 0,
     "recipe": lambda v: False,

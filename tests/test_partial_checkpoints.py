@@ -240,7 +240,7 @@ def test_a_tensor_that_does_not_fit_is_named_as_it_is_stored(folders, tmp_path):
         db.create_model(f"local-dir:{folders[0]}", recipe=["mid-vit-out"], checkpoint_path=tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("name", ["edm_mean", "edm_std"])
+@pytest.mark.parametrize("name", ["edm_mean", "edm_std", "edm_vpred.sigma_max"])
 def test_latents_that_are_normalized_otherwise_are_refused(name, folders, tmp_path):
     state = load_file(original.write("sd15", folders[1], tmp_path / "whole.safetensors"))
     save_file(state | {name: torch.zeros(1, 4, 1, 1)}, tmp_path / "edm.safetensors")

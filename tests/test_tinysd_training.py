@@ -146,6 +146,7 @@ class Line:
     def __init__(self, folder, monkeypatch, seconds, stop=math.inf, spoil=math.inf, width=2):
         self.now, self.stop, self.spoil = 0.0, stop, spoil
         monkeypatch.setattr(loop.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(loop.speed, "worked", lambda device: self.now)
         setting = loop.Setting(folder, CPU, 5, "data", save_minutes=10 / 60, slow_ok=False, compile=False, peak=1.0)
         torch.manual_seed(0)
         self.loop = loop.Loop(setting, "line", nn.Linear(width, 1), seconds / 60, 1e-2, {"width": width})

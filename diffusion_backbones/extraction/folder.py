@@ -55,6 +55,7 @@ class Folder:
     def __init__(self, path: Path, settings: Settings, about: Mapping[str, Any], overwrite: bool):
         self.path, self.settings, self.about, self.overwrite = path, settings, about, overwrite
         self.images: Images = {}
+        self.under_way: ImageFile | None = None
         self.written = 0.0
         self._kept(self._read())
 
@@ -180,7 +181,7 @@ class Folder:
         """
         from diffusion_backbones.ops import safetensors_io  # torch
 
-        path = self.target(file)
+        path, self.under_way = self.target(file), file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             safetensors_io.write(path, maps, {**metadata, "settings": self.settings.digest})
@@ -190,8 +191,20 @@ class Folder:
     def note(self, file: ImageFile, error: str | None) -> None:
         """Record the status of an image; the manifest on disk is written again after :data:`REFRESH` seconds."""
         self.images[file.name] = _entry(file, "done") if error is None else _entry(file, "failed", error=error)
+        self.under_way = None
         if time.monotonic() - self.written > REFRESH:
             self.write_manifest()
+
+    def close(self) -> None:
+        """Write the manifest, with the image whose features were written when a signal came before its note.
+
+        Raises:
+            ValueError: Another process has given the folder other settings.
+            OSError: It cannot be written.
+        """
+        if self.under_way is not None and self.finished(self.under_way):
+            self.images[self.under_way.name] = _entry(self.under_way, "done")
+        self.write_manifest()
 
     def write_manifest(self) -> None:
         """Write the manifest as it is now, with what other processes have noted in it.

@@ -96,9 +96,10 @@ def extract(
     if not os.fspath(out):
         raise ValueError("out is empty; name a folder for the features, or '.' for this one")
     _check_kinds(backbone, files, names, dtype, overwrite)
-    for what, count in (("size", size), ("max_pixels", max_pixels), ("batch_size", batch_size)):
-        if count is not None or what == "batch_size":
-            check_count(what, count)
+    check_count("batch_size", batch_size)
+    for what, count in (("size", size), ("max_pixels", max_pixels)):  # however large: memory is asked, and is the limit
+        if count is not None and (as_integer(count) or 0) < 1:
+            raise ValueError(f"{what} must be an integer from 1 up, got {count!r}")
     if workers is not None and (as_integer(workers) is None or workers < 0):
         raise ValueError(f"workers must be an integer from 0 up, got {workers!r}")
     if weights is not None and not isinstance(weights, Mapping):
@@ -118,7 +119,7 @@ def extract(
         reader = Reader(backbone, size, max_pixels, folder.obstacle)
         _run(reader, Computer(backbone, dtype), folder, waiting, batch_size, threads_that_read, summary)
     finally:
-        folder.write_manifest()  # also when interrupted, so that it is current
+        folder.close()  # also when interrupted, so that the manifest is current
     return summary
 
 

@@ -25,6 +25,11 @@ _HUB = re.compile(
 )
 
 
+def is_given(path: Any) -> bool:
+    """Whether there is a path, or what stands where one belongs; timm gives an empty string for none."""
+    return path is not None and not (isinstance(path, str) and not path)
+
+
 def local_path(given: Any) -> Path:
     """A path as it was given, checked to be one of this machine.
 

@@ -15,6 +15,7 @@ import torch
 from diffusion_backbones import families
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.factory.build import Builder, plan_for
+from diffusion_backbones.factory.checkpoint_path import is_given
 from diffusion_backbones.factory.locate import Resolved, declare, locate, with_encoder
 from diffusion_backbones.factory.options import BuildOptions, check_overlay, check_strides, recipe_overrides
 from diffusion_backbones.loading.prompts import no_text_encoder
@@ -134,7 +135,8 @@ def create_model(
         truncate=truncate,
     )
     settings = recipe_overrides({**overrides, "features_only": features_only})
-    checkpoint_path = checkpoint_path or check_overlay(pretrained_cfg_overlay)
+    overlaid = check_overlay(pretrained_cfg_overlay)
+    checkpoint_path = checkpoint_path if is_given(checkpoint_path) else overlaid
     found = locate(name, recipe is not None, checkpoint_path, pretrained, cache_dir)
     if encoder is not None:
         found = with_encoder(found, encoder, pretrained, cache_dir)

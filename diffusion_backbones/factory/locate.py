@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_backbones.factory import tiny_encoder
-from diffusion_backbones.factory.checkpoint_path import from_address, local_path, open_path
+from diffusion_backbones.factory.checkpoint_path import from_address, is_given, local_path, open_path
 from diffusion_backbones.families import FAMILIES, Architecture, architecture, upstream
 from diffusion_backbones.loading.hub import HubRepo, open_checkpoint
 from diffusion_backbones.loading.saved_folder import SavedBackbone, is_saved
@@ -77,7 +77,7 @@ def locate(
 ) -> Resolved:
     """What a name stands for; arguments and errors as for :func:`~diffusion_backbones.create_model`."""
     found = _by_name(name, has_recipe, cache_dir)
-    if checkpoint_path:
+    if is_given(checkpoint_path):
         return _with_path(found, local_path(checkpoint_path), pretrained, cache_dir)
     if pretrained and not found.has_weights:
         return replace(found, source=_published(found.checkpoint, cache_dir))

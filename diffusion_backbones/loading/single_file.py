@@ -98,12 +98,11 @@ class SingleFile:
         """
         if other := what_a_file_is(self.path, self._stored.shapes):
             raise ValueError(f"{self.path} {other}")
-        for name in ("edm_mean", "edm_std"):
-            if name in self._stored:
-                raise ValueError(
-                    f"{self.path} holds {name}: its latents are normalized and its noise is scheduled in another way "
-                    f"(EDM), which no config beside it says; give a folder in the diffusers layout"
-                )
+        if edm := [name for name in self._stored.shapes if name.startswith("edm_")]:
+            raise ValueError(
+                f"{self.path} holds {edm[0]}: its latents are normalized and its noise is scheduled in another way "
+                "(EDM), which no config beside it says; give a folder in the diffusers layout"
+            )
         if not self.has(network.denoiser):
             return
         names, family = layouts.denoiser_names(self._stored.shapes), type(network)

@@ -111,7 +111,8 @@ def check_count(name: str, value: Any) -> int:
     """``value`` as an integer; ``ValueError`` unless it is one from 1 up."""
     count = as_integer(value)
     if count is None or not 1 <= count <= MOST:
-        raise ValueError(f"{name} must be an integer from 1 up, got {value!r}")
+        most = "" if count is None or count < 1 else f" to {MOST}"
+        raise ValueError(f"{name} must be an integer from 1 up{most}, got {value!r}")
     return count
 
 

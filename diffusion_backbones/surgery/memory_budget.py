@@ -87,7 +87,9 @@ def check_canvas(size: int, ensemble: int, device: torch.device, name: str) -> N
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that this process may still take on a device; None if unknown."""
+    """Bytes that this process may still take on a device; None if unknown, or on ``meta``, which takes none."""
+    if device.type == "meta":
+        return None
     return free_memory() if device.type == "cpu" else available(device)
 
 

@@ -34,7 +34,7 @@ def check_trainable(trainable: Any, lora_rank: Any, prompt_tokens: Any) -> None:
         TypeError: A setting of one way of training with another.
         ValueError: An unknown way, or a number below one.
     """
-    if not any(trainable is known or (isinstance(known, str) and trainable == known) for known in TRAINABLE):
+    if not any(trainable is known or (isinstance(trainable, str) and trainable == known) for known in TRAINABLE):
         raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, got {trainable!r}")
     for name, value, way in (("lora_rank", lora_rank, "lora"), ("prompt_tokens", prompt_tokens, "prompt")):
         if value is None:
