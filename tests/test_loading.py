@@ -540,7 +540,10 @@ def test_a_missing_shard_is_named(tmp_path):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": "../../b.safetensors"}}'],
+)
 def test_an_index_that_is_none_is_named(content, tmp_path):
     folder = tiny.folder("sd15", tmp_path / "sharded", max_shard_size="300KB")
     (folder / f"{UNET}.index.json").write_text(content)

@@ -106,6 +106,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trained_betas": [2.0] * 1000}, "trained_betas"),
     ({"_class_name": FLOWS[0], "num_train_timesteps": 100}, "num_train_timesteps 100"),
     ({"_class_name": FLOWS[0], "invert_sigmas": True}, "invert_sigmas"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type.*'discrete'"),
 ]
 
 

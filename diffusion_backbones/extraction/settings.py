@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.ops.describe import dtype_name
+from diffusion_backbones.ops.image_decoding import check_regular
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +124,9 @@ def image_digest(path: Path) -> str:
     """Names an image by the content of its file.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is none.
     """
+    check_regular(path)
     found = hashlib.blake2b(digest_size=DIGITS // 2)
     with path.open("rb") as file:
         while block := file.read(2**20):
