@@ -19,6 +19,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.transforms.functional import to_tensor  # noqa: E402
 
+from diffusion_backbones.reports import costs  # noqa: E402
+
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 
@@ -49,3 +51,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def costs_not_measured(monkeypatch):
+    """Saving a backbone writes its card, and counting the operations of a tiny network, whose costs are not published,
+    takes longer than the rest. ``test_cards`` and ``test_saved`` count them.
+    """
+    nothing = costs.Costs(
+        size=64, parameters=0, parameters_total=0, encoder_parameters=0, denoiser_gflops=0.0, encoder_gflops=0.0
+    )
+    monkeypatch.setattr(costs, "measure", lambda *_: nothing)

@@ -14,6 +14,8 @@ from torch._dynamo.utils import counters
 import diffusion_backbones as db
 from diffusion_backbones.surgery import compilation
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 
 def images(*shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sum(shape))

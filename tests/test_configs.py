@@ -18,7 +18,7 @@ from diffusion_backbones.families import FAMILIES, upstream
 from diffusion_backbones.spec.configs import CONFIGS, package_configs
 from diffusion_backbones.spec.registry import get_checkpoint, list_checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "costs_not_measured")
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 X = torch.linspace(-1, 1, 3 * 64 * 128).view(1, 3, 64, 128).sin()
@@ -72,6 +72,23 @@ def test_mean_and_deviation_of_latents_are_applied_as_in_the_stock_pipeline(fold
     assert torch.equal(db.create_model(f"local-dir:{saved}").encode(X), backbone.encode(X))
     unscaled = build(folder, scaled=False).encode(X)
     torch.testing.assert_close(unscaled, mode.latents, rtol=1e-5, atol=1e-5)
+
+
+SHIFTED = [
+    name for name in list_checkpoints() if package_configs(get_checkpoint(name)).get("vae", {}).get("shift_factor")
+]
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+@pytest.mark.parametrize("left", [{}, {"shift_factor": None}])
+def test_a_shift_that_a_pipeline_subtracts_must_be_said(name, left):
+    """Stock pipelines of these networks compute with None and fail; without a shift the latents are others."""
+    assert {"sd3_medium", "flux_dev", "chroma1_hd", "lumina_image_2", "z_image_turbo"} <= set(SHIFTED)
+    checkpoint = get_checkpoint(name)
+    configs = package_configs(checkpoint)
+    vae = {key: value for key, value in configs["vae"].items() if key != "shift_factor"} | left
+    with pytest.raises(ValueError, match=r"here: vae/config\.json has no shift_factor, which the denoiser was trained"):
+        upstream.read(FAMILIES[checkpoint.family], {**configs, "vae": vae}, "here")
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from diffusion_backbones.ops.truncation import Bypass, count_parameters
 from diffusion_backbones.spec.configs import package_configs
 from diffusion_backbones.spec.recipe import Level
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 NAME = "deepfloyd_if_xl"
 RESIDUAL, SAMPLERS, ATTENDED = 2 * (3 * 4 + 2 + 4 * 4), 2 * 3, 3 * 3 + 1 + 3 * 4
 

@@ -11,6 +11,8 @@ from diffusers import AutoencoderKL
 
 import diffusion_backbones as db
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 IDS = [f"encoder-level{level}-repeat{repeat}-res-out" for level in range(4) for repeat in range(2)] + [
     f"encoder-level{i}-downsampler-out" for i in range(3)
 ]

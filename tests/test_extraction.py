@@ -438,6 +438,47 @@ def test_an_image_too_large_for_memory_is_told_and_the_others_go_on(backbone, ph
     assert "does not fit the memory" in summary.failed["c.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"size": True}, "size must be an integer from 1 up, got True"),
+        ({"size": "64"}, "size must be an integer"),
+        ({"size": 0}, "size must be an integer"),
+        ({"dtype": torch.int8}, r"dtype must be a torch.dtype of floating point, .* got torch.int8"),
+        ({"dtype": torch.complex64}, "dtype must be"),
+        ({"dtype": "float16"}, "dtype must be"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1 up"),
+        ({"batch_size": 1.5}, "batch_size must be"),
+        ({"workers": -1}, "workers must be an integer from 0 up, got -1"),
+        ({"workers": "2"}, "workers must be"),
+        ({"names": ["a"]}, "names must be 3 different texts, one for each map"),
+        ({"names": ["a", "a", "b"]}, "names must be"),
+        ({"names": "abc"}, "names must be"),
+        ({"names": [1, 2, 3]}, "names must be"),
+        ({"weights": "x"}, "weights must be a mapping"),
+        ({"overwrite": "no"}, "overwrite must be True or False"),
+        ({"max_pixels": 0}, "max_pixels must be"),
+        ({"files": ["a.png"]}, r"files must be those that images.find\(\[...\]\) gives, got 'a.png'"),
+        ({"backbone": NAME}, "extract takes a backbone from create_model"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_by_name(backbone, photos, tmp_path, change, told):
+    given = {"backbone": backbone, "files": images.find([photos]), "out": tmp_path / "out", **change}
+    with pytest.raises((TypeError, ValueError), match=told):
+        extract(**given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../a", "b/../../a", "/a", "", "."])
+def test_nothing_is_written_beside_the_folder(backbone, photos, tmp_path, name):
+    [file, *_] = images.find([photos])
+    with pytest.raises(ValueError, match="leads elsewhere"):
+        extract(backbone, [images.ImageFile(file.path, name)], tmp_path / "out")
+    with pytest.raises(ValueError, match="would both be kept as 'a'"):
+        extract(backbone, [images.ImageFile(file.path, "a")] * 2, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Going on.
 
 

@@ -18,7 +18,7 @@ from diffusion_backbones.extraction.settings import weights_digest
 from diffusion_backbones.selection import run as selection_run
 
 NAME = "tinysd_gdf"
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "costs_not_measured")
 
 
 @pytest.fixture(scope="module")

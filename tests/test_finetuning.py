@@ -20,6 +20,8 @@ import diffusion_backbones as db
 from diffusion_backbones.ops.truncation import AttentionTap
 from diffusion_backbones.surgery import trainable
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 PAGE = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
 WAYS = (True, "lora", "prompt")
 every_way = pytest.mark.parametrize("way", WAYS)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import diffusion_backbones as db
 from diffusion_backbones.ops import attention_maps
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 X = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64).sin()
 

@@ -23,6 +23,8 @@ from diffusion_backbones.ops import recording, safetensors_io
 from diffusion_backbones.ops.truncation import count_parameters
 from diffusion_backbones.surgery import constant_folding
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 LATENT = {"square": (8, 8), "wide": (8, 12)}
 BACKBONES = ["flux_dev_ditf", "sd3_medium_seg4diff", "dit_xl_256_ddae", "sd15_gdf"]
 UNETS = ["sdxl", "deepfloyd_if_xl", "ddpm_cifar10_32"]

@@ -155,7 +155,7 @@ def can_be(*shapes: tuple[int, ...]) -> Any:
             and x.dtype in kinds
             and tuple(x.shape) in shapes
             and x.device.type == "cpu"
-            and bool(torch.isfinite(x.float()).all())
+            and bool((x.float().abs() <= 1e12).all())
         )
 
     return check
@@ -171,7 +171,7 @@ CALL = {
     "chunk": (junk, is_count),
     "generator": (junk, lambda v: False),
     "prompt_embeds": (tensors(1, 77, 96), can_be((1, 77, 96), (77, 96), (1, 76, 96))),
-    "prompt": (junk.filter(lambda v: not isinstance(v, str)), lambda v: False),
+    "prompt": (junk.filter(lambda v: not isinstance(v, str)), lambda v: is_list_of(is_text)(v) and len(v) == 1),
     "indices": (junk, lambda v: is_int(v, 1, 3) or _are_positions(v)),
     "latents": (tensors(1, 4, 8, 8), lambda v: False),  # beside an image
     "timestp": (junk, lambda v: False),
@@ -245,7 +245,7 @@ BUILD = {
     "features_only": lambda v: v is True,
     "pretrained_cfg": lambda v: isinstance(v, dict),
     "pretrained_cfg_overlay": lambda v: v == {} and isinstance(v, dict),
-    "img_size": lambda v: is_count(v) or is_int(v, 1) or v == (1, 2) or v == (4, 2),
+    "img_size": lambda v: is_count(v) or is_int(v, 1) or (isinstance(v, tuple) and v in ((1, 2), (4, 2))),
     "num_classes": lambda v: plain(v) == 0,
     "recipe": lambda v: False,
     **{key: RECIPE[key] for key in ("timestep", "noise", "ensemble", "seed", "scaled", "prompt_padding")},

@@ -25,6 +25,8 @@ from huggingface_hub import constants
 import diffusion_backbones as db
 from diffusion_backbones.loading import prompts
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 SD15, SD21, SDXL = (db.get_checkpoint(name) for name in ("sd15", "sd21", "sdxl"))
 ID = "up-level1-repeat1-vit-out"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

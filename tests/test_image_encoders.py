@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import diffusion_backbones as db
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 
 def image() -> torch.Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1

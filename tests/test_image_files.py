@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -306,6 +307,22 @@ def test_whatever_preprocessing_raises_costs_one_image(backbone, tmp_path, monke
     summary = extract(backbone, images.find([tmp_path]), tmp_path / "out", workers=workers)
     assert (summary.done, list(summary.failed)) == (2, ["1.png"])
     assert type(error).__name__ in summary.failed["1.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name, as Unix has")
+def test_what_is_no_file_costs_itself_and_is_not_waited_for(backbone, tmp_path):
+    """Nothing ever comes out of these pipes."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "c.png"):
+        os.mkfifo(photos / name)
+    (photos / "b.png").symlink_to("c.png")
+    Image.open(PHOTO).crop((0, 0, 32, 32)).save(photos / "d.png")
+    summary = extract(backbone, images.find([photos]), tmp_path / "out")
+    assert (summary.done, sorted(summary.failed)) == (1, ["a.png", "b.png", "c.png"])
+    assert "a.png is no file, but a pipe" in summary.failed["a.png"]
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image: .* is no file, but a pipe"):
+        images.load(photos / "a.png")
 
 
 def test_an_image_too_large_for_the_free_memory_costs_itself(backbone, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import diffusion_backbones as db
 from diffusion_backbones.extraction import images
 from diffusion_backbones.spec.input_format import FORMATS
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 

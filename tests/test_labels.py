@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from diffusion_backbones.evaluation import labels, metrics
 from diffusion_backbones.evaluation.scenes import load_scenes
@@ -55,6 +55,7 @@ def test_points_and_boxes_of_the_documented_form_are_read(photos):
         ([[10, 20], [float("inf"), 1]], POINTS[1], "finite"),
         ([[10, 20], [30]], POINTS[1], "must be numbers, 2 for each"),
         ([["10", "20"], ["30", "40"]], POINTS[1], "must be numbers, 2 for each"),
+        ([[10**400, 20], [30, 40]], POINTS[1], "must be numbers, 2 for each"),
         ([[True, False], [True, True]], POINTS[1], "must be numbers, 2 for each"),
         ({"x": 1}, POINTS[1], "must be numbers, 2 for each"),
         ([[-10, 20], [30, 40]], POINTS[1], "lies outside the image of 64 x 64"),
@@ -74,6 +75,8 @@ def test_other_points_are_refused_by_the_name_of_the_pair(photos, source, target
         ([40, 40, 10, 10], "x, y, width, height"),
         ([0, 0, 8, 8], "holds 0% of the object's points"),
         ([10, 10, 10, 10], "x0 < x1 and y0 < y1"),
+        ([-500, -500, 5000, 5000], "must lie in its image of 64 x 64 pixels"),
+        ([0, 0, 64, 70], "must lie in its image of 64 x 64 pixels"),
         ([0, 0, 30, 30, 0.9], "got 5 in a row"),
         ([[0, 0, 10, 10], [20, 20, 60, 60]], "got 2 x 4"),
         ([0, 0, float("nan"), 10], "finite"),
@@ -94,6 +97,16 @@ def test_names_of_images_are_texts(photos):
     )
     with pytest.raises(ValueError, match="pair 0: source must be the path of an image, got 3"):
         data.folder(photos, 64, pairs=photos.parent / "pairs.json")
+
+
+def test_a_mistyped_key_is_not_passed_over(photos):
+    row = {"source": "0.png", "target": "1.png", "source_points": POINTS[0], "target_points": POINTS[1]}
+    file = photos.parent / "pairs.json"
+    file.write_text(json.dumps([row | {"targetbox": [0, 0, 9, 9]}] * 3))
+    with pytest.raises(ValueError, match=r"pair 0 has 'targetbox', which says nothing\. Did you mean target_box"):
+        data.folder(photos, 64, pairs=file)
+    file.write_text(json.dumps([row | {"category": "cat", "id": 7}] * 3))
+    assert len(data.folder(photos, 64, pairs=file).task.matches) == 3
 
 
 # Masks.
@@ -130,6 +143,25 @@ def test_what_is_ignored_may_be_255(photos):
     array[:, 31:33] = 255
     task = data.folder(photos, 64, masks(photos, *[array] * 4)).task
     assert task.classes.tolist() == [0, 1]
+
+
+def test_masks_that_are_no_images_are_named(photos):
+    folder = masks(photos, *[halves(0, 1)] * 4)
+    (folder / "2.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"2\.png cannot be read as a mask: cannot identify image file"):
+        data.folder(photos, 64, masks=folder)
+    Image.new("1", (20_000, 10_000)).save(folder / "2.png")  # beyond Pillow's limit of pixels
+    with pytest.raises(ValueError, match=r"2\.png has 20000 x 10000 pixels and its image 64 x 64"):
+        data.folder(photos, 64, masks=folder)
+
+
+def test_a_long_text_costs_no_mask(photos):
+    """Pillow reads no PNG with a text of more than a million letters."""
+    folder = masks(photos, *[halves(0, 1)] * 4)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 2_000_000, zip=True)
+    Image.fromarray(halves(0, 1)).save(folder / "2.png", pnginfo=text)
+    assert data.folder(photos, 64, masks=folder).task.classes.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("how", ["bilinear", "jpeg", "classes"])
@@ -180,6 +212,34 @@ def test_labels_of_other_shapes():
         metrics.mean_iou(np.zeros((4, 4)), np.zeros((4, 1)), [0])
     with pytest.raises(ValueError, match="none of the classes occurs"):
         metrics.mean_iou(np.zeros((4, 4)), np.zeros((4, 4)), [3])
+
+
+@pytest.mark.parametrize(
+    ("truth", "guess", "classes", "told"),
+    [
+        ([[0, 1]], [[0.2, 0.9]], [0, 1], "guess must be labels, whole numbers from 0"),
+        ([[0, 1]], [[float("nan"), 1]], [0, 1], "guess must be labels"),
+        ([[-1, 1]], [[0, 1]], [0, 1], "truth must be labels, .* got values from -1"),
+        ([["cat", "dog"]], [[0, 1]], [0, 1], "truth must be labels"),
+        ([[0, 1]], [[0, 1]], 2, r"classes must be labels, such as range\(21\), got 2"),
+    ],
+)
+def test_what_are_no_labels(truth, guess, classes, told):
+    for metric in (metrics.class_iou, metrics.mean_iou):
+        with pytest.raises(ValueError, match=told):
+            metric(truth, guess, classes)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, 10, float("nan"), "0.1", True])
+def test_a_share_of_the_extent(alpha):
+    with pytest.raises(ValueError, match="alpha must be a share of the extent"):
+        metrics.correct_keypoints([[1, 2]], [[1, 2]], 10, alpha)
+
+
+@pytest.mark.parametrize("correct", [[], [np.zeros(0, bool)], [np.array([0.3, 7.0])], [np.array([1, 0])]])
+def test_what_is_found_is_true_or_false(correct):
+    with pytest.raises(ValueError, match="pck takes truth values of at least one point"):
+        metrics.pck(correct)
 
 
 def test_a_set_of_scenes_with_wrong_points_is_refused(tmp_path):

@@ -23,6 +23,8 @@ import diffusion_backbones as db
 from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec import registry
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET, VAE, TEXT = f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"
 X = torch.linspace(-1, 1, 3 * 64 * 128).view(1, 3, 64, 128).sin()
@@ -538,7 +540,10 @@ def test_a_missing_shard_is_named(tmp_path):
         db.create_model("sd15_gdf", checkpoint_path=folder)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": "../../b.safetensors"}}'],
+)
 def test_an_index_that_is_none_is_named(content, tmp_path):
     folder = tiny.folder("sd15", tmp_path / "sharded", max_shard_size="300KB")
     (folder / f"{UNET}.index.json").write_text(content)

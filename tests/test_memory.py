@@ -160,6 +160,37 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, backbone, x):
         backbone(x)
 
 
+def test_an_ensemble_that_cannot_fit_is_not_tried(monkeypatch, backbone, x):
+    """Two arrays of float32 latents of 4 channels at stride 8, noise and noisy latents, and of the draws that run at
+    once the largest activation.
+    """
+    latents = 2 * 4 * 4 * 16 * 24
+    act = max(t.nbytes for t in backbone.forward_activations(x, backbone.declaration.recipe.ids).values())
+    seen = []
+    handle = backbone.denoiser.register_forward_pre_hook(lambda module, args: seen.append(1))
+    monkeypatch.setattr(out_of_memory, "free", lambda device: 6 * (latents + act) - 1)
+    for noise in ("fixed", "random"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"6 noise draws of 1 image of 128 x 192 .* smaller ensemble="):
+            backbone(x, ensemble=6, noise=noise)
+    assert not seen
+    backbone(x, ensemble=6, chunk=5)
+    assert len(seen) == 2
+    handle.remove()
+
+
+def test_draws_beyond_those_that_are_kept_are_the_same(backbone, x):
+    few = db.create_model("tinysd_gdf", pretrained=True, ensemble=2)
+    for a, b in zip(few(x), backbone(x, ensemble=2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_noise_that_cannot_be_kept_is_not_made():
+    """An ensemble of a billion keeps 4 x 256 x 256 float32 values each: a million gigabytes, on no machine."""
+    with pytest.raises(MemoryError, match=r"tinysd_gdf with ensemble=1000000000 keeps 1048576\.0 GB of fixed noise"):
+        db.create_model("tinysd_gdf", pretrained=True, ensemble=10**9)
+    assert db.create_model("tinysd_gdf", device="meta", ensemble=10**6).canvas.shape == (10**6, 4, 256, 256)
+
+
 def test_the_least_that_is_needed_is_really_needed(backbone, x):
     """The bound against what the encoder computes: the two largest outputs that exist at once are no smaller."""
     outputs = []

@@ -18,6 +18,8 @@ from diffusion_backbones.ops.noise import RectifiedFlow, VariancePreserving
 from diffusion_backbones.spec.configs import CONFIGS, is_flow
 from diffusion_backbones.spec.schedule import FLOWS, VARIANCE_PRESERVING, check_schedule, noise_level
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 SD = {
     "_class_name": "PNDMScheduler",
     "num_train_timesteps": 1000,
@@ -104,6 +106,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trained_betas": [2.0] * 1000}, "trained_betas"),
     ({"_class_name": FLOWS[0], "num_train_timesteps": 100}, "num_train_timesteps 100"),
     ({"_class_name": FLOWS[0], "invert_sigmas": True}, "invert_sigmas"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type.*'discrete'"),
 ]
 
 

@@ -16,7 +16,7 @@ import torch
 
 import diffusion_backbones as db
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "costs_not_measured")
 WRITTEN = json.loads(old_pickles.FEATURES.read_text())
 
 

@@ -4,6 +4,7 @@ holds from itself. The right features are those of diffusers' own pipeline on th
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import original
 import pytest
 import tiny
 import torch
+from diffusers import DDPMScheduler
 from hub import Hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -246,6 +248,20 @@ def test_latents_that_are_normalized_otherwise_are_refused(name, folders, tmp_pa
         db.create_model("sd15_gdf", checkpoint_path=tmp_path / "edm.safetensors")
 
 
+def test_a_mark_of_zero_terminal_snr_is_heeded(folders, tmp_path):
+    """The levels are those of stock DDPM with rescale_betas_zero_snr, at a step where they differ much."""
+    base, recipe = folders[0], db.Recipe("late", levels=("mid-vit-out",), timestep=900)
+    state = load_file(original.write("sd15", folders[1], tmp_path / "whole.safetensors"))
+    save_file(state | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "marked.safetensors")
+    config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    for name, rescaled in (("whole", False), ("marked", True)):
+        backbone = db.create_model(f"local-dir:{base}", recipe=recipe, checkpoint_path=tmp_path / f"{name}.safetensors")
+        stock = DDPMScheduler(**{key: config[key] for key in keys}, rescale_betas_zero_snr=rescaled)
+        bar = stock.alphas_cumprod[900].item()
+        assert backbone.forward_process.levels(900) == pytest.approx((bar**0.5, (1 - bar) ** 0.5), rel=1e-5)
+
+
 # Other architectures.
 
 
@@ -268,6 +284,14 @@ def test_a_file_of_another_architecture_says_which_names_read_it(
     with pytest.raises(ValueError, match=rf"is not a file of my_.*{how}.*though not the widths, of .*{reads}") as error:
         db.create_model(f"local-dir:{tiny_folder(asked)}", recipe=["mid-vit-out"], checkpoint_path=path)
     assert "config.json" not in str(error.value)
+
+
+@pytest.mark.parametrize(("given", "asked"), [("sd15", "sdxl"), ("sd21", "sdxl")])
+def test_a_whole_file_of_another_architecture_says_so_before_what_it_lacks(given, asked, tiny_folder, tmp_path):
+    """SDXL has a second text encoder; to add one to a file of Stable Diffusion would not help."""
+    path = original.write(given, tiny_folder(given), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"is not a file of {asked}.*though not the widths, of .*{given}"):
+        db.create_model(f"{asked}_gdf", checkpoint_path=path)
 
 
 def test_a_unet_of_more_channels_says_whose_they_are(folders, tmp_path):

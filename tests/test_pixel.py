@@ -12,6 +12,8 @@ import diffusion_backbones as db
 from diffusion_backbones import Recipe
 from diffusion_backbones.spec.recipe import Level
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 NAMES = ("ddpm_cifar10_32", "ddpm_celebahq_256")
 
 

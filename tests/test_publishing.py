@@ -11,6 +11,8 @@ from markdown_it import MarkdownIt
 
 import diffusion_backbones as db
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 
 class Page(HTMLParser):
     """The elements of a page, and what its links and pictures point to."""
@@ -78,7 +80,10 @@ def evil(tmp_path_factory):
         },
     }
     config["recipe"] |= {
-        "notes": [script, "[c](https://example.org) is a link", "<javascript:alert(6)>"],
+        "notes": [
+            *(script, "[c](https://example.org) is a link", "<javascript:alert(6)>"),
+            *("![d](https://example.org/d.png)", r"\![e](https://example.org/e.png)", r"[f\](/f)", r"[g\\](/g)"),
+        ],
         "source": script,
     }
     (folder / "config.json").write_text(json.dumps(config))

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 import transformers
@@ -278,6 +280,54 @@ def test_a_config_that_is_not_whole_is_refused(changes, said, folder):
         back(folder)
 
 
+FIELDS = json.loads(
+    '{"recipe": ["name", "levels", "timestep", "noise", "ensemble", "seed", "prompt", "prompt_padding", "scaled", '
+    '"input_size", "paper", "nominal_timestep", "source", "notes", "unverified"], "checkpoint": ["name", "title", '
+    '"hub_id", "license", "paper", "input_size", "family", "configs", "revision", "mirrors", "status", "gated", '
+    '"denoiser", "encoder_float16", "unverified"]}'
+)
+"""What every folder of this format says, as the first version wrote it."""
+LATER = {"recipe": ["without", "discard", "normalise"], "checkpoint": ["tiny_encoder"]}
+"""What folders say since there is such a thing."""
+
+
+@pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in FIELDS.items() for key in keys])
+def test_no_default_stands_for_a_setting_that_is_missing(part, key, folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config[part]) == {*FIELDS[part], *LATER[part]}
+    rewrite(folder, **{part: {name: value for name, value in config[part].items() if name != key}})
+    with pytest.raises(ValueError, match=rf"config\.json is not what save_pretrained writes: .*\b{key}\b"):
+        back(folder)
+
+
+@pytest.mark.parametrize("key", LATER["recipe"])
+def test_settings_that_came_together_are_missing_together(key, folder):
+    recipe = json.loads((folder / "config.json").read_text())["recipe"]
+    rewrite(folder, recipe={name: value for name, value in recipe.items() if name != key})
+    with pytest.raises(ValueError, match=f"lacks 'recipe: {key}'"):
+        back(folder)
+
+
+def test_a_folder_of_an_early_version_is_read_and_told(once, folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    first = {part: {name: config[part][name] for name in names} for part, names in FIELDS.items()}
+    rewrite(folder, **first)
+    assert_same(back(folder), back(once))
+    told = [record.message for record in caplog.records if "as early versions saved it" in record.message]
+    assert len(told) == 2
+    assert "its recipe has no discard, normalise, without" in told[0]
+    assert "its checkpoint has no tiny_encoder" in told[1]
+
+
+@pytest.mark.parametrize("input_format", ["imagenet", "uint8"])
+def test_an_input_format_is_not_forgotten(input_format, loaded, tmp_path):
+    """What timm reads in the same file says how images were normalized."""
+    folder = loaded("sd15_gdf", input_format=input_format).save_pretrained(tmp_path / "saved")
+    rewrite(folder, input_format=None)
+    with pytest.raises(ValueError, match=r"is not what save_pretrained writes: lacks 'input_format'"):
+        back(folder)
+
+
 def test_a_config_that_is_not_json_is_refused(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=rf"{folder}: config\.json is not JSON"):
@@ -488,6 +538,39 @@ def test_weights_of_others_are_not_removed(loaded, tmp_path):
     (tmp_path / "saved" / INDEX).write_text(json.dumps(index))
     assert_same(back(backbone.save_pretrained(tmp_path / "saved")), backbone)
     assert outside.read_bytes() == b"another's"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("config.json", b'{"model_type": "bert"}'),
+        ("config.json", b"not JSON"),
+        ("model.safetensors", safetensors.torch.save({"bert.pooler.weight": torch.zeros(2)})),
+        ("model.safetensors", b"not safetensors"),
+    ],
+)
+def test_configs_and_weights_of_others_are_not_replaced(name, data, loaded, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(FileExistsError, match=rf"holds {re.escape(name)} of something else, .* another folder"):
+        loaded("sd15_gdf").save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: data}
+
+
+def test_a_readme_of_others_stays(loaded, tmp_path, caplog):
+    (tmp_path / "README.md").write_text("# My project\n")
+    backbone = loaded("sd15_gdf")
+    for _ in range(2):
+        assert_same(back(backbone.save_pretrained(tmp_path)), backbone)
+        assert (tmp_path / "README.md").read_text() == "# My project\n"
+        assert "README.md is not one of save_pretrained's and stays" in caplog.text
+        caplog.clear()
+
+
+def test_an_empty_place_is_not_this_folder(loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the folder to save in is empty; name one, or '\.' for this one"):
+        loaded("sd15_gdf").save_pretrained("")
+    assert not list(tmp_path.iterdir())
 
 
 KILLED = """

@@ -483,6 +483,20 @@ def test_only_missing_views_are_computed(whole, tmp_path):
     assert len(cache["unet-out"]) == 4
 
 
+class Growing(tasks.Keypoints):
+    """Features that grow from view to view, as those of large networks do beyond float16's 65504."""
+
+    def reduce(self, index, act):
+        return np.full((2, 3), 1.5 * 1000**index, np.float32)
+
+
+def test_features_that_float16_cannot_hold_are_kept_whole(whole, tmp_path):
+    task, cache = Growing(tasks.warped(data.scenes(64).images[:4])), FeatureCache(tmp_path, {})
+    cache.gather(whole, task, ["mid-vit-out"])
+    assert cache["mid-vit-out"].tolist() == [[[1.5 * 1000**i] * 3] * 2 for i in range(4)]
+    assert {path.name for path in tmp_path.iterdir()} == {"mid-vit-out.npy", "done.json"}
+
+
 def test_features_of_something_else_are_not_mixed(tmp_path):
     FeatureCache(tmp_path, {"size": 64})._mark(["mid-vit-out"], 3)
     assert FeatureCache(tmp_path, {"size": 64}).looked == {"mid-vit-out": 3}

@@ -15,6 +15,8 @@ from snippets import blocks, printed, promised
 import diffusion_backbones as db
 from diffusion_backbones.integrations.smp import Encoder, register
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 DECODERS = [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"]
 KINDS = {
     "three levels": ("sd15_gdf", {}),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import diffusion_backbones as db
 from diffusion_backbones.spec.configs import CONFIGS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "costs_not_measured")
 PROMPT = "a photo of a cat"
 MODEL = "text_encoder/model.safetensors"
 

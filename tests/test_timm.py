@@ -15,6 +15,8 @@ from transformers import AutoBackbone, TimmBackboneConfig, UperNetConfig, UperNe
 
 import diffusion_backbones as db
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 
 def test_every_name_is_in_timm_with_its_description():
     for name in db.list_models():

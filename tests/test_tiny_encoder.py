@@ -27,6 +27,8 @@ from diffusion_backbones.reports import backbone_card, costs
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.configs import CONFIGS, package_configs, packaged
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 FITTED = {name: db.get_checkpoint(name) for name in db.list_checkpoints() if db.get_checkpoint(name).tiny_encoder}
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
 WEIGHTS = CONFIGS / "tinysd" / "vae" / "tiny" / "diffusion_pytorch_model.safetensors"

@@ -24,6 +24,8 @@ from diffusion_backbones.spec.configs import package_configs
 from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.surgery import memory_budget
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 COUNTS = {"sana": 8 * 4, "sana-1.5": 8 * 4, "hunyuan": 8 * 6, "hunyuan-1.1": 8 * 6, "auraflow": 9 * 2 + 9 * 3}
 COUNTS |= {"flux2": 9 * 2 + 8 * 3, "flux2-klein": 9 + 8 * 2, "qwen": 9 * 3}
 COUNTS |= {name: 8 * 2 + 9 * 3 for name in ("lumina", "z_image", "z_image-long")}

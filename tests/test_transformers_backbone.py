@@ -28,6 +28,8 @@ from transformers import (
 import diffusion_backbones as db
 from diffusion_backbones.integrations.transformers import PROCESSOR, DiffusionBackboneConfig, DiffusionBackboneModel
 
+pytestmark = pytest.mark.usefixtures("costs_not_measured")
+
 PAGE = Path(__file__).parent.parent / "docs" / "decoders" / "transformers.md"
 BACKBONES = {
     "sd15_gdf": ("sd15_gdf", {}),

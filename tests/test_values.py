@@ -59,6 +59,27 @@ def test_what_the_dtype_of_the_network_cannot_hold_is_refused():
             backbone(IMAGE, **{key: with_value(1e5, *shape)})
     with pytest.raises(ValueError, match="latents must be finite"):
         backbone.forward_latents(with_value(1e5, 1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"got values from 0 to 1e\+05, too large for torch.float16"):
+        backbone(with_value(1e5, 1, 3, 64, 64))
+    whole = db.create_model("tinysd_gdf", pretrained=True, out_indices=[2])
+    with pytest.raises(ValueError, match=r"got values from -1e\+300 to 0, too large for torch.float32"):
+        whole(with_value(-1e300, 1, 3, 64, 64, dtype=torch.float64))
+
+
+def test_what_overflows_in_the_network_is_refused(backbone):
+    """The square of 1e38 is beyond float32, which holds 3.4e38: features were NaN."""
+    for key, shape in (("noise", (4, 8, 8)), ("prompt_embeds", (77, 96))):
+        with pytest.raises(ValueError, match=rf"{key} must be finite.* or more than 1e\+12"):
+            backbone(IMAGE, **{key: with_value(1e38, *shape)})
+    with pytest.raises(ValueError, match=r"latents must be finite.* or more than 1e\+12"):
+        backbone.forward_latents(with_value(-1e38, 1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"got values from 0 to 1e\+38, too large"):
+        backbone(with_value(1e38, 1, 3, 64, 64))
+    for values in (
+        backbone(IMAGE, noise=with_value(1e12, 4, 8, 8)),
+        backbone.forward_latents(torch.full((1, 4, 8, 8), 1e12)),
+    ):
+        assert all(bool(torch.isfinite(level).all()) for level in values)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn])

@@ -112,6 +112,14 @@ TENSORS: dict[str, tuple[list[str], str]] = {
     "motion module": (["down_blocks.0.motion_modules.0.proj_in.weight"], "a motion module of AnimateDiff"),
     "bitsandbytes": (["conv_in.weight", "mid_block.to_q.weight.absmax"], "weights that bitsandbytes quantized"),
     "scaled float8": ([f"model.diffusion_model.{LDM}", "scaled_fp8"], "scaled float8 weights"),
+    "refiner of sdxl": (
+        [
+            f"model.diffusion_model.{LDM}",
+            "model.diffusion_model.label_emb.0.0.weight",
+            "conditioner.embedders.0.model.token_embedding.weight",
+        ],
+        "SDXL's refiner, .*one text encoder.*give the base network",
+    ),
     "averaged alone": (["model_ema.diffusion_modelinput_blocks00weight"], r"averaged \(EMA\) weights alone"),
     "wrapped": (
         ["module.conv_in.weight", "module.down_blocks.0.resnets.0.conv1.weight"],

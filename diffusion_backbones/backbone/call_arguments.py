@@ -14,7 +14,7 @@ from diffusion_backbones.families.base import EMBEDDINGS
 from diffusion_backbones.ops.describe import shape
 from diffusion_backbones.ops.noise import Timestep, check_timestep
 from diffusion_backbones.ops.pixel_values import check_range
-from diffusion_backbones.ops.tensor_checks import FLOATING, check_floating, readable
+from diffusion_backbones.ops.tensor_checks import FLOATING, LARGEST, check_floating, readable
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.validation import as_integer, check_count, closest
@@ -97,9 +97,9 @@ def _check_keywords(given: Mapping[str, Any], name: str, folded: bool) -> None:
         raise TypeError(f"give either prompt= or {', '.join(embeddings)}, not both")
 
 
-def check_image(x: Any, input_format: InputFormat) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite and not empty; warn if
-    it is out of range.
+def check_image(x: Any, input_format: InputFormat, dtype: torch.dtype) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``x`` is (B, 3, H, W), floating point, finite, also in the ``dtype``
+    that it is computed with, and not empty; warn if it is out of range.
 
     Integers are taken where pixels are 0 to 255.
     """
@@ -114,6 +114,8 @@ def check_image(x: Any, input_format: InputFormat) -> None:
         else:
             advice = "turn a PIL image into a tensor with timm's create_transform or torchvision"
         raise TypeError(f"{expected}, got {type(x).__name__}; {advice}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{expected}, got a tensor that is {'nested' if x.is_nested else x.layout}; give a dense one")
     if x.ndim != 4 or x.shape[1] != 3:
         hints = {3: "; add the batch axis with x[None]", 4: "; repeat a grey image with x.repeat(1, 3, 1, 1)"}
         hint = hints[x.ndim] if x.ndim in hints and x.shape[-3] in (1, 3) else ""
@@ -122,8 +124,6 @@ def check_image(x: Any, input_format: InputFormat) -> None:
     if not pixels and x.dtype not in FLOATING:
         hint = "; for uint8 images use x / 127.5 - 1, or create_model(..., input_format='uint8')"
         raise TypeError(f"{expected}, got {x.dtype}{hint if x.dtype == torch.uint8 else ''}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{expected}, got a tensor of {x.layout}; give x.to_dense()")
     if 0 in x.shape:
         raise ValueError(f"{expected}, got an empty batch {shape(x)}")
     if not readable(x):
@@ -131,6 +131,8 @@ def check_image(x: Any, input_format: InputFormat) -> None:
     smallest, largest = torch.stack(x.aminmax()).tolist()  # waits for the device once; NaN if there is one
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError(f"{expected}, got NaN or infinite values")
+    if max(-smallest, largest) > min(LARGEST, torch.finfo(dtype).max):
+        raise ValueError(f"{expected}, got values from {smallest:.3g} to {largest:.3g}, too large for {dtype}")
     check_range(smallest, largest, input_format, x.is_floating_point())
 
 

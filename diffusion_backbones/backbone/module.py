@@ -222,10 +222,13 @@ class DiffusionBackbone(TimmMixin):
             max_shard_size: Bytes, or a string such as ``"500MB"``. Larger weights are split into several files.
 
         Raises:
-            ValueError: The backbone is on ``meta``, or has a ``weight_dtype``; or ``max_shard_size`` is not a size.
+            ValueError: The backbone is on ``meta``, or has a ``weight_dtype``; or ``max_shard_size`` is not a size, or
+                ``folder`` empty.
+            FileExistsError: The folder holds the config or the weights of something else. A ``README.md`` of something
+                else stays as it is.
             OSError: The folder cannot be written.
         """
-        return save_pretrained.save(self, Path(folder), max_shard_size)
+        return save_pretrained.save(self, folder, max_shard_size)
 
     def push_to_hub(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.ops.describe import dtype_name, gigabytes
-from diffusion_backbones.surgery.memory_budget import CHEAPER_DTYPES, capacity
+from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.surgery.memory_budget import CHEAPER_DTYPES, capacity, free
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,6 +88,34 @@ def check_maps(backbone: BackboneState, x: Tensor) -> None:
         raise OutOfMemoryError(
             f"{backbone.declaration.name}: {_images(len(x), x.shape[-2:])} need at least {gigabytes(len(x) * image)} "
             f"in the image encoder, for two of its widest maps, and {x.device} has {gigabytes(room)}; {less}"
+        )
+
+
+def check_draws(backbone: BackboneState, z: Tensor, ensemble: int, chunk: int | None, sites: Iterable[Site]) -> None:
+    """Raise :class:`OutOfMemoryError` if the draws of an ensemble take more than is free, counting their noise, the
+    noisy latents, and the largest activation that is read of those that the denoiser is run on at once.
+
+    As in :func:`check_maps`, a call needs more.
+
+    Args:
+        z: (B, C, h, w) clean latents.
+        ensemble: Number of draws.
+        chunk: How many noisy latents the denoiser is run on at once; None for all.
+        sites: What is read of the denoiser.
+    """
+    if ensemble == 1 or torch.compiler.is_compiling() or (room := free(z.device)) is None:
+        return
+    latents = ensemble * (z.numel() + z[0].numel()) * z.element_size()
+    pixels = z.shape[-2] * z.shape[-1] * backbone.latent_stride**2
+    maps = [site.channels * pixels // site.stride**2 for site in sites if site.layout in ("map", "tokens")]
+    rows = min(ensemble * len(z), chunk or ensemble * len(z))
+    needed = latents + rows * max(maps, default=0) * backbone.dtype.itemsize
+    if needed > room:
+        size = tuple(side * backbone.latent_stride for side in z.shape[-2:])
+        raise OutOfMemoryError(
+            f"{backbone.declaration.name}: {ensemble} noise draws of {_images(len(z), size)} need at least "
+            f"{gigabytes(needed)}, and {gigabytes(room)} is free on {z.device}; give a smaller ensemble=, or a chunk= "
+            "below it"
         )
 
 

@@ -28,7 +28,7 @@ from diffusion_backbones.backbone.call_arguments import (
 )
 from diffusion_backbones.backbone.conditioning import merge_conditioning
 from diffusion_backbones.backbone.device import check_device
-from diffusion_backbones.backbone.out_of_memory import check_maps, explain_oom
+from diffusion_backbones.backbone.out_of_memory import check_draws, check_maps, explain_oom
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.ops import micro_batching, noise, postprocessing, pyramid
 from diffusion_backbones.ops.autocast import autocast_off, casts_to_float16
@@ -103,7 +103,7 @@ def given_latents(
 @explain_oom("image encoder")
 def encode(backbone: BackboneState, x: Tensor) -> Tensor:
     """(B, 3, H, W) images -> (B, C, h, w) clean latents, padded and scaled; see ``DiffusionBackbone.encode``."""
-    check_image(x, backbone.input_format)
+    check_image(x, backbone.input_format, backbone.encoder_dtype)
     check_device("images", x, backbone.encoder, backbone.declaration.name)
     x, d = to_symmetric(x, backbone.input_format), backbone.size_divisibility
     x = F.pad(x, (0, -x.shape[-1] % d, 0, -x.shape[-2] % d))
@@ -155,6 +155,7 @@ def activations(
         if isinstance(given := getattr(call, name), Tensor):
             values.finite(name, given, backbone.dtype if name == "noise" else None)
     values.read()
+    check_draws(backbone, z, call.ensemble, call.chunk, sites)
     draws = _draw(backbone, z, call)
     z_t = noise.mix(z, draws, call.timestep, backbone.forward_process)
     z_t = z_t.to(backbone.dtype).view(call.ensemble, *z.shape)
@@ -183,9 +184,9 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
     height, width = z.shape[-2:]
     if backbone.canvas is not None and len(backbone.canvas) >= call.ensemble:
         return noise.crop(backbone.canvas[: call.ensemble], height, width)
+    seed, channels = backbone.declaration.recipe.seed, backbone.architecture.latent_channels
     with backbone.device:
-        canvas = noise.canvas(backbone.declaration.recipe.seed, call.ensemble, backbone.architecture.latent_channels)
-    return noise.crop(canvas, height, width)
+        return noise.canvas(seed, call.ensemble, channels, (height, width))
 
 
 def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from torch import Tensor
 from diffusion_backbones._version import __version__
 from diffusion_backbones.backbone.state import BackboneState
 from diffusion_backbones.loading import hub
-from diffusion_backbones.loading.saved_folder import CARD, CONFIG, FORMAT, INDEX, LIBRARY, SHARDS, weight_files
+from diffusion_backbones.loading.saved_folder import CARD, CONFIG, FORMAT, INDEX, LIBRARY, SHARDS, foreign, weight_files
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import atomic, safetensors_io
 from diffusion_backbones.reports import backbone_card
@@ -28,21 +30,29 @@ from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.surgery import constant_folding
 from diffusion_backbones.surgery.trainable import merged_state
 
+log = logging.getLogger(__name__)
+
 UNDECLARED, LOCAL, ORIGIN = "my_", "local", "_name_or_path"
 """The names of checkpoints that nobody declared begin with the first. The second stands for a path on this machine.
 diffusers writes under the third key where it read a config."""
 
 
-def save(backbone: BackboneState, folder: Path, max_shard_size: int | str) -> Path:
+def save(backbone: BackboneState, place: str | Path, max_shard_size: int | str) -> Path:
     """Write the compact folder. Every file appears whole or not at all, ``config.json`` last, so that a folder that has
-    it is whole. Nothing changes in the folder before all files are written beside their places.
+    it is whole. Nothing changes in the folder before all files are written beside their places. A card of something
+    else stays.
 
     Raises:
         ValueError: The backbone has no weights, being on ``meta``, or only rounded ones; or ``max_shard_size`` is not a
-            size.
+            size, or the place is empty.
+        FileExistsError: The folder holds the config or the weights of something else.
         OSError: The folder cannot be written.
     """
+    if not os.fspath(place):
+        raise ValueError("the folder to save in is empty; name one, or '.' for this one")
+    folder = Path(place)
     _check(backbone)
+    card_of_others = _check_free(folder)
     state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}  # its seed says it
     split = _split(state, max_shard_size)
     declaration = kept(backbone)
@@ -54,6 +64,8 @@ def save(backbone: BackboneState, folder: Path, max_shard_size: int | str) -> Pa
         CONFIG: _json({**describe(backbone), **for_timm}),
         CARD: backbone_card.card(declaration, backbone.configs),
     }
+    if card_of_others:
+        del texts[CARD]
     if split.is_sharded:
         about = {"metadata": {**split.metadata, "library_name": LIBRARY}, "weight_map": split.tensor_to_filename}
         texts[INDEX] = _json(about)
@@ -74,6 +86,24 @@ def _check(backbone: BackboneState) -> None:
             f"without, and give weight_dtype={backbone.weight_dtype!r} to create_model when it is loaded: weights are "
             "rounded one by one as they are read"
         )
+
+
+def _check_free(folder: Path) -> bool:
+    """Check that nothing of others would be replaced. Returns whether there is a card of others, which stays.
+
+    Raises:
+        FileExistsError: There is a config, or weights, or a file in the place of the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and a folder is needed to save in; give another place")
+    others = foreign(Folder(folder)) if folder.exists() else set()
+    if blocking := sorted(others - {CARD}):
+        raise FileExistsError(
+            f"{folder} holds {' and '.join(blocking)} of something else, which would be lost; save in another folder"
+        )
+    if others:
+        log.warning("%s is not one of save_pretrained's and stays; no card is written", folder / CARD)
+    return bool(others)
 
 
 def _split(state: Mapping[str, Tensor], max_shard_size: int | str) -> StateDictSplit:
@@ -104,7 +134,7 @@ def _write(
     as whole, and the weights of an earlier save; then files take their places in reverse order, the config as the last.
     """
     with ExitStack() as stack:
-        names = [CONFIG, CARD, *weights, *texts.keys() - {CONFIG, CARD}]
+        names = [CONFIG, *({CARD} & texts.keys()), *weights, *texts.keys() - {CONFIG, CARD}]
         parts = {name: stack.enter_context(atomic.replacing(folder / name)) for name in names}
         for name, text in texts.items():
             parts[name].write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusion_backbones.backbone.state import BackboneState
+from diffusion_backbones.spec.validation import check_flag
 
 
 class TimmMixin(BackboneState):
@@ -73,9 +74,9 @@ class TimmMixin(BackboneState):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in the denoiser while it is trained. A compiled one is a ``ValueError``: its graph
-        can no longer be cut into checkpoints.
+        can no longer be cut into checkpoints; what is no truth value is a ``TypeError``.
         """
-        if enable and self.compiled:
+        if check_flag("enable", enable) and self.compiled:
             raise ValueError(
                 f"{self.declaration.name} is compiled, and what a compiled network keeps for its gradients is fixed; "
                 "create it without compile="

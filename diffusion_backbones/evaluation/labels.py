@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion_backbones.ops.image_decoding import upright
+from diffusion_backbones.ops import image_decoding
+from diffusion_backbones.ops.image_decoding import ON_THEIR_SIDE, orientation
 
 IGNORED = 255
 """Label of pixels that count for nothing."""
@@ -50,16 +51,20 @@ def points(values: Any, where: str, size: tuple[int, int] | None = None) -> NDAr
     return found
 
 
-def box(values: Any, where: str, inside: NDArray[np.float32] | None = None) -> tuple[float, float, float, float]:
+def box(
+    values: Any, where: str, inside: NDArray[np.float32] | None = None, size: tuple[int, int] | None = None
+) -> tuple[float, float, float, float]:
     """A box: x0, y0, x1, y1 in pixels, with x0 < x1 and y0 < y1.
 
     Args:
         values: Four finite numbers.
         where: Names it in errors.
         inside: (K, 2) points of the object in it.
+        size: (width, height) of the image that it is on.
 
     Raises:
-        ValueError: It is no box, or the points are not in it, as when width and height are given.
+        ValueError: It is no box, or reaches beyond the image by more than a pixel, or the points are not in it, as when
+            width and height are given.
     """
     found = _numbers(values, where, "numbers, 4 for each: one [x0, y0, x1, y1]")
     if found.shape != (4,):
@@ -70,6 +75,10 @@ def box(values: Any, where: str, inside: NDArray[np.float32] | None = None) -> t
     if x0 >= x1 or y0 >= y1:
         raise ValueError(
             f"{where} must be [x0, y0, x1, y1] with x0 < x1 and y0 < y1, got {values!r:.80}; is it x, y, width, height?"
+        )
+    if size is not None and (min(x0, y0) < -1 or x1 > size[0] + 1 or y1 > size[1] + 1):
+        raise ValueError(
+            f"{where} must lie in its image of {size[0]} x {size[1]} pixels, as [x0, y0, x1, y1], got {values!r:.80}"
         )
     if inside is not None and len(inside):
         share = np.mean(((inside >= found[:2]) & (inside <= found[2:])).all(1))
@@ -87,7 +96,7 @@ def _numbers(values: Any, where: str, form: str) -> NDArray[np.float32]:
         raise ValueError(f"{where} must be {form}, got {values!r:.80}")
     try:
         found = np.array(values, np.float32)  # None becomes NaN
-    except (TypeError, ValueError) as error:  # rows of several lengths
+    except (TypeError, ValueError, OverflowError) as error:  # rows of several lengths, huge integers
         raise ValueError(f"{where} must be {form}, got {values!r:.80}") from error
     if not np.isfinite(found).all():
         raise ValueError(f"{where} must be finite {form}, got {values!r:.80}; leave out what is not known")
@@ -111,6 +120,10 @@ def _hint(found: NDArray[Any]) -> str:
     return ""
 
 
+class _UnfitError(ValueError):
+    """A mask of another form."""
+
+
 def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The classes of a mask (H, W), turned upright by its EXIF orientation as images are.
 
@@ -120,20 +133,27 @@ def read_mask(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It has another size or several channels, or edges of mixed classes.
+        ValueError: It is no image, has another size or several channels, or edges of mixed classes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: every image needs a mask of the same name that ends in .png")
-    with Image.open(path) as opened:
-        mask = upright(opened)
-        if mask.size != size:
-            raise ValueError(f"{path} has {mask.size[0]} x {mask.size[1]} pixels and its image {size[0]} x {size[1]}")
+
+    def check(mask: Image.Image) -> None:
+        sides = mask.size[::-1] if orientation(mask) in ON_THEIR_SIDE else mask.size
+        if sides != size:
+            raise _UnfitError(f"{path} has {sides[0]} x {sides[1]} pixels and its image {size[0]} x {size[1]}")
         if mask.mode not in ("L", "P", "1"):
-            raise ValueError(
+            raise _UnfitError(
                 f"{path} has mode {mask.mode}; a mask has one channel of 8 bits, classes from 0 and 255 for what is "
                 "ignored"
             )
-        classes = np.array(mask, np.uint8)
+
+    try:
+        classes = np.array(image_decoding.read(path, check, Image.Image.copy), np.uint8)
+    except _UnfitError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # each of Pillow's decoders fails in its own way
+        raise ValueError(f"{path} cannot be read as a mask: {error}") from error
     check_edges(classes, str(path))
     return classes
 

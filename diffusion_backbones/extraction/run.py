@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,6 +19,8 @@ from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.prefetch import prefetch_map, threads
 from diffusion_backbones.extraction.settings import Settings
 from diffusion_backbones.extraction.stages import Computer, Reader, Writer, advised, batches, check_fits
+from diffusion_backbones.ops.tensor_checks import FLOATING
+from diffusion_backbones.spec.validation import as_integer, check_count, check_flag
 
 MOST_WORKERS = 8
 """Threads that read by default for a GPU, if the machine has as many cores."""
@@ -81,12 +85,21 @@ def extract(
         Counts, and the images that could not be read or kept or do not fit memory or ``dtype``, with the reason.
 
     Raises:
+        TypeError: The backbone, files or flags are of another kind.
         ValueError: ``out`` holds features with other settings, of other images, or files that are not ours; or a batch
-            does not fit the memory.
+            does not fit the memory; or a setting has a value that cannot be.
         OSError: A file cannot be written. Finished images stay, and no half-written file does.
     """
     if not os.fspath(out):
         raise ValueError("out is empty; name a folder for the features, or '.' for this one")
+    _check_kinds(backbone, files, names, dtype, overwrite)
+    for what, count in (("size", size), ("max_pixels", max_pixels), ("batch_size", batch_size)):
+        if count is not None or what == "batch_size":
+            check_count(what, count)
+    if workers is not None and (as_integer(workers) is None or workers < 0):
+        raise ValueError(f"workers must be an integer from 0 up, got {workers!r}")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a mapping of texts, got {weights!r:.80}")
     if backbone.device.type == "meta":
         raise ValueError("the backbone is on 'meta' and has no values; build it on another device")
     if size is not None:
@@ -107,6 +120,31 @@ def extract(
     finally:
         folder.write_manifest()  # also when interrupted, so that it is current
     return summary
+
+
+def _check_kinds(backbone: Any, files: Any, names: Any, dtype: Any, overwrite: Any) -> None:
+    """Check what an extraction is given, but for numbers; errors as for :func:`extract`."""
+    if not isinstance(backbone, DiffusionBackbone):
+        raise TypeError(f"extract takes a backbone from create_model, got {backbone!r:.80}")
+    if odd := [file for file in files if not isinstance(file, ImageFile)]:
+        raise TypeError(f"files must be those that images.find([...]) gives, got {odd[0]!r:.80}")
+    if outside := [file.name for file in files if not _is_inside(file.name)]:
+        raise ValueError(f"features are kept under the name of an image, below out, and {outside[0]!r} leads elsewhere")
+    if twice := [name for name, n in Counter(file.name for file in files).items() if n > 1]:
+        raise ValueError(f"two images would both be kept as {twice[0]!r}; give each a name of its own")
+    if dtype not in FLOATING:
+        raise ValueError(f"dtype must be a torch.dtype of floating point, such as torch.float16, got {dtype!r}")
+    check_flag("overwrite", overwrite)
+    given, maps = [] if names is None else list(names), len(backbone.out_maps)
+    texts = not isinstance(names, str) and all(isinstance(name, str) and name for name in given)
+    if names is not None and not (texts and len(given) == len(set(given)) == maps):
+        raise ValueError(f"names must be {maps} different texts, one for each map, got {names!r:.80}")
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a relative name stays below the folder that it is in."""
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _run(

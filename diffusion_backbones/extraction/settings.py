@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.ops.describe import dtype_name
+from diffusion_backbones.ops.image_decoding import check_regular
 
 DIGITS = 24
 """Hexadecimal digits that name weights and images."""
@@ -121,8 +122,9 @@ def image_digest(path: Path) -> str:
     """Names an image by the content of its file.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is none.
     """
+    check_regular(path)
     found = hashlib.blake2b(digest_size=DIGITS // 2)
     with path.open("rb") as file:
         while block := file.read(2**20):

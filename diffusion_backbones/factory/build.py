@@ -16,14 +16,14 @@ from diffusion_backbones.factory.options import BuildOptions
 from diffusion_backbones.loading.completed import Completed
 from diffusion_backbones.loading.prompts import Prompter, misfit
 from diffusion_backbones.ops import quantization, safetensors_io
-from diffusion_backbones.ops.noise import UnknownProcess, canvas
+from diffusion_backbones.ops.noise import CANVAS, UnknownProcess, canvas
 from diffusion_backbones.ops.recording import Recorder
 from diffusion_backbones.spec.configs import Configs
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.input_format import SYMMETRIC
 from diffusion_backbones.surgery import compilation, constant_folding, trainable
 from diffusion_backbones.surgery.introspection import called, unreached
-from diffusion_backbones.surgery.memory_budget import check_budget
+from diffusion_backbones.surgery.memory_budget import check_budget, check_canvas
 from diffusion_backbones.surgery.plan import Plan
 
 
@@ -91,6 +91,7 @@ class Builder:
 
         Raises:
             FileNotFoundError: A part of the checkpoint is nowhere.
+            MemoryError: The fixed noise of the recipe's ensemble does not fit.
             TypeError: Folding goes with nothing that is trained.
             ValueError: There is nothing to fold, or no prompt to train; or the noise level of a timestep is not known.
         """
@@ -100,6 +101,9 @@ class Builder:
         if isinstance(process, UnknownProcess) and self.recipe.noise != "none":
             raise ValueError(f"{self.resolved.source or self.name}: {process.reason}")
         constant_folding.check_fold(options.fold, self.folded, options.trainable, options.device, self.name)
+        if self.recipe.noise == "fixed":
+            size = self.recipe.ensemble * self.network.latent_channels * CANVAS**2 * torch.float32.itemsize
+            check_canvas(size, self.recipe.ensemble, options.device, self.name)
         if options.trainable == "prompt":
             trainable.check_prompt(self.plan, options.prompt_tokens)
 

@@ -93,8 +93,9 @@ def open_path(
         part, lacks = opened(path, checkpoint, base)
     family = FAMILIES[checkpoint.family]
     source = Completed(part, family, base, lacks, checkpoint.hub_id) if lacks else part
-    if isinstance(part, SingleFile) and (base or not lacks):
-        part.check_sizes(_network(checkpoint, source.configs(family), source), checkpoint.name)
+    if isinstance(part, SingleFile):  # before it is said what another file would lack
+        network = _network(checkpoint, source.configs(family), source)
+        part.check_sizes(network, checkpoint.name, widths=bool(base or not lacks))
     return source
 
 

@@ -62,6 +62,7 @@ class Architecture(ABC):
             is not in the config is None.
         wider: Channels of latents that some denoisers of its class take -> what these are, for errors.
         needs_model_index: Whether ``model_index.json`` matters, which names the pipeline's class.
+        shifted: Whether its pipelines subtract the ``shift_factor`` of the image encoder, which then must be said.
         compilable: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
             exported.
     """
@@ -75,6 +76,7 @@ class Architecture(ABC):
     supplied: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     wider: ClassVar[Mapping[int, str]] = {}
     needs_model_index: ClassVar[bool] = False
+    shifted: ClassVar[bool] = False
     compilable: ClassVar[bool] = True
 
     def __init__(self, configs: Configs, name: str = "the network"):

@@ -56,7 +56,10 @@ def read(family: type[Architecture], configs: Configs, where: str) -> Configs:
         raise ValueError(f"{at} {_other_class(family, denoiser)}")
     out[family.denoiser] = complete(denoiser, family.networks[0], at)
     if family.encoder:
-        out[family.encoder] = _read_encoder(out[family.encoder], f"{where}: {family.encoder}/config.json")
+        at_encoder = f"{where}: {family.encoder}/config.json"
+        out[family.encoder] = _read_encoder(out[family.encoder], at_encoder)
+        if family.shifted:
+            _check_shift(out[family.encoder], at_encoder)
     if not isinstance((out.get("model_index") or {}).get("_class_name", ""), str):
         raise ValueError(f"{where}: model_index.json must name a pipeline as _class_name")
     _check_network(family(out), at)
@@ -121,6 +124,15 @@ def _read_encoder(config: Config, where: str) -> Config:
     except UNBUILDABLE as error:
         raise ValueError(f"{where} does not describe {encoder.network}: {_said(error)}") from error
     return full
+
+
+def _check_shift(config: Config, where: str) -> None:
+    said = config.get("shift_factor") is not None or config.get("latents_mean") is not None
+    if config["_class_name"] == "AutoencoderKL" and not said:
+        raise ValueError(
+            f"{where} has no shift_factor, which the denoiser was trained with; write it there: 0.0609 for Stable "
+            "Diffusion 3, 0.1159 for FLUX.1 and those that share its encoder"
+        )
 
 
 def _with_old_scaling(config: Config, network: str) -> Config:

@@ -60,6 +60,20 @@ def _unet_difference(shapes: Shapes, network: Architecture) -> str:
     return ""
 
 
+def has_layers(shapes: Shapes, network: Architecture) -> bool:
+    """Whether a denoiser with diffusers' names has the layers of a network, of any width."""
+    return _alike(shapes, _shapes(network))
+
+
+def _shapes(network: Architecture) -> Shapes:
+    with safetensors_io.unfilled():
+        return safetensors_io.shapes(network.build_denoiser())
+
+
+def _alike(found: Shapes, full: Shapes) -> bool:
+    return set(full) <= set(found) and all(len(found[name]) == len(shape) for name, shape in full.items())
+
+
 def readers(names: Collection[str], convert: Callable[[Architecture], Shapes | None]) -> str:
     """Which registered checkpoints read a file's denoiser, as a sentence; empty where none does.
 
@@ -82,11 +96,10 @@ def readers(names: Collection[str], convert: Callable[[Architecture], Shapes | N
         if not author and not layouts.named_as_diffusers(names, network):
             continue
         found = convert(network)
-        with safetensors_io.unfilled():
-            full = safetensors_io.shapes(network.build_denoiser())
-        if found and set(full) <= set(found):
+        full = _shapes(network)
+        if found and _alike(found, full):
             exact += group if all(found[name] == shape for name, shape in full.items()) else []
-            alike += group if all(len(found[name]) == len(shape) for name, shape in full.items()) else []
+            alike += group
     if not (exact or alike):
         return ""
     if not exact:

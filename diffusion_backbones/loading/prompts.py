@@ -62,10 +62,14 @@ class Prompter:
 
         Raises:
             FileNotFoundError: There is no text encoder.
-            ValueError: A prompt is too long, or prompts that are not padded have different lengths.
+            ValueError: A prompt is no text or too long, or prompts that are not padded have different lengths.
         """
         if self.source is None:
             raise no_text_encoder(prompts[0])
+        if odd := next((prompt for prompt in prompts if not _is_text(prompt)), None):
+            raise ValueError(
+                f"prompt={odd!r:.80} holds halves of characters (surrogates) and is no text; give it in UTF-8"
+            )
         fingerprint = self.source.text_fingerprint()
         rows = {prompt: self._row(fingerprint, self.source, prompt) for prompt in dict.fromkeys(prompts)}
         lengths = {prompt: row["prompt_embeds"].shape[1] for prompt, row in rows.items() if "prompt_embeds" in row}
@@ -98,6 +102,15 @@ class Prompter:
         said = [fingerprint, family_name(self.network), self.network.text_encoders, self.padding, prompt]
         key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
         return cache_folder() / "prompts" / f"{key}.safetensors"
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether a string can be written: bytes that are no UTF-8 come from a command line or a file as surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def misfit(network: Architecture, row: Mapping[str, Tensor]) -> str:

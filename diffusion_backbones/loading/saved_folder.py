@@ -9,8 +9,11 @@ loaded is ``create_model``'s, as everywhere else.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +26,16 @@ from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.configs import Config, Configs
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.input_format import SYMMETRIC, InputFormat
-from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.recipe import ON_DISK, Recipe
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, SHARDS = f"{WEIGHTS}.index.json", "model{suffix}.safetensors"
 LIBRARY, FORMAT = "diffusion_backbones", 1
+LATER = {"recipe": {"discard", "normalise", "without"}, "checkpoint": {"tiny_encoder"}}
+"""What the first folders of this format lack, since no backbone then had it. Each part has all of its own or none."""
+_PARTS = re.compile(r"(denoiser|encoder|conditioning)\.")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -56,9 +64,30 @@ def weight_files(folder: Folder) -> set[str]:
     if WEIGHTS in names and _says(folder, CONFIG, lambda data: data.get("library_name") == LIBRARY):
         found.add(WEIGHTS)
     if _is_our_index(folder):
-        shards = filter(_SHARD.fullmatch, folder.weight_map(INDEX).values())
+        shards = filter(_SHARD.fullmatch, map(str, folder.json(INDEX)["weight_map"].values()))
         found |= {INDEX, *names.intersection(shards)}
     return found
+
+
+def foreign(folder: Folder) -> set[str]:
+    """The files in a folder that have names of ``save_pretrained``'s and were written by something else."""
+    found, names = set(), {CONFIG, WEIGHTS, CARD}.intersection(folder.names())
+    if CARD in names:
+        text = folder.file(CARD).read_text(encoding="utf-8", errors="replace")
+        found |= set() if f"library_name: {LIBRARY}\n" in text else {CARD}
+    if _says(folder, CONFIG, lambda data: data.get("library_name") == LIBRARY):
+        return found
+    if WEIGHTS in names and not _holds_parts(folder.file(WEIGHTS)):
+        found.add(WEIGHTS)
+    return found | (names & {CONFIG})
+
+
+def _holds_parts(path: Path) -> bool:
+    """Whether a file of weights is ours; there is none of our configs beside it where saving was interrupted."""
+    try:
+        return all(map(_PARTS.match, safetensors_io.TensorFiles([path]).shapes))
+    except ValueError:
+        return False
 
 
 def _is_our_index(folder: Folder) -> bool:
@@ -92,16 +121,50 @@ class SavedConfig:
         try:
             recipe, checkpoint = Recipe.from_dict(data["recipe"]), Checkpoint.from_dict(data["checkpoint"])
             self.declaration = Declaration(data["name"], checkpoint, recipe)
+            _check_whole("recipe", recipe.to_dict(), {ON_DISK.get(key, key) for key in data["recipe"]}, where)
+            _check_whole("checkpoint", asdict(checkpoint), set(data["checkpoint"]), where)
             self.configs: Configs = upstream.read(FAMILIES[checkpoint.family], data["configs"], "its configs")
             self.provenance: dict[str, str] = data["provenance"]
             self.out_strides: list[int] | None = data["out_strides"]
-            self.input_format = InputFormat.from_dict(data["input_format"]) if "input_format" in data else SYMMETRIC
+            self.input_format = _input_format(data)
             self.folded: Mapping[str, Any] = dict(data.get("folded", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"{where} is not what save_pretrained writes: {what.rstrip('.')}. Save the backbone again."
             ) from error
+
+
+def _check_whole(part: str, whole: Mapping[str, Any], keys: set[str], where: str) -> None:
+    """Check that a part of a config says every setting: a default in its place would be another backbone.
+
+    Raises:
+        KeyError: It lacks some.
+    """
+    missing = whole.keys() - keys
+    if missing == LATER[part]:
+        log.warning(
+            "%s: its %s has no %s, as early versions saved it, and is read as they meant it; save the backbone again",
+            where,
+            part,
+            ", ".join(sorted(missing)),
+        )
+    elif missing:
+        raise KeyError(f"{part}: {', '.join(sorted(missing))}")
+
+
+def _input_format(data: Mapping[str, Any]) -> InputFormat:
+    """The input format, which is left out where it is the usual one; what timm reads beside it says whether it is.
+
+    Raises:
+        KeyError: It is left out, and is another.
+    """
+    if "input_format" in data:
+        return InputFormat.from_dict(data["input_format"])
+    for_timm = data.get("pretrained_cfg", {})
+    if any(key in for_timm and tuple(for_timm[key]) != getattr(SYMMETRIC, key) for key in ("mean", "std")):
+        raise KeyError("input_format")
+    return SYMMETRIC
 
 
 class SavedBackbone(SavedConfig):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture
 from diffusion_backbones.loading import fingerprint, layouts
-from diffusion_backbones.loading.looks_like import difference, readers
+from diffusion_backbones.loading.looks_like import difference, has_layers, readers
 from diffusion_backbones.loading.source import digest, modern_attention
 from diffusion_backbones.loading.what_it_is import what_a_file_is
 from diffusion_backbones.ops.conversion import ConvertedFiles
@@ -29,6 +29,8 @@ from diffusion_backbones.spec.configs import Config, Configs
 log = logging.getLogger(__name__)
 
 AVERAGED = "model_ema."
+ENDS_IN_NOISE = "ztsnr"
+"""An empty tensor by which trainers mark a schedule without signal at its last step."""
 _CLIP = {
     "text_encoder": (
         "cond_stage_model.clip_l.",
@@ -63,8 +65,8 @@ class SingleFile:
     """
 
     def __init__(self, path: Path, configs: Configs):
-        self.path, self._configs = path, configs
-        self._stored = TensorFiles([path])
+        self.path, self._stored = path, TensorFiles([path])
+        self._configs = self._with_schedule(configs)
         self.provenance = {"path": str(path)}
 
     def __str__(self) -> str:
@@ -114,11 +116,15 @@ class SingleFile:
                 f"give a folder in the diffusers layout, or a file of its {network.denoiser}/"
             )
 
-    def check_sizes(self, network: Architecture, wanted: str) -> None:
-        """Check that the denoiser's layers are those of a network; arguments and errors as for :meth:`check`."""
+    def check_sizes(self, network: Architecture, wanted: str, widths: bool = True) -> None:
+        """Check that the denoiser's layers are those of a network, of its ``widths`` or of any; other arguments and
+        errors as for :meth:`check`.
+        """
         if not self.has(network.denoiser):
             return
         shapes = self.converted(network)
+        if not widths and shapes is not None and has_layers(shapes, network):
+            return
         how = "it lacks layers" if shapes is None else difference(shapes, network)
         said = readers(layouts.denoiser_names(self._stored.shapes), self.converted) if how else ""
         if shapes is None and not said:
@@ -143,7 +149,14 @@ class SingleFile:
 
     def over(self, configs: Configs, family: type[Architecture]) -> Configs:  # noqa: ARG002  (a folder's)
         """The configs of a base, or the declared ones where there is none."""
-        return configs or self._configs
+        return self._with_schedule(configs) or self._configs
+
+    def _with_schedule(self, configs: Configs) -> Configs:
+        """Configs with what the file itself says of its noise."""
+        scheduler = configs.get("scheduler")
+        if ENDS_IN_NOISE not in self._stored or scheduler is None:
+            return configs
+        return {**configs, "scheduler": {**scheduler, "rescale_betas_zero_snr": True}}
 
     def text_config(self, component: str) -> Config:
         """The config of a text encoder."""

@@ -202,9 +202,9 @@ class Folder:
             ValueError: It is not such an index.
         """
         found = self.json(index).get("weight_map")
-        if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        if not isinstance(found, dict) or not all(map(_is_name, found.values())):
             raise ValueError(
-                f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files"
+                f"{self}: {index} is not an index of shards: it needs a 'weight_map' from tensors to files beside it"
             )
         return found
 
@@ -240,7 +240,8 @@ class Folder:
 
     def text_fingerprint(self) -> str:
         """A string that changes with the content of any file of text encoders and tokenizers, and with nothing else."""
-        files = [path for path in sorted(self.path.glob("t*/*")) if path.is_file()]  # text_encoder*, tokenizer*
+        parts = ("text_encoder*/*", "tokenizer*/*")  # and not transformer/, which is far larger
+        files = sorted(path for part in parts for path in self.path.glob(part) if path.is_file())
         return digest(f"{path.parent.name}/{path.name} {fingerprint.content(path)}" for path in files)
 
     def __str__(self) -> str:
@@ -306,6 +307,11 @@ def modern_attention(name: str) -> str:
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
     )
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value is the name of a file, without a folder."""
+    return isinstance(value, str) and PurePosixPath(value).name == value
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -161,6 +161,11 @@ def what_a_file_is(path: Path, shapes: Shapes) -> str | None:
         return (
             f"is {kind.what}, {kind.todo}" if kind.todo.startswith(("which", "and")) else f"is {kind.what}; {kind.todo}"
         )
+    if _is_refiner(shapes):
+        return (
+            "is SDXL's refiner, which takes an aesthetic score and has one text encoder, and is not read; give the "
+            "base network"
+        )
     if _is_textual_inversion(shapes):
         return (
             "is a textual inversion, which adds words to a text encoder; load it with diffusers "
@@ -173,6 +178,13 @@ def what_a_file_is(path: Path, shapes: Shapes) -> str | None:
             "of safetensors.torch"
         )
     return None
+
+
+def _is_refiner(names: Collection[str]) -> bool:
+    """Whether a whole checkpoint has what SDXL adds to the timestep, and one text encoder, of OpenCLIP."""
+    parts = (f"{layouts.MARK}label_emb.", "conditioner.embedders.0.model.", "conditioner.embedders.1.")
+    label, first, second = (any(name.startswith(part) for name in names) for part in parts)
+    return label and first and not second
 
 
 def _is_textual_inversion(shapes: Shapes) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what turns the picture upright."""
+ON_THEIR_SIDE = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
 _opening = threading.Lock()
 
 
@@ -64,32 +67,49 @@ def most_pixels() -> int | None:
     return Image.MAX_IMAGE_PIXELS and 2 * Image.MAX_IMAGE_PIXELS
 
 
-def read(path: Path, check: Callable[[Image.Image], None]) -> Image.Image:
+def read(
+    path: Path, check: Callable[[Image.Image], None], convert: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
     """Open and decode an image file of any size. A PNG whose texts or profile Pillow refuses is read without them.
 
     Args:
         path: The file.
         check: Called before pixels are decoded; raises an error to refuse the image.
+        convert: What becomes of the upright image, by default :func:`as_rgb`.
 
     Raises:
         Exception: Each of Pillow's decoders fails in its own way.
+        OSError: There is no file.
     """
+    check_regular(path)
     _register_heif()
     try:
-        return _read(path, check)
+        return _read(path, check, convert or as_rgb)
     except MemoryError:
         raise
     except Exception:
         stripped = _without_descriptions(path)
         if stripped is None:
             raise
-        return _read(stripped, check)
+        return _read(stripped, check, convert or as_rgb)
 
 
-def _read(file: Path | IO[bytes], check: Callable[[Image.Image], None]) -> Image.Image:
+def check_regular(path: Path) -> None:
+    """Check that a path is that of a file: a pipe, a socket or a device may be read for ever.
+
+    Raises:
+        OSError: There is none, or something else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is no file, but a pipe, a socket, a device or a folder")
+
+
+def _read(
+    file: Path | IO[bytes], check: Callable[[Image.Image], None], convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     with _open(file) as image:
         check(image)
-        return as_rgb(upright(image))
+        return convert(upright(image))
 
 
 def _open(file: Path | IO[bytes]) -> Image.Image:

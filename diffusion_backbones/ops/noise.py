@@ -132,18 +132,20 @@ class RectifiedFlow:
             )
 
 
-def canvas(seed: int, ensemble: int, channels: int) -> Tensor:
-    """The fixed noise, (ensemble, channels, CANVAS, CANVAS) float32, on the default device (empty on ``meta``).
+def canvas(seed: int, ensemble: int, channels: int, size: tuple[int, int] = (CANVAS, CANVAS)) -> Tensor:
+    """The fixed noise, (ensemble, channels, *size) float32, on the default device (empty on ``meta``); see :func:`crop`
+    for other sizes than the canvas's own.
 
     Every image, batch and size reads a crop of it, so that an image's features do not depend on its neighbors, but for
     rounding: about 1e-6 of their size in float32 and 1e-2 in bfloat16 (root mean square of the difference over that of
     the map; the tests allow three times as much).
     """
-    out = torch.empty(ensemble, channels, CANVAS, CANVAS, dtype=torch.float32)
+    out = torch.empty(ensemble, channels, *size, dtype=torch.float32)
     if not out.is_meta:
         for i in range(ensemble):
             generator = torch.Generator(device="cpu").manual_seed(seed + i)
-            out[i] = torch.randn(channels, CANVAS, CANVAS, generator=generator, device="cpu", dtype=torch.float32)
+            whole = torch.randn(channels, CANVAS, CANVAS, generator=generator, device="cpu", dtype=torch.float32)
+            out[i] = crop(whole, *size)
     return out
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What networks compute in; floats of one byte are only stored so."""
+LARGEST = 1e12
+"""Beyond it the squares that a network sums up to normalize its maps come near what float32 holds."""
 
 
 def check_floating(name: str, tensor: Any, expected: str) -> None:
@@ -23,8 +25,9 @@ def check_floating(name: str, tensor: Any, expected: str) -> None:
         raise TypeError(f"{name} must be a tensor {expected}, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be {expected} of floating point, which networks compute in, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor {expected}, got {tensor.layout}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor {expected}, got {kind}")
 
 
 def readable(tensor: Tensor) -> bool:
@@ -51,9 +54,10 @@ class ValueChecks:
         """Check that a tensor has neither NaN nor infinity, also in the ``dtype`` that it is computed with."""
         if readable(tensor) and tensor.dtype in FLOATING and tensor.numel():
             dtype = dtype or tensor.dtype
-            largest = min(torch.finfo(kind).max for kind in (dtype, tensor.dtype, torch.float32))
+            largest = min(LARGEST, *(torch.finfo(kind).max for kind in (dtype, tensor.dtype)))
             holds = tensor.detach().abs().amax().float() <= largest  # false for NaN
-            self.add(holds, f"{name} must be finite, and has NaN, infinity or what {dtype} cannot hold")
+            what = f"what {dtype} cannot hold, or more than {LARGEST:g}"
+            self.add(holds, f"{name} must be finite, and has NaN, infinity, {what}")
 
     def read(self) -> None:
         """Raise ``ValueError`` for the first check that does not hold."""

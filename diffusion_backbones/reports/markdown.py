@@ -51,12 +51,14 @@ def front_matter(metadata: Mapping[str, Any]) -> str:
 
 
 def line(text: str) -> str:
-    """A text on one line. Others may have written it, so HTML in it is shown and not read, and links lead to the web or
-    into this repository.
+    """A text on one line. Others may have written it, so HTML in it is shown and not read, links lead to the web or
+    into this repository, and pictures are links: a page that shows one tells its host who reads it. What is shown is
+    written as an entity, since a backslash before it would be taken for the end of another's.
     """
     text = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", text)
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
-    return re.sub(rf"\](?=:|\((?!https?://|\.\./|{PAGE}\)))", r"\]", text)
+    text = text.replace("![", "&#33;[")
+    return re.sub(rf"\](?=:|\((?!https?://|\.\./|{PAGE}\)))", "&#93;", text)
 
 
 def code(text: str) -> str:

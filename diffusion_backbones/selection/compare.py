@@ -19,6 +19,8 @@ from diffusion_backbones.selection.tasks import Task
 from diffusion_backbones.spec.activations import Site
 
 DONE = "done.json"
+LARGEST = float(np.finfo(np.float16).max)
+"""What float16 holds: activations of some networks are larger."""
 
 
 class FeatureCache:
@@ -47,10 +49,15 @@ class FeatureCache:
         else:
             self.looked = {}
 
-    def __getitem__(self, activation_id: str) -> NDArray[np.float16]:
-        """The reduced features of an activation, (views, ...), memory-mapped."""
-        array: NDArray[np.float16] = np.load(self.folder / f"{activation_id}.npy", mmap_mode="r")
+    def __getitem__(self, activation_id: str) -> NDArray[np.floating]:
+        """The reduced features of an activation, (views, ...), memory-mapped; float16, or float32 where values are
+        larger than that holds.
+        """
+        array: NDArray[np.floating] = np.load(self._path(activation_id), mmap_mode="r")
         return array
+
+    def _path(self, activation_id: str) -> Path:
+        return self.folder / f"{activation_id}.npy"
 
     @torch.no_grad()
     def gather(
@@ -77,12 +84,10 @@ class FeatureCache:
             def keep(site: Site, act: Tensor, index: int = index) -> None:
                 kept = task.reduce(index, act)
                 if site.id not in files:
-                    path = self.folder / f"{site.id}.npy"
-                    files[site.id] = (
-                        open_memmap(path, "r+")
-                        if done
-                        else open_memmap(path, "w+", np.float16, (len(task.views), *kept.shape))
-                    )
+                    shape = None if done else (len(task.views), *kept.shape)
+                    files[site.id] = open_memmap(self._path(site.id), "r+" if done else "w+", np.float16, shape)
+                if files[site.id].dtype == np.float16 and np.abs(kept).max() > LARGEST:
+                    files[site.id] = _in_float32(files[site.id], self._path(site.id))
                 files[site.id][index] = kept
 
             backbone.visit_activations(task.views[index].to(backbone.device), missing, keep)
@@ -93,6 +98,15 @@ class FeatureCache:
     def _mark(self, ids: Sequence[str], looked: int) -> None:
         self.looked |= dict.fromkeys(ids, looked)
         atomic.write_text(self.folder / DONE, json.dumps({"looked": self.looked, "key": self.key}))
+
+
+def _in_float32(narrow: NDArray[np.float16], path: Path) -> NDArray[np.float32]:
+    """The features of a file in float32, in a file in its place."""
+    with atomic.replacing(path) as part:
+        wide = open_memmap(part, "w+", np.float32, narrow.shape)
+        wide[:] = narrow
+        wide.flush()
+    return open_memmap(path, "r+")
 
 
 def single_scores(

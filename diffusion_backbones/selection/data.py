@@ -15,6 +15,7 @@ from diffusion_backbones.evaluation import labels
 from diffusion_backbones.evaluation.scenes import load_scenes
 from diffusion_backbones.extraction import images as files
 from diffusion_backbones.selection.tasks import Keypoints, Match, Segmentation, Task, warped
+from diffusion_backbones.spec.suggestions import closest
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for key in ("source", "target"):
             if not isinstance(row[key], str):
                 raise ValueError(f"{path}, pair {i}: {key} must be the path of an image, got {row[key]!r:.80}")
+        for key in row.keys() - {*needed, "target_box"}:
+            if meant := closest(key, [*needed, "target_box"]):
+                raise ValueError(f"{path}, pair {i} has {key!r}, which says nothing.{meant}")
     return rows
 
 
@@ -192,7 +196,7 @@ class _Squares:
                 "object"
             )
         given = row.get("target_box")
-        box = (0, 0, *target[0]) if given is None else labels.box(given, f"{where}: target_box", to)
+        box = (0, 0, *target[0]) if given is None else labels.box(given, f"{where}: target_box", to, target[0])
         return _match(*source, *target, at, to, box)
 
 

@@ -40,7 +40,7 @@ class Task(ABC):
     views: Sequence[Tensor]
 
     @abstractmethod
-    def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
+    def reduce(self, index: int, act: Tensor) -> NDArray[np.float32]:
         """The part of an activation that the score needs, for one view; the same shape for all views.
 
         Args:
@@ -53,7 +53,7 @@ class Task(ABC):
         """Bytes that :meth:`reduce` returns for an activation with this number of channels, over all views."""
 
     @abstractmethod
-    def score(self, features: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
+    def score(self, features: Sequence[NDArray[np.floating]]) -> NDArray[np.float64]:
         """(SPLITS,) scores of several activations together.
 
         Args:
@@ -106,18 +106,18 @@ class Segmentation(Task):
         self.labels = labels
         self.splits = [rng.permutation(len(images)) < len(images) // 2 for _ in range(SPLITS)]
 
-    def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
+    def reduce(self, index: int, act: Tensor) -> NDArray[np.float32]:
         """(POINTS, C): the features at the places of an image."""
         at = torch.from_numpy(self.places[index]).to(act.device).flip(1)
         grid = (at.float() + 0.5) / (self.views[index].shape[-1] / 2) - 1
         read = F.grid_sample(act.float(), grid[None, None], align_corners=False, padding_mode="border")[0, :, 0]
-        return read.T.cpu().numpy().astype(np.float16)
+        return read.T.cpu().numpy()
 
     def cached_bytes(self, channels: int) -> int:
         """Bytes of float16 features at all places."""
         return 2 * len(self.views) * POINTS * channels
 
-    def score(self, features: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
+    def score(self, features: Sequence[NDArray[np.floating]]) -> NDArray[np.float64]:
         """mIoU of the probe for each split, from 0 to 100."""
         joint = np.concatenate(features, 2, dtype=np.float32)
         return np.array([self._probe(joint, train) for train in self.splits])
@@ -199,7 +199,7 @@ class Keypoints(Task):
         order = np.random.default_rng(seed).permutation(len(matches))
         self.splits = [np.delete(order, np.s_[i::SPLITS]) for i in range(SPLITS)]
 
-    def reduce(self, index: int, act: Tensor) -> NDArray[np.float16]:
+    def reduce(self, index: int, act: Tensor) -> NDArray[np.float32]:
         """(points, side²): the similarities of the source points to all places of the target."""
         points, size = torch.from_numpy(self.matches[index].source_points).to(act), self.views[index].shape[-1]
         source, target = F.interpolate(act.float(), (self.side, self.side), mode="bilinear")
@@ -207,13 +207,13 @@ class Keypoints(Task):
             source[None], (points / (size / 2) - 1)[None, None], align_corners=False, padding_mode="border"
         )[0, :, 0]
         similar = F.normalize(queries, dim=0).T @ F.normalize(target.flatten(1), dim=0)
-        return F.pad(similar, (0, 0, 0, self.points - len(points))).cpu().numpy().astype(np.float16)
+        return F.pad(similar, (0, 0, 0, self.points - len(points))).cpu().numpy()
 
     def cached_bytes(self, channels: int) -> int:  # noqa: ARG002  # similarities have no channels
         """Bytes of float16 similarities of all points."""
         return 2 * len(self.views) * self.points * self.side**2
 
-    def score(self, features: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
+    def score(self, features: Sequence[NDArray[np.floating]]) -> NDArray[np.float64]:
         """PCK@0.1 for each split, from 0 to 100."""
         best = sum(similar.astype(np.float32) for similar in features).argmax(-1)  # type: ignore[union-attr]
         step = self.views[0].shape[-1] / self.side

@@ -158,7 +158,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form that :meth:`from_dict` reads back."""
         data = asdict(self) | {"levels": [list(level.activations) for level in self.levels]}
-        return {_ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+        return {ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -237,7 +237,7 @@ def _level(given: Any, what: str) -> Level:
 # The setting ``normalize`` was called ``normalise`` in version 0.1, and still is in files, so that digests and saved
 # folders stay as they are.
 
-_ON_DISK = {"normalize": "normalise"}
+ON_DISK = {"normalize": "normalise"}
 
 
 def _american(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def check_schedule(scheduler: Config) -> None:
             "(Scheduler). Give noise='none', with which the network takes latents and timestep as they are, or another "
             "checkpoint."
         )
+    if scheduler.get("timestep_type", "discrete") != "discrete":
+        raise _wrong(scheduler, "timestep_type", "'discrete', where the network counts training steps")
     steps = scheduler.get("num_train_timesteps", FLOW_STEPS if kind in FLOWS else None)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 100_000:
         raise _wrong(scheduler, "num_train_timesteps", "a number of steps from 1 to 100000")

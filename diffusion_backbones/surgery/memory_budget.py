@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusion_backbones.ops import quantization
 from diffusion_backbones.ops.describe import dtype_name, gigabytes
+from diffusion_backbones.ops.free_memory import free_memory
 
 CHEAPER_DTYPES = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16)}
 """What else one may ask for."""
@@ -72,7 +73,22 @@ def available(device: torch.device) -> int | None:
     return None
 
 
+def check_canvas(size: int, ensemble: int, device: torch.device, name: str) -> None:
+    """Raise ``MemoryError`` if the fixed noise of an ensemble, ``size`` bytes, is more than is free on a device."""
+    room = free(device)
+    if room is not None and size > room:
+        raise MemoryError(
+            f"{name} with ensemble={ensemble} keeps {gigabytes(size)} of fixed noise, and {gigabytes(room)} is free on "
+            f"{device}; give a smaller ensemble="
+        )
+
+
 # While it runs.
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a device; None if unknown."""
+    return free_memory() if device.type == "cpu" else available(device)
 
 
 def capacity(device: torch.device) -> int | None:

@@ -46,6 +46,7 @@ class Chroma(Transformer):
     """
 
     networks = ("ChromaTransformer2DModel",)
+    shifted = True
     text_encoders = ("text_encoder",)
     order = ExecutionOrder(
         steps={

@@ -44,6 +44,7 @@ class Flux(Transformer):
     """The family of ``FluxTransformer2DModel``. Patches are packed into channels before the network."""
 
     networks = ("FluxTransformer2DModel",)
+    shifted = True
     text_encoders = ("text_encoder", "text_encoder_2")
     wider = {32: "FLUX.1 Depth and Canny", 96: "FLUX.1 Fill"}
     order = ExecutionOrder(

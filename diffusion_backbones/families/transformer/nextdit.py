@@ -58,6 +58,7 @@ class NextDiT(Transformer):
     image: ClassVar[Place]
     text_encoders = ("text_encoder",)
     compilable = False  # lengths of texts are read on the host
+    shifted = True
 
     @property
     @abstractmethod

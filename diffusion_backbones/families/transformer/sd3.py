@@ -26,6 +26,7 @@ class SD3(Transformer):
     """The family of ``SD3Transformer2DModel`` (SD3 and SD3.5)."""
 
     networks = ("SD3Transformer2DModel",)
+    shifted = True
     order = ExecutionOrder(
         steps={
             "SD3Transformer2DModel": projected("transformer_blocks"),
