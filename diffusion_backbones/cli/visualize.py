@@ -93,6 +93,6 @@ def visualize(
 
 def _is_image(first: str) -> bool:
     """Whether the first of several arguments is an image: one that is there, or ends like one, and no backbone."""
-    from diffusion_backbones.extraction.images import SUFFIXES  # torch
+    from diffusion_backbones.extraction.images import SUFFIXES  # Pillow
 
     return not registry.is_model(first) and (Path(first).is_file() or Path(first).suffix.lower() in SUFFIXES)

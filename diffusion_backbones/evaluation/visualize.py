@@ -29,14 +29,18 @@ PAPER, INK, GREY, RED = (255, 255, 255), (31, 35, 40), (101, 109, 118), (188, 76
 HEIGHT, MARGIN, GAP, RADIUS = 420, 48, 28, 14
 NARROWEST, TALLEST = 300, 6 * HEIGHT
 """Least width and most height of a panel in pixels."""
-OF_SEVERAL = 280
-"""Height of a panel where there are several images."""
+OF_SEVERAL, COLUMNS = 280, 8
+"""Height of a panel where there are several images, and how many lie side by side."""
+SMALLEST = 8
+"""Font size in pixels below which text is cut off rather than made smaller."""
 TOP, ABOVE = MARGIN + 130, 50
 """Pixels above the first panel, and for the caption above a row of panels."""
 CLEAREST = 16
 """Stride of the level that comes first: DIFT, which reads one level alone, reads this one, and so do the backbones that
 such pictures became known by. A finer one shows edges and texture, a coarser one has few places."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LONGEST = {"JPEG": 65500, "WEBP": 16383}
+"""Pixels a side that Pillow writes in these formats."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def sheet(
     warning: str = "",
     hide_background: bool = False,
 ) -> Image.Image:
-    """Lay images side by side and their levels below them, or one image and its levels side by side.
+    """Lay images side by side, eight in a row, and their levels below them, or one image and its levels side by side.
 
     The clearest level comes first: that of stride 16, or the next to it.
 
@@ -180,16 +184,21 @@ def _below(
     widths: Sequence[int],
     texts: tuple[str, str, str],
 ) -> Image.Image:
-    """Rows of panels, each below its caption of one line; the panels of an image are in one column."""
-    line, height = sum(widths) + GAP * (len(widths) - 1), max(panel.height for panel in rows[0])
-    canvas, draw = _page(line, TOP + len(rows) * (ABOVE + height + GAP), texts)
+    """Rows of panels, each below its caption of one line; the panels of an image are in one column. What does not fit
+    side by side goes on below, with the same captions.
+    """
+    parts = [slice(start, start + COLUMNS) for start in range(0, len(widths), COLUMNS)]
+    line = max(NARROWEST, *(sum(widths[part]) + GAP * (len(widths[part]) - 1) for part in parts))
+    height = ABOVE + max(panel.height for panel in rows[0]) + GAP
+    canvas, draw = _page(line, TOP + len(parts) * len(rows) * height, texts)
     size = _fit(draw, [f"{name} {what}" for name, what in captions], 32, line)
-    for i, (row, (name, what)) in enumerate(zip(rows, captions, strict=True)):
-        x, y = MARGIN, TOP + i * (ABOVE + height + GAP)
+    lines = [(row[part], caption, widths[part]) for part in parts for row, caption in zip(rows, captions, strict=True)]
+    for i, (row, (name, what), of_row) in enumerate(lines):
+        x, y = MARGIN, TOP + i * height
         _text(draw, (x, y), name, size, INK, bold=True)
         after = draw.textlength(f"{name} ", ImageFont.load_default(size=size))
         _text(draw, (x + round(after) + 6, y), what, size, GREY)
-        for panel, width in zip(row, widths, strict=True):
+        for panel, width in zip(row, of_row, strict=True):
             canvas.paste(panel, (x, y + ABOVE), _rounded(panel.size))
             x += width + GAP
     return canvas
@@ -238,12 +247,19 @@ def write(picture: Image.Image, path: Path) -> None:
     """Save a picture atomically; its folder is made if it does not exist.
 
     Raises:
+        ValueError: Its format holds no picture of this size.
         OSError: It cannot be written.
     """
+    form = FORMATS[path.suffix.lower()]
+    if max(picture.size) > LONGEST.get(form, math.inf):
+        raise ValueError(
+            f"{path} cannot be written: the picture has {picture.width} x {picture.height} pixels, and {form} takes at "
+            f"most {LONGEST[form]} a side; choose .png, or draw fewer images"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as part:
-            picture.save(part, FORMATS[path.suffix.lower()], quality=95)
+            picture.save(part, form, quality=95)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -265,8 +281,11 @@ def _rounded(size: tuple[int, int]) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, texts: Sequence[str], size: float, width: int) -> float:
-    """The largest font size up to ``size`` at which each text fits ``width`` pixels."""
-    while max(draw.textlength(_plain(text), ImageFont.load_default(size=size)) for text in texts) > width:
+    """The largest font size from SMALLEST to ``size`` at which each text fits ``width`` pixels."""
+    while (
+        size > SMALLEST
+        and max(draw.textlength(_plain(text), ImageFont.load_default(size=size)) for text in texts) > width
+    ):
         size *= 0.96
     return size
 

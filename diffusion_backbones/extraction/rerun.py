@@ -168,7 +168,11 @@ def _snapshot(repo: str, commit: str) -> Path:
 
 
 def _identity(path: Path) -> list[int]:
-    found = path.stat()
+    """Device, number, size and times; nothing of a link that leads nowhere, or of a file that is gone by now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return []
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
