@@ -76,7 +76,7 @@ def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
     yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{indices}\n"
     yield TINYSD, filled(TINYSD, {"figures": figures(TINYSD.with_suffix(".csv"))})
     yield DECODERS, filled(DECODERS, {"table": decoders(DECODERS.with_name("table.csv"))})
-    yield SPEED, filled(SPEED, {"speed": measurements.speed_table(measurements.speed())})
+    yield SPEED, filled(SPEED, {"speed": measurements.speed_tables(measurements.speed())})
     tables = {"zoo": zoo(declarations), "tinysd": built_in(declarations), "checkpoints": checkpoints(rest)}
     yield README, filled(README, tables)
 
