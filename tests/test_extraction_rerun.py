@@ -99,6 +99,15 @@ def test_whatever_decides_the_settings_is_seen(photos, tmp_path, monkeypatch):
     assert (out / MANIFEST).read_text() == before, "nothing was touched"
 
 
+def test_a_link_that_leads_nowhere_is_a_state_as_any_other(tmp_path, monkeypatch):
+    """Editors leave such links beside the file that is edited."""
+    (tmp_path / ".#module.py").symlink_to("nobody@nowhere:1")
+    monkeypatch.setattr(rerun, "PACKAGE", tmp_path)
+    with_link = Order("tinysd_gdf", OPTIONS).digest({})
+    (tmp_path / ".#module.py").unlink()
+    assert Order("tinysd_gdf", OPTIONS).digest({}) != with_link
+
+
 def test_images_that_are_new_or_changed_are_seen(photos, tmp_path):
     name, out = "tinysd_gdf", tmp_path / "out"
     made(name, photos, out)

@@ -178,6 +178,32 @@ def test_images_of_several_sizes_make_one_sheet():
     assert made.height < 3000
 
 
+def test_images_that_do_not_fit_side_by_side_go_on_below():
+    images = [Image.new("RGB", (64, 64), (20 * i, 0, 0)) for i in range(11)]
+    made = sheet(images, [[Panel("level 0", torch.ones(4, 8, 8), 8)]] * 11, "title", "about")
+    side = visualize.OF_SEVERAL
+    for i in range(11):
+        x = visualize.MARGIN + i % 8 * (side + visualize.GAP)
+        y = visualize.TOP + visualize.ABOVE + i // 8 * 2 * (visualize.ABOVE + side + visualize.GAP)
+        assert made.getpixel((x + side // 2, y + side // 2)) == (20 * i, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(16, 4096), (4096, 16)])
+def test_towers_and_panoramas_have_text_that_ends(size):
+    w, h = size
+    made = sheet(
+        [Image.new("RGB", size)] * 2, [[Panel("level 0", torch.randn(4, h // 8, w // 8), 8)]] * 2, "t" * 200, ""
+    )
+    assert made.width >= visualize.NARROWEST
+
+
+@pytest.mark.parametrize(("name", "most"), [("a.jpg", 65500), ("a.webp", 16383)])
+def test_a_format_that_holds_no_picture_of_this_size_is_named(name, most, tmp_path):
+    with pytest.raises(ValueError, match=f"2 x {most + 1} pixels, and .* at most {most} a side; choose .png"):
+        visualize.write(Image.new("RGB", (2, most + 1)), tmp_path / name)
+    visualize.write(Image.new("RGB", (2, most)), tmp_path / name)
+
+
 def test_a_sheet_of_levels_that_do_not_belong_together_is_refused():
     one, two = Panel("level 0", torch.randn(4, 2, 2), 8), Panel("level 1", torch.randn(4, 1, 1), 16)
     image = Image.new("RGB", (16, 16))
@@ -262,3 +288,6 @@ def test_the_photographs_of_the_demo_are_few_small_and_credited():
     assert all(f"`{path.name}`" in credited for path in photographs)
     assert "Copyright (c) 2016, Federico Perazzi" in credited
     assert "CC0" in credited
+    here = ["git", "-C", str(ROOT), "ls-files", "docs/demo"]
+    tracked = subprocess.run(here, capture_output=True, text=True)
+    assert tracked.returncode or len(tracked.stdout.split()) == len(photographs) + 1, "a clone has not all of them"
