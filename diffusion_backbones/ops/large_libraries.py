@@ -12,7 +12,7 @@ from typing import Any
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Look for no garbage while libraries are imported: they make a million objects that stay, and Python would look
-    through all of them again and again, for an eighth of the time.
+    through all of them again and again.
 
     Afterwards these count as old, and are looked through when everything is. Where the caller has switched collection
     off, or has frozen objects, nothing is changed.
