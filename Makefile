@@ -3,14 +3,14 @@ PYTHON ?= python3
 LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 # Compiling all of 20,000 files takes longer than a minute; Python compiles those that it imports.
-PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := pip install --disable-pip-version-check --no-compile
 PICTURE := demo/tinysd_gdf.png
 
 .PHONY: demo test test-fast fuzz test-lowest lint cards check bench clean
 
-demo: .venv/installed                  ## the maps of tinysd as colours, beside the photograph
+demo: .venv/installed                  ## six photographs beside the maps of tinysd, in colors that they share
 	@mkdir -p $(dir $(PICTURE))
-	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/cat.jpg -o $(PICTURE)
+	@$(BIN)/diffusion-backbones visualize tinysd_gdf docs/demo/*.jpg --size 256 -o $(PICTURE)
 
 test: .venv/installed-dev              ## the whole suite; make test ARGS="-k cards" for a part of it
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
@@ -48,15 +48,17 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv; the first time this fetches PyTorch, several gigabytes." >&2
-	@$(BIN)/python -m $(PIP_INSTALL) --editable .
+	@$(BIN)/python -m $(PIP_INSTALL) --editable . >&2
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(BIN)/python -m $(PIP_INSTALL) --editable '.[dev]'
+	@echo "Installing what the tests need into .venv." >&2
+	@$(BIN)/python -m $(PIP_INSTALL) --editable '.[dev]' >&2
 	@touch $@
 
 .venv-lowest/installed: pyproject.toml scripts/lowest.py .venv/installed-dev
 	@test -x .venv-lowest/bin/python || $(LOWEST_PYTHON) -m venv .venv-lowest
 	@$(BIN)/python scripts/lowest.py > .venv-lowest/lowest.txt
-	@.venv-lowest/bin/python -m $(PIP_INSTALL) --requirement .venv-lowest/lowest.txt pytest pytest-xdist
+	@echo "Installing the lowest versions into .venv-lowest." >&2
+	@.venv-lowest/bin/python -m $(PIP_INSTALL) --requirement .venv-lowest/lowest.txt pytest pytest-xdist >&2
 	@touch $@

@@ -10,6 +10,7 @@ from diffusion_backbones import models as _declarations  # noqa: F401  (register
 from diffusion_backbones._moved import install
 from diffusion_backbones._version import __version__
 from diffusion_backbones.integrations.import_hook import when_imported
+from diffusion_backbones.ops.large_libraries import uncollected
 from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License, Paper
 from diffusion_backbones.spec.recipe import Level, Recipe
 from diffusion_backbones.spec.registry import (
@@ -65,7 +66,8 @@ _LAZY = {  # what needs torch and diffusers
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"diffusion_backbones.{_LAZY[name]}"), name)
+        with uncollected():
+            return getattr(import_module(f"diffusion_backbones.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

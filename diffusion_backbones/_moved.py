@@ -84,7 +84,7 @@ MOVED = {
     "tiny_encoder": ("factory.tiny_encoder",),
     "truncate": ("ops.truncation",),
     "version": ("_version",),
-    "viz": ("evaluation.visualize",),
+    "viz": ("evaluation.visualize", "evaluation.principal_components"),
 }
 """Old module -> the modules that now hold its names. Removed with the next release."""
 

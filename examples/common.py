@@ -77,6 +77,13 @@ def pixels(backbone: db.DiffusionBackbone, images: Sequence[Image.Image]) -> Ten
     return torch.stack([transform(image) for image in images])
 
 
+def median(scores: Sequence[float], count: int) -> list[int]:
+    """The ``count`` places in the middle of the order by score, lowest first; of equal scores the first come first."""
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    start = max(0, (len(order) - count) // 2)
+    return order[start : start + count]
+
+
 def report(stem: Path, rows: dict[str, dict[str, float]], histories: dict[str, History]) -> None:
     """Print the numbers by row and column, and write them with the histories to ``stem``.json and the curves to
     ``stem``_curves.png.

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 import diffusion_backbones as db
 from diffusion_backbones.reports import backbone_card, checkpoint_card, costs, measurements
 from diffusion_backbones.reports.facts import (
@@ -59,12 +61,14 @@ def main(arguments: list[str]) -> int:
 def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
     """Every generated file and what it should hold."""
     whole = [costs.whole_network(db.get_checkpoint(name)) for name in db.list_checkpoints()]
-    measured = costs.table({declaration: costs.measure(declaration) for declaration in (*declarations, *whole)})
+    measured = costs.table(
+        {declaration: costs.measure(declaration) for declaration in bar([*declarations, *whole], "costs")}
+    )
     yield costs.FILE, json.dumps({"comment": costs.COMMENT, "backbones": measured}, indent=1) + "\n"
     costs.published().clear()
     costs.published().update(measured)  # so that the cards have the new costs whatever the file still says
     rest = without_recipe(declarations)
-    for declaration in declarations:
+    for declaration in bar(declarations, "cards"):
         yield CARDS / f"{declaration.name}.md", noticed(backbone_card.card(declaration))
     for checkpoint in rest:
         yield CARDS / f"{checkpoint.name}.md", noticed(checkpoint_card.card(checkpoint))
@@ -72,9 +76,15 @@ def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
     yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{indices}\n"
     yield TINYSD, filled(TINYSD, {"figures": figures(TINYSD.with_suffix(".csv"))})
     yield DECODERS, filled(DECODERS, {"table": decoders(DECODERS.with_name("table.csv"))})
-    yield SPEED, filled(SPEED, {"speed": measurements.speed_table(measurements.speed())})
+    yield SPEED, filled(SPEED, {"speed": measurements.speed_tables(measurements.speed())})
     tables = {"zoo": zoo(declarations), "tinysd": built_in(declarations), "checkpoints": checkpoints(rest)}
     yield README, filled(README, tables)
+
+
+def bar(declarations: list[Declaration], what: str) -> Iterable[Declaration]:
+    """The declarations, with a bar on a terminal."""
+    progress: Iterable[Declaration] = tqdm(declarations, what, unit="backbone", disable=None, leave=False)
+    return progress
 
 
 def noticed(card: str) -> str:

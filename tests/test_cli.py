@@ -320,6 +320,24 @@ def test_visualize(photo, tmp_path):
     )
 
 
+def test_visualize_several_images(photo, tmp_path):
+    """One sheet; the first argument may be an image, whose name is no backbone's."""
+    other, out = tmp_path / "other.png", tmp_path / "out.png"
+    Image.open(PHOTO).crop((100, 50, 164, 98)).save(other)
+    printed = ok("visualize", "tinysd_gdf", photo, other, "-o", out).splitlines()
+    shapes = ["0: (48, 6, 8) @ stride 8", "1: (96, 3, 4) @ stride 16", "2: (224, 2, 2) @ stride 32"]
+    assert printed == [*(f"{path}: level {shape}" for path in (photo, other) for shape in shapes), str(out)]
+    ok("visualize", photo, other, "-o", tmp_path / "unnamed.png")
+    assert (tmp_path / "unnamed.png").read_bytes() == out.read_bytes()
+    ok("visualize", photo, other, "-o", tmp_path / "white.png", "--hide-background")
+    assert (tmp_path / "white.png").read_bytes() != out.read_bytes()
+    assert Image.open(tmp_path / "white.png").size == Image.open(out).size
+    assert "'gone.png' does not exist" in fails(2, "visualize", "gone.png", photo, "-o", out)
+    assert "Did you mean tinysd_gdf" in fails(2, "visualize", "tinysd_gfd", photo, "-o", out)
+    assert "does not exist" in fails(2, "visualize", "tinysd_gdf", photo, tmp_path / "gone.png", "-o", out)
+    assert "which is read" in fails(1, "visualize", "tinysd_gdf", photo, other, "-o", other)
+
+
 def test_a_very_large_image_gets_advice(tmp_path):
     Image.open(PHOTO).resize((660, 440)).save(tmp_path / "large.jpg")
     for verb, out in (("extract", "out"), ("visualize", "out.png")):

@@ -202,6 +202,56 @@ def test_maps_of_a_cuda_graph_are_copies(backbone):
     assert not {m.data_ptr() for m in maps} & set(kept)
 
 
+def test_what_a_cuda_graph_gave_of_an_image_is_copied():
+    """Latents, and activations in the image encoder, whose next run would write over them."""
+    compiled = db.create_model("tinysd_odise", pretrained=True)
+    compiled.compiled = "max"
+    kept = []
+    hook = lambda module, args, output: kept.append(output.data_ptr())  # noqa: E731
+    for site in (site for level in compiled.levels for site in level.sites if site.encoder):
+        compiled.encoder.get_submodule(site.path).register_forward_hook(hook)
+    compiled.encoder.quant_conv.register_forward_hook(hook)
+    x = images(1, 64, 64)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        maps, z = compiled(x), compiled.encode(x)
+    assert len(kept) >= 3
+    assert not {m.data_ptr() for m in (*maps, z)} & set(kept)
+
+
+def test_a_network_says_what_it_is_compiled_anew_for(caplog):
+    compiled = traced(small())
+    with torch.no_grad():
+        compiled(images(2, 32, 32))
+        compiled(images(3, 64, 32))
+        assert not caplog.messages
+        compiled(images(1, 32, 32))  # a graph of its own
+    [told] = caplog.messages
+    assert "its UNet2DModel was compiled anew for an input of (1, 3, 32, 32), beside (2, 3, 32, 32);" in told
+
+
+def test_the_most_is_frozen_weights_on_a_cpu_and_static_cuda_graphs_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (compilation.resolve("max", cpu), compilation.resolve("max", gpu)) == ("freeze", "max")
+    assert compilation.resolve("default", cpu) == "default"
+    assert compilation.settings("max", gpu)["triton.cudagraphs"]
+    assert "layout_optimization" not in compilation.settings("max", gpu)  # inductor's own default: channels innermost
+    assert small(compile="max").compiled == "freeze"
+    with pytest.raises(ValueError, match="compile='max' on a CPU makes constants of the weights, and trainable=True"):
+        small(compile="max", trainable=True)
+
+
+def test_sizes_are_constants_of_the_most(caplog):
+    torch._dynamo.reset()
+    expected, compiled = small(), small()
+    compiled.denoiser.compile(fullgraph=True, backend="eager", dynamic=False)
+    compiled.compiled = "max"
+    with torch.no_grad():
+        for shape in ((2, 32, 32), (3, 32, 32), (2, 32, 32)):
+            same(compiled(images(*shape)), expected(images(*shape)))
+    [told] = caplog.messages
+    assert "anew for an input of (3, 3, 32, 32), beside (2, 3, 32, 32)" in told
+
+
 @pytest.mark.parametrize("mode", ["fast", 1.5, "reduce_overhead"])
 def test_unknown_modes(mode):
     with pytest.raises(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusion_backbones.evaluation.scenes import FOLDER, load_scenes
@@ -95,3 +96,23 @@ def test_a_budget_too_small_for_its_schedule_is_refused(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="2"):
         options("", steps=100)
     assert "--steps must be 20 or more, got 19" in capsys.readouterr().err
+
+
+def test_pictures_show_what_lies_in_the_middle_of_the_order_by_score(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from common import median
+
+    assert median([5.0, 1.0, 4.0, 2.0, 3.0], 3) == [3, 4, 2]
+    assert median([0.0, 9.0, 0.0, 0.0, 9.0, 0.0], 2) == [3, 5]  # of equal scores the first come first
+    assert median([2.0, 1.0], 4) == [1, 0]
+    assert median(range(101), 1) == [50]  # the median itself
+
+
+def test_a_box_is_covered_by_the_best_of_as_many_as_there_are_objects(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from detector import covered
+
+    true = {"boxes": torch.tensor([[0, 0, 10, 10], [20, 20, 30, 30]])}
+    found = {"boxes": torch.tensor([[0.0, 0.0, 10.0, 5.0], [20.0, 20.0, 30.0, 30.0], [0.0, 0.0, 10.0, 10.0]])}
+    assert covered(found, true) == pytest.approx((0.5 + 1) / 2)  # the third is one too many
+    assert covered({"boxes": torch.zeros(0, 4)}, true) == 0

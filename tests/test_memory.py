@@ -139,6 +139,23 @@ def test_a_process_that_is_really_out_of_memory():
     assert "4 images at a time" in process.stdout
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_really_out_of_memory():
+    """The process may take a quarter of a gigabyte more, and the maps of 64 images take several."""
+    backbone, device = db.create_model("tinysd_gdf", pretrained=True, device="cuda"), torch.device("cuda", 0)
+    small, large = torch.zeros(1, 3, 64, 64, device=device), torch.zeros(64, 3, 512, 512, device=device)
+    expected = backbone(small)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**28) / total, device)
+    message = r"its image encoder ran out of memory on cuda.* with 64 images of 512 x 512 .* 32 images at a time"
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=message):
+            backbone(large)
+        assert all(torch.equal(a, b) for a, b in zip(backbone(small), expected, strict=True))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 def test_what_cannot_fit_is_not_tried(monkeypatch, backbone, x):
     """tinysd's widest map has as many values for a pixel as its first level has channels: two of them in float32 for
     192 x 128 pixels.

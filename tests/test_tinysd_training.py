@@ -24,8 +24,6 @@ import denoiser_stage  # noqa: E402
 import loop  # noqa: E402
 import model  # noqa: E402
 import pack  # noqa: E402
-import photo_features  # noqa: E402
-import photo_tasks  # noqa: E402
 import photographs  # noqa: E402
 import speed  # noqa: E402
 import state  # noqa: E402
@@ -282,30 +280,3 @@ def test_the_networks_are_those_of_stable_diffusion_and_small_enough(widths, lar
         unet = model.UNet2DConditionModel(block_out_channels=widths, norm_num_groups=8, cross_attention_dim=96)
     assert 2 * sum(p.numel() for network in (vae, unet) for p in network.parameters()) < largest - 1e6
     assert list(unet.config.down_block_types) == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
-
-
-def test_the_linear_probe_separates_what_a_line_separates():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(600, 5, generator=generator)
-    y = (x[:, 0] > 0).long().numpy()
-    probe = photo_tasks.Probe(x[:500], y[:500], 2)
-    probe.fit(1e-3)
-    assert (probe(x[500:]) == y[500:]).mean() > 0.95
-    value, low, high = photo_tasks.bootstrap(lambda which: 100 * float(np.isin(which, range(50)).mean()), 100)
-    assert value == 50
-    assert 35 < low < 45 < 55 < high < 65  # 50 ± 1.96 * 5
-
-
-def test_confusion_tables_give_the_mean_iou():
-    tables = np.zeros((2, 3, 3), int)
-    tables[0, 0, 0], tables[0, 0, 1], tables[1, 1, 1], tables[1, 2, 0] = 2, 1, 2, 1
-    assert photo_tasks.mean_iou(tables) == pytest.approx(100 * np.mean([2 / 4, 2 / 3, 0]))
-
-
-def test_features_of_photographs_have_their_places():
-    x = torch.rand(1, 3, 64, 96) * 2 - 1
-    assert photo_features.at_quarter(photo_features.position(x), (64, 96), unit=False).shape[1:] == (16, 24)
-    small = photo_features.colour(x)[0]
-    torch.testing.assert_close(small[0, :, 3, 5], x[0, :, 12:16, 20:24].mean((1, 2)))
-    with pytest.raises(SystemExit, match=r"resnet needs --resnet"):
-        photo_features.method("resnet", 0, None, None)

@@ -75,7 +75,7 @@ def jobs() -> Iterator[Job]:
     yield _compiled("sd15_gdf", (8, 32, 1), ALL)
     yield Job("load", "sd15_gdf", expects=45, limit=120)
     yield _compiled("sdxl_gdf", (1, 8), ALL)
-    yield _compiled("sd15_gdf", (8, 1), {"compile": "reduce-overhead"})
+    yield _compiled("sd15_gdf", (8, 1), {"compile": "max"})
     yield _compiled("sdxl_gdf", (1, 8), COMPILED)
     yield _compiled("sd21_dift", (8, 1), ALL)
     yield _compiled("sd21_dift", (8, 1), COMPILED)

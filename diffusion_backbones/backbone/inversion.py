@@ -61,6 +61,6 @@ def _predict(
     """What the whole network predicts; some predict a variance behind it, which inversion does without."""
     t = noise.timesteps(timestep, z_t.shape[0], z_t.device)
     given = compilation.prepare_input(backbone, z_t.to(backbone.dtype))
-    with compilation.compile_context(backbone):
+    with compilation.compile_context(backbone, backbone.denoiser, given):
         output = backbone.architecture.call(backbone.denoiser, given, t, conditioning, size)
     return output[:, : z_t.shape[1]].to(z_t.dtype)

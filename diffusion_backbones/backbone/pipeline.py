@@ -78,7 +78,7 @@ def start(backbone: BackboneState, x: Tensor | None, call: Call, sites: Iterable
         return given_latents(backbone, call.latents, None, encoder_sites)
     with backbone.encoder_recorder.recording(encoder_sites) as recorded:
         z = encode(backbone, x)
-    acts = {site.id: collect(recorded, site)[0].to(backbone.dtype) for site in encoder_sites}
+    acts = {site.id: compilation.own(backbone, collect(recorded, site)[0]).to(backbone.dtype) for site in encoder_sites}
     return Latents(z, (x.shape[-2], x.shape[-1]), acts)
 
 
@@ -115,8 +115,8 @@ def encode(backbone: BackboneState, x: Tensor) -> Tensor:
     encoder, full = backbone.architecture.image_encoder, backbone.encoder_overflows and casts_to_float16(x.device)
     check_encoder_dtype(backbone)
     x = compilation.prepare_input(backbone, x.to(backbone.encoder_dtype))
-    with compilation.compile_context(backbone), autocast_off(x.device, full):
-        z = encoder.encode(backbone.encoder, x)
+    with compilation.compile_context(backbone, backbone.encoder, x), autocast_off(x.device, full):
+        z = compilation.own(backbone, encoder.encode(backbone.encoder, x))
     return encoder.scaled(z) if backbone.declaration.recipe.scaled else z
 
 
@@ -265,14 +265,14 @@ def denoise(
         return network.activation(backbone.denoiser, site, recorded, conditioning, grid, average)
 
     store = StreamingStore(sites, lambda site, recorded: visit(site, activation(site, recorded))) if visit else None
-    with compilation.compile_context(backbone), backbone.recorder.recording(sites, store) as recorded:
+    told = compilation.compile_context(backbone, backbone.denoiser, z_t)
+    with told, backbone.recorder.recording(sites, store) as recorded:
         output = network.call(backbone.denoiser, z_t, t, conditioning, size)
     if store is not None:
         store.close()
         return {}
     acts = {site.id: activation(site, collect(recorded, site)) for site in sites}
-    if backbone.compiled in compilation.CUDA_GRAPHS:
-        acts = {name: act.clone() for name, act in acts.items()}  # the graph's next run writes to the same memory
+    acts = {name: compilation.own(backbone, act) for name, act in acts.items()}
     return {name: keep_output_in_graph(act, output) for name, act in acts.items()} if backbone.trainable else acts
 
 

@@ -8,6 +8,7 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone
+from diffusion_backbones.cli.loading import loading
 from diffusion_backbones.cli.options import NEW_FILE, ModelOptions, Name
 
 
@@ -55,7 +56,8 @@ def export(
         raise click.UsageError("--size fixes what --dynamic leaves open; give one of them.")
     model.check(name)
 
-    from diffusion_backbones.factory import export  # torch
+    with loading(name):
+        from diffusion_backbones.factory import export  # torch
 
     try:
         export.check_path(out, not program, overwrite)

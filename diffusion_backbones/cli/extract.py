@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone, random_provenance
+from diffusion_backbones.cli.loading import loading
 from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING, OUTPUT, ModelOptions, Name
 
 
@@ -64,16 +66,24 @@ def extract(
       diffusion-backbones extract sdxl_gdf photos/ -o features/ --size 1024 --batch-size 4 --device cuda
       diffusion-backbones extract sd15_gdf a.jpg b.png -o features/ --levels 0 --prompt 'a photo of a cat'
     """
-    from diffusion_backbones import extraction  # torch
+    from diffusion_backbones.extraction import images as image_files  # Pillow
+    from diffusion_backbones.extraction.rerun import Order, all_finished
 
-    files = extraction.images.find(images)
+    files = image_files.find(images)
     model.check(name)
+    order = Order(name, {**asdict(model), "size": size, "dtype": dtype})
+    if not overwrite and all_finished(order, files, out):
+        _tell(out, skipped=len(files))
+        return
 
-    import torch
+    with loading(name):
+        import torch
+
+        from diffusion_backbones.extraction.run import extract as write_features  # torch
 
     backbone = build_backbone(name, model, dtype)
     try:
-        summary = extraction.extract(
+        summary = write_features(
             backbone,
             files,
             out,
@@ -85,12 +95,20 @@ def extract(
             weights=random_provenance(model, backbone),
             overwrite=overwrite,
             max_pixels=max_pixels,
+            order=order.note(backbone.provenance),
         )
     except KeyboardInterrupt:
         without = ", without --overwrite," if overwrite else ""
         click.echo(f"\nInterrupted. Finished images are kept: the same command{without} goes on from here.", err=True)
         raise click.exceptions.Exit(130) from None
-    click.echo(f"{summary.done} extracted, {summary.skipped} finished before, {len(summary.failed)} failed", err=True)
-    click.echo(out / extraction.MANIFEST)
+    _tell(out, summary.done, summary.skipped, len(summary.failed))
     if summary.failed:
         raise click.exceptions.Exit(1)
+
+
+def _tell(out: Path, done: int = 0, skipped: int = 0, failed: int = 0) -> None:
+    """Say what became of the images, and print the manifest's path."""
+    from diffusion_backbones.extraction import MANIFEST  # Pillow
+
+    click.echo(f"{done} extracted, {skipped} finished before, {failed} failed", err=True)
+    click.echo(out / MANIFEST)

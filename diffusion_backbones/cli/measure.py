@@ -13,6 +13,7 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone, find_device
+from diffusion_backbones.cli.loading import loading
 from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING, ModelOptions, Name
 from diffusion_backbones.cli.table import print_table
 
@@ -66,8 +67,9 @@ def bench(
       diffusion-backbones bench sd15_gdf --encoder tiny --rounds 2
       diffusion-backbones bench sd15_gdf --device cuda --dtype bfloat16 --batch 8 --load --csv speed.csv
     """
-    from diffusion_backbones.evaluation import benchmark, benchmark_table, csv_table  # torch
-    from diffusion_backbones.surgery.compilation import check_compile  # torch
+    with loading(name):
+        from diffusion_backbones.evaluation import benchmark, benchmark_table, csv_table  # torch
+        from diffusion_backbones.surgery.compilation import check_compile  # torch
 
     chosen, where = {key: value for key, value in build.items() if value}, find_device(device)
     setting = benchmark.Setting(name, str(where), dtype, batch, size, rounds, load, chosen)
@@ -137,15 +139,16 @@ def compare(
       diffusion-backbones compare tinysd_gdf --encoder tiny
       diffusion-backbones compare sd15_gdf photos/ --encoder tiny --size 512
     """
-    from diffusion_backbones.extraction import images as files  # torch
+    from diffusion_backbones.extraction import images as files  # Pillow
 
     if model.encoder is None:
         raise click.UsageError("--encoder tiny is missing; compare needs the encoder that deviates from the exact one.")
     model.check(name)
     photos = [file.path for file in files.find(images)]
 
-    from diffusion_backbones.evaluation import csv_table, deviation  # torch
-    from diffusion_backbones.evaluation.scenes import load_scenes
+    with loading(name):
+        from diffusion_backbones.evaluation import csv_table, deviation  # torch
+        from diffusion_backbones.evaluation.scenes import load_scenes
 
     with options.wrong("--csv"):
         csv_table.check(table, ["backbone", "encoder", "images", "command", *deviation.COLUMNS])

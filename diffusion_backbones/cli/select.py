@@ -11,6 +11,7 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import find_device
+from diffusion_backbones.cli.loading import loading
 from diffusion_backbones.cli.options import EXISTING_FILE, EXISTING_FOLDER, NEW_FOLDER, Checkpoint
 from diffusion_backbones.selection import paper
 from diffusion_backbones.spec import registry
@@ -121,10 +122,11 @@ def select(
     _check_apart(images, out)
     _check_random(random_weights, checkpoint, checkpoint_path)
 
-    import torch
+    with loading(checkpoint):
+        import torch
 
-    from diffusion_backbones.selection import rules as filtering  # torch
-    from diffusion_backbones.selection import run
+        from diffusion_backbones.selection import rules as filtering  # torch
+        from diffusion_backbones.selection import run
 
     side = _side(checkpoint, checkpoint_path, size)
     data = _data(images, masks, keypoints, task, side, seed, max_pixels)

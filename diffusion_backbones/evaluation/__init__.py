@@ -2,15 +2,16 @@
 
 ::
 
-    benchmark           how long a backbone takes, beside the usual ways to get the same features
-    benchmark_table     its results as rows of a CSV
-    memory_benchmark    seconds to load and peak memory
-    deviation           how far the features of one backbone are from those of another
-    visualize           pictures of features
-    metrics             mIoU and PCK
-    labels              points, boxes and masks, in their form or refused
-    csv_table           tables that grow from run to run
-    scenes              the evaluation set in the package
+    benchmark             how long a backbone takes, beside the usual ways to get the same features
+    benchmark_table       its results as rows of a CSV
+    memory_benchmark      seconds to load and peak memory
+    deviation             how far the features of one backbone are from those of another
+    visualize             pictures of features
+    principal_components  maps as colors
+    metrics               mIoU and PCK
+    labels                points, boxes and masks, in their form or refused
+    csv_table             tables that grow from run to run
+    scenes                the evaluation set in the package
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from diffusion_backbones.evaluation.deviation import Deviation, deviations
     from diffusion_backbones.evaluation.memory_benchmark import Footprint
     from diffusion_backbones.evaluation.metrics import class_iou, correct_keypoints, mean_iou, pck
+    from diffusion_backbones.evaluation.principal_components import pca_rgb, shared_rgb
     from diffusion_backbones.evaluation.scenes import Pair, Scene, SceneSet, load_scenes
-    from diffusion_backbones.evaluation.visualize import Panel, panels, pca_rgb, picture
+    from diffusion_backbones.evaluation.visualize import Panel, panels, picture, sheet
 
 _LAZY = {  # the scenes and the metrics need no torch, and most users of a room need one module of it
     "benchmark": ("Setting", "Timing", "bench"),
@@ -32,7 +34,8 @@ _LAZY = {  # the scenes and the metrics need no torch, and most users of a room 
     "memory_benchmark": ("Footprint",),
     "metrics": ("class_iou", "correct_keypoints", "mean_iou", "pck"),
     "scenes": ("Pair", "Scene", "SceneSet", "load_scenes"),
-    "visualize": ("Panel", "panels", "pca_rgb", "picture"),
+    "principal_components": ("pca_rgb", "shared_rgb"),
+    "visualize": ("Panel", "panels", "picture", "sheet"),
 }
 __all__ = [
     "Deviation",
@@ -53,6 +56,8 @@ __all__ = [
     "pca_rgb",
     "pck",
     "picture",
+    "shared_rgb",
+    "sheet",
 ]
 
 

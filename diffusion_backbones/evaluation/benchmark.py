@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.evaluation import memory_benchmark
@@ -34,6 +35,8 @@ BACKBONE, LATENTS, HOOKS, ENCODES = (
 EAGER = "backbone, not compiled"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference between two ways, as a share of the largest value."""
+TURNS = partial(tqdm, desc="Timing", unit="call", disable=None, leave=False)
+"""A bar on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class Timing:
         return statistics.median(self.seconds)
 
     def speed(self, other: Timing) -> float:
-        """How many times as fast as another way: the median over rounds, each of which timed both."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
+        """How many times as fast as another way, by the medians, so that whoever reads both can divide them."""
+        return other.median / self.median
 
 
 @torch.no_grad()
@@ -136,7 +139,7 @@ def bench(setting: Setting, say: Callable[[str], None] = lambda _: None) -> list
     contest.check()
     alike = "the same features" if contest.exact else "the same features of the same latents"
     say(f"{' / '.join(contest.ways)}: {alike}. Timing {setting.rounds} rounds.")
-    seconds = alternate(contest.ways, setting.rounds, setting.device)
+    seconds = alternate(contest.ways, setting.rounds, setting.device, TURNS)
     gflops, inside = contest.gflops(), {}
     if "compile" not in setting.options:
         inside[BACKBONE] = parts(contest.backbone, contest.x)
@@ -254,14 +257,18 @@ def parts(backbone: DiffusionBackbone, x: Tensor) -> dict[str, float]:
             hook.remove()
 
 
-def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each way, run in turn ``rounds`` times after one warm-up."""
+def alternate(
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    progress: Callable[[list[tuple[int, str]]], Iterable[tuple[int, str]]] = iter,
+) -> dict[str, list[float]]:
+    """Seconds of each way, run in turn ``rounds`` times after one warm-up. ``progress`` wraps the turns."""
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for i in range(rounds + 1):
-        for way, run in ways.items():
-            seconds = once(run, device)
-            if i:
-                times[way].append(seconds)
+    for i, way in progress([(i, way) for i in range(rounds + 1) for way in ways]):
+        seconds = once(ways[way], device)
+        if i:
+            times[way].append(seconds)
     return times
 
 

@@ -17,13 +17,32 @@ share a folder. Features are written image by image, so memory does not grow wit
     stages      the three stages: a file is read, a batch is computed, its features are written
     settings    all that features depend on
     folder      the output folder: manifest, finished images
+    rerun       whether all is finished, found without loading the network
     run         the whole extraction
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.extraction import images
 from diffusion_backbones.extraction.folder import MANIFEST
 from diffusion_backbones.extraction.images import ImageFile
-from diffusion_backbones.extraction.run import Summary, default_workers, extract
 from diffusion_backbones.extraction.settings import Settings
 
+if TYPE_CHECKING:
+    from diffusion_backbones.extraction.run import Summary, default_workers, extract
+
+_LAZY = ("Summary", "default_workers", "extract")  # what needs torch
 __all__ = ["MANIFEST", "ImageFile", "Settings", "Summary", "default_workers", "extract", "images"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.run"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -11,18 +11,23 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diffusion_backbones._version import __version__
 from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.settings import Settings, image_digest
-from diffusion_backbones.ops import atomic, safetensors_io
+from diffusion_backbones.ops import atomic
+from diffusion_backbones.ops.file_formats import safetensors_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
+ABOUT, ORDER = ("recipe", "weights", "device"), "order"
+"""Entries of the manifest beside settings, versions and images; the last is for :mod:`.rerun`."""
 LIBRARY = "diffusion_backbones"
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "safetensors", "pillow")
 REFRESH = 30.0
@@ -102,10 +107,9 @@ class Folder:
     def finished(self, file: ImageFile) -> bool:
         """Whether the features exist, are complete, have these settings, and are of this image."""
         try:
-            with safe_open(self.target(file), framework="pt") as opened:
-                found = opened.metadata() or {}
+            found = safetensors_metadata(self.target(file))
             return found.get("settings") == self.settings.digest and found.get("image") == image_digest(file.path)
-        except (OSError, SafetensorError):
+        except (OSError, ValueError):
             return False
 
     def waiting(self, files: Sequence[ImageFile]) -> list[ImageFile]:
@@ -175,6 +179,8 @@ class Folder:
         Raises:
             OSError: The file cannot be written.
         """
+        from diffusion_backbones.ops import safetensors_io  # torch
+
         path, self.under_way = self.target(file), file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,9 +258,8 @@ def _exists(path: Path) -> bool:
 def _is_ours(path: Path) -> bool:
     """Whether a file holds features that this program wrote."""
     try:
-        with safe_open(path, framework="pt") as opened:
-            return {"settings", "recipe_digest"} <= (opened.metadata() or {}).keys()
-    except (OSError, SafetensorError):
+        return {"settings", "recipe_digest"} <= safetensors_metadata(path).keys()
+    except (OSError, ValueError):
         return False
 
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.extraction.folder import Folder
+from diffusion_backbones.extraction.folder import ABOUT, ORDER, Folder
 from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.prefetch import prefetch_map, threads
 from diffusion_backbones.extraction.settings import Settings
@@ -59,6 +59,7 @@ def extract(
     weights: Mapping[str, str] | None = None,
     overwrite: bool = False,
     max_pixels: int | None = None,
+    order: str | None = None,
 ) -> Summary:
     """Write the pyramid of every image, except those that an earlier call with the same settings has finished, of the
     same image by its content. Several processes may do so in one folder.
@@ -80,6 +81,8 @@ def extract(
             apart by their content.
         overwrite: Make every image again, and replace the settings of a folder.
         max_pixels: The most pixels of an image file; the default is the limit of Pillow, 179 million.
+        order: Noted in the manifest, so that the same order finds out without the network whether all is finished; see
+            :class:`diffusion_backbones.extraction.rerun.Order`.
 
     Returns:
         Counts, and the images that could not be read or kept or do not fit memory or ``dtype``, with the reason.
@@ -105,11 +108,8 @@ def extract(
         raise ValueError("the backbone is on 'meta' and has no values; build it on another device")
     if size is not None:
         check_fits(backbone, size, batch_size)
-    about = {
-        "recipe": backbone.declaration.recipe.to_dict(),
-        "weights": dict(weights or backbone.provenance),
-        "device": backbone.device.type,
-    }
+    recipe, source = backbone.declaration.recipe.to_dict(), dict(weights or backbone.provenance)
+    about = dict(zip((*ABOUT, ORDER), (recipe, source, backbone.device.type, order), strict=True))
     folder = Folder(Path(out), Settings.of(backbone, names, size, dtype), about, overwrite)
     waiting = folder.waiting(files)
     folder.begin(files, waiting)

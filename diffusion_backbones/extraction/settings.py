@@ -7,14 +7,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.ops.describe import dtype_name
 from diffusion_backbones.ops.image_decoding import check_regular
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffusion_backbones.backbone.module import DiffusionBackbone
 
 DIGITS = 24
 """Hexadecimal digits that name weights and images."""
@@ -134,6 +136,8 @@ def image_digest(path: Path) -> str:
 
 def weights_digest(backbone: DiffusionBackbone) -> str:
     """Names everything that a backbone holds by its content: names, dtypes, shapes and values."""
+    import torch
+
     found = hashlib.blake2b(digest_size=DIGITS // 2)
     for name, tensor in sorted(backbone.state_dict().items()):
         for part in _plain(tensor):

@@ -97,8 +97,8 @@ def create_model(
             how far they are from the exact ones.
         compile: Compile the image encoder and the denoiser when they are first called, which takes a minute or several
             and changes no feature. ``"freeze"`` makes constants of the weights, which on a CPU is faster still and
-            holds for one batch and size; other strings are modes of ``torch.compile``, such as ``"reduce-overhead"``
-            for CUDA graphs. Nothing is compiled on ``meta``.
+            holds for one batch and size; ``"max"`` is that on a CPU, and static shapes with CUDA graphs on a GPU; other
+            strings are modes of ``torch.compile``. Nothing is compiled on ``meta``.
         truncate: False cuts the network behind the last activation that it has, and not behind the last of the recipe,
             so that ``forward_activations`` reads any. The features are the same.
         features_only: Accepted for timm; True is the only mode.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_backbones.families.image_encoders import UNBUILDABLE, ImageEncoder, get_image_encoder
 from diffusion_backbones.ops.execution_order import ExecutionOrder
+from diffusion_backbones.ops.large_libraries import stock
 from diffusion_backbones.spec.activations import Catalogue, Port, Site
 from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
 from diffusion_backbones.spec.schedule import check_schedule
@@ -225,12 +226,7 @@ class Architecture(ABC):
 
     def build_denoiser(self) -> nn.Module:
         """The stock, whole network with PyTorch's initialization, on the current default device."""
-        import torch
-
-        with torch.device("cpu"):  # diffusers imports PyTorch's compiler, and that of PyTorch 2.6 fails on meta
-            import diffusers
-
-        network = getattr(diffusers, self.networks[0])
+        network = stock(self.networks[0])
         known = inspect.signature(network).parameters  # older configs also hold the settings of a more general class
         try:
             denoiser: nn.Module = network(**{key: value for key, value in self.config.items() if key in known})

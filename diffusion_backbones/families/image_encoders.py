@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffusion_backbones.ops.large_libraries import stock
 from diffusion_backbones.spec.activations import OUT, Site
 from diffusion_backbones.spec.configs import Config
 
@@ -107,10 +108,8 @@ class Autoencoder(ImageEncoder):
             raise ValueError(f"has shift_factor {shift!r}; it must be a number")
 
     def build(self) -> nn.Module:
-        import diffusers
-
         try:
-            autoencoder: nn.Module = getattr(diffusers, self.network).from_config(self.config)
+            autoencoder: nn.Module = stock(self.network).from_config(self.config)
         except UNBUILDABLE as error:
             raise ValueError(f"diffusers cannot build {self.network} with this vae/config.json: {error}") from error
         return autoencoder
@@ -290,10 +289,8 @@ class TinyAutoencoder(Autoencoder):
         return _halved(self.config["encoder_block_out_channels"])
 
     def build(self) -> nn.Module:
-        from diffusers import AutoencoderTiny
-
         derived = "block_out_channels"  # diffusers writes it into files, and complains when it reads it there
-        autoencoder: nn.Module = AutoencoderTiny.from_config({k: v for k, v in self.config.items() if k != derived})
+        autoencoder: nn.Module = stock(self.network).from_config({k: v for k, v in self.config.items() if k != derived})
         return autoencoder
 
     def encode(self, encoder: Any, x: Tensor) -> Tensor:

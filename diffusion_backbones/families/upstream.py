@@ -16,6 +16,7 @@ from typing import Any
 
 from diffusion_backbones.families.base import Architecture
 from diffusion_backbones.families.image_encoders import OLD_SCALING, UNBUILDABLE, get_image_encoder
+from diffusion_backbones.ops.large_libraries import stock
 from diffusion_backbones.spec.configs import Config, Configs
 
 LARGEST = 2**20
@@ -72,9 +73,7 @@ def complete(config: Config, network: str, where: str) -> dict[str, Any]:
     Raises:
         ValueError: A value cannot be.
     """
-    import diffusers
-
-    known = inspect.signature(getattr(diffusers, network)).parameters
+    known = inspect.signature(stock(network)).parameters
     for key in config.keys() & known.keys():
         _check_value(key, config[key], known[key], where)
     defaults = {key: known[key].default for key in known if key not in (*SAID, *ASKED)}

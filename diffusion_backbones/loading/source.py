@@ -12,13 +12,15 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_backbones.families import FAMILIES, Architecture
 from diffusion_backbones.loading import fingerprint
 from diffusion_backbones.loading.weight_names import choose, is_usual
-from diffusion_backbones.ops.safetensors_io import TensorFiles
 from diffusion_backbones.spec.configs import Config, Configs
+
+if TYPE_CHECKING:
+    from diffusion_backbones.ops.safetensors_io import TensorFiles
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +174,8 @@ class Folder:
             FileNotFoundError: There are none, or a shard is missing.
             ValueError: There is only a pickle, or a file is broken.
         """
+        from diffusion_backbones.ops.safetensors_io import TensorFiles  # torch, and a name's commit is asked without
+
         return TensorFiles(self._weights(component, "diffusion_pytorch_model", half), modern_attention)
 
     def _weights(self, component: str, stem: str, half: bool) -> list[Path]:
@@ -280,6 +284,9 @@ class WithComponent:
         """The weights of the file, or those of ``base``; see :meth:`Source.tensors`."""
         if component != self.component:
             return self.base.tensors(component, half)
+
+        from diffusion_backbones.ops.safetensors_io import TensorFiles  # torch
+
         return TensorFiles([self._file()], modern_attention)
 
     def text(self, component: str, words: Path | None = None) -> tuple[Any, Any]:

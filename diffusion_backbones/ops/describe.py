@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
 
 
 def shape(x: Any) -> str:
     """dtype and shape of a tensor, or the type of anything else."""
+    from torch import Tensor  # heavy, and sizes of files need none
+
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 

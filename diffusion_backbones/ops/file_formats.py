@@ -95,6 +95,32 @@ def is_safetensors(path: Path) -> bool:
     return _header_length(start) is not None
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file that is whole, read without numpy and PyTorch.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no safetensors file, or its tensors do not fill it.
+    """
+    with path.open("rb") as file:
+        length = _header_length(file.read(9))
+        file.seek(8)
+        header = _json(file.read(length or 0))
+    if length is None or not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file; write it again")
+    metadata = header.pop("__metadata__", {})
+    try:
+        spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has a safetensors header that says not where its tensors are; write it again"
+        ) from error
+    if not isinstance(metadata, dict) or [*begins, path.stat().st_size - 8 - length] != [0, *ends]:
+        raise ValueError(f"{path} is a safetensors file that is not whole; write it again")
+    return metadata
+
+
 def _header_length(start: bytes) -> int | None:
     length = int.from_bytes(start[:8], "little")
     return length if start[8:9] == b"{" and 0 < length <= _HEADER_LIMIT else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones.ops.describe import shape
+from diffusion_backbones.ops.large_libraries import stock
 from diffusion_backbones.ops.tensor_checks import check_floating, readable
 from diffusion_backbones.spec.configs import Config
 from diffusion_backbones.spec.validation import plain
@@ -50,8 +51,6 @@ class VariancePreserving:
 
         The config is one that :func:`~diffusion_backbones.spec.schedule.check_schedule` accepts.
         """
-        from diffusers import DDPMScheduler
-
         keys = (
             "num_train_timesteps",
             "beta_start",
@@ -61,7 +60,7 @@ class VariancePreserving:
             "rescale_betas_zero_snr",
         )
         with torch.device("cpu"):  # also inside `with torch.device("meta")`
-            scheduler = DDPMScheduler(**{key: config[key] for key in keys if key in config})
+            scheduler = stock("DDPMScheduler")(**{key: config[key] for key in keys if key in config})
         return cls(tuple(scheduler.alphas_cumprod.tolist()))
 
     def levels(self, timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:

@@ -34,7 +34,6 @@ def card(declaration: Declaration, saved: Configs | None = None, load: str = "")
     published = f'db.create_model("{declaration.name}", pretrained=True)     # frozen, in eval mode'
     deviations = measurements.deviations().get(declaration.name, [])
     results, caveats = measurements.results_table(measurements.results().get(declaration.name, []))
-    speed = [row for row in measurements.speed() if row["backbone"] == declaration.name]
     return markdown.render(
         "backbone.md.j2",
         facts=facts,
@@ -53,7 +52,6 @@ def card(declaration: Declaration, saved: Configs | None = None, load: str = "")
         deviations_table=measurements.deviations_table(deviations),
         results=results,
         caveats=caveats,
-        speed=measurements.speed_table(speed) if speed else "",
     )
 
 

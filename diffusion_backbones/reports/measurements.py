@@ -83,21 +83,26 @@ _SPEED = {"of matmul": ("share_of_matmul", 1, 2), "loaded in s": ("load_seconds"
 """Heading -> column of ``speed.csv``, its factor, digits."""
 
 
-def speed_table(rows: Iterable[Row]) -> str:
-    """Rows of :func:`speed` as a table: milliseconds an image, speed relative to hooks, gigabytes, and the machine."""
-    lines = []
+def speed_tables(rows: Iterable[Row]) -> str:
+    """Rows of :func:`speed` as a table for each machine and PyTorch, which stand once above it: milliseconds an image,
+    speed relative to hooks by the medians, share of a matrix product, seconds to load and gigabytes.
+    """
+    tables: dict[str, list[list[str]]] = {}
     for row in rows:
-        milliseconds = 1000 * float(row["seconds"]) / int(row["batch"])
-        lines.append(
-            [
-                f"`{row['backbone']}`",
-                row["way"],
-                row["options"] or "",
-                f"{row['size']} px, batch {row['batch']}, {row['dtype']}",
-                number(milliseconds, 0 if milliseconds >= 100 else 1),
-                number(float(row["speed"]), 2),
-                *(number(by * float(row[key]), digits) if row[key] else "" for key, by, digits in _SPEED.values()),
-                f"{row['hardware']}, torch {row['torch']}, {row['date']}",
-            ]
-        )
-    return table(["backbone", "way", "options", "input", "ms/image", "speed", *_SPEED, "where"], lines)
+        where = f"{row['hardware']}, torch {row['torch']}, {row['date']}"
+        tables.setdefault(where, []).append(_speed_line(row))
+    head = ["backbone", "way", "options", "input", "ms/image", "speed", *_SPEED]
+    return "\n\n".join(f"**{where}**\n\n{table(head, lines)}" for where, lines in tables.items())
+
+
+def _speed_line(row: Row) -> list[str]:
+    milliseconds = 1000 * float(row["seconds"]) / int(row["batch"])
+    return [
+        f"`{row['backbone']}`",
+        row["way"],
+        row["options"] or "",
+        f"{row['size']} px, batch {row['batch']}, {row['dtype']}",
+        number(milliseconds, 0 if milliseconds >= 100 else 1),
+        number(float(row["speed"]), 2),
+        *(number(by * float(row[key]), digits) if row[key] else "" for key, by, digits in _SPEED.values()),
+    ]

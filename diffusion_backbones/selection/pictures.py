@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.evaluation.visualize import pca_rgb
+from diffusion_backbones.evaluation.principal_components import pca_rgb
 from diffusion_backbones.ops import atomic
 from diffusion_backbones.spec.activations import Site
 

@@ -11,9 +11,11 @@ look at which of them have hooks.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,26 @@ from torch import Tensor, nn
 from diffusion_backbones.families import Architecture
 from diffusion_backbones.spec.declaration import Declaration
 
+log = logging.getLogger(__name__)
+
 FREEZE = "freeze"
 """Weights become constants of the graph, in the layout that the processor reads fastest. That is a graph for one batch
 and one size.
 """
-MODES = (FREEZE, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-"""What ``create_model(compile=)`` takes beside True and False: :data:`FREEZE`, and the modes of ``torch.compile``."""
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+MAX = "max"
+"""What a device is thought to do fastest, for one batch and one size: :data:`FREEZE` on a CPU; on a GPU kernels for
+just these shapes, which PyTorch lays out with channels innermost only then, replayed as CUDA graphs.
+"""
+MODES = (FREEZE, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", MAX)
+"""What ``create_model(compile=)`` takes beside True and False: :data:`FREEZE`, the modes of ``torch.compile``, and
+:data:`MAX`.
+"""
+STATIC = (FREEZE, MAX)
+"""Modes whose graphs are for one batch and one size."""
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune", MAX)
 """Modes that on a GPU replay recorded kernels, whose results the next replay overwrites."""
+_SHAPES: WeakKeyDictionary[nn.Module, list[tuple[int, ...]]] = WeakKeyDictionary()
+"""Image encoder or denoiser -> the shapes of the inputs that it has been compiled for."""
 
 
 class Compiled(Protocol):
@@ -54,13 +68,19 @@ def check_compile(mode: bool | str, device: torch.device, trainable: bool | str 
     """
     if not (isinstance(mode, bool) or mode in MODES):
         raise ValueError(f"compile must be True, False or one of {', '.join(map(repr, MODES))}, got {mode!r}")
-    if mode == FREEZE and trainable:
+    if resolve(mode, device) == FREEZE and trainable:
+        here = "" if mode == FREEZE else " on a CPU"
         raise ValueError(
-            f"compile={FREEZE!r} makes constants of the weights, and trainable={trainable!r} changes them; use "
+            f"compile={mode!r}{here} makes constants of the weights, and trainable={trainable!r} changes them; use "
             "compile=True"
         )
     if mode and device.type == "cpu":
         check_compiler()
+
+
+def resolve(mode: bool | str, device: torch.device) -> bool | str:
+    """What a mode stands for on a device."""
+    return FREEZE if mode == MAX and device.type == "cpu" else mode
 
 
 def check_compiler(instead: str = "leave compile out, which changes no feature") -> None:
@@ -93,23 +113,25 @@ def compile_in_place(backbone: Compiled, mode: bool | str, backend: str = "induc
             f"{backbone.declaration.name} cannot be compiled: its network reads the lengths of texts on the host in "
             "every call, so it is not a single graph; leave compile out"
         )
-    backbone.compiled = mode
+    backbone.compiled = mode = resolve(mode, next(backbone.denoiser.parameters()).device)
+    for part in (backbone.encoder, backbone.denoiser):
+        _SHAPES.pop(part, None)
     for network in networks(backbone):
         if any(parameter.is_meta for parameter in network.parameters()):
             continue
-        if mode == FREEZE:
-            network.compile(fullgraph=True, backend=backend, dynamic=False, **_own_limit())
+        frozen, device = mode == FREEZE, next(network.parameters()).device
+        options = None if frozen or backend != "inductor" else settings(mode, device)
+        network.compile(fullgraph=True, backend=backend, dynamic=mode not in STATIC, options=options, **_own_limit())
+        if frozen:
             network.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
-        else:
-            options = settings(mode, next(network.parameters()).device) if backend == "inductor" else None
-            network.compile(fullgraph=True, backend=backend, dynamic=True, options=options, **_own_limit())
 
 
 def settings(mode: bool | str, device: torch.device) -> dict[str, Any]:
     """What a mode means to inductor. On a CPU convolutions keep their layout: another one would copy their weights in
     every call.
     """
-    options: dict[str, Any] = dict(torch._inductor.list_mode_options("default" if mode is True else str(mode)))
+    name = {True: "default", MAX: "reduce-overhead"}.get(mode, str(mode))
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(name))
     return options | ({"layout_optimization": False} if device.type == "cpu" else {})
 
 
@@ -143,7 +165,7 @@ def prepare_input(backbone: Compiled, x: Tensor) -> Tensor:
     if not backbone.compiled or torch.compiler.is_compiling():
         return x
     x = x.clone(memory_format=torch.contiguous_format)
-    if backbone.compiled != FREEZE:
+    if backbone.compiled not in STATIC:
         torch._dynamo.maybe_mark_dynamic(x, (0, 2, 3))
     return x
 
@@ -159,11 +181,40 @@ def eager_context(backbone: Compiled) -> AbstractContextManager[Any]:
     )
 
 
-def compile_context(backbone: Compiled) -> AbstractContextManager[Any]:
-    """Around a network's run: where its weights are to be frozen, PyTorch demands that no gradient is asked for."""
-    if backbone.compiled != FREEZE or torch.compiler.is_compiling():
+def compile_context(backbone: Compiled, network: nn.Module, x: Tensor) -> AbstractContextManager[Any]:
+    """Around a network's run on an input (B, C, h, w): says what it is compiled anew for, and where its weights are to
+    be frozen, asks for no gradient, as PyTorch demands.
+    """
+    if not backbone.compiled or torch.compiler.is_compiling():
         return nullcontext()
     stack = ExitStack()
-    stack.enter_context(torch.no_grad())
-    stack.enter_context(torch._inductor.config.patch(freezing=True))
+    stack.enter_context(_told(backbone, network, x))
+    if backbone.compiled == FREEZE:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._inductor.config.patch(freezing=True))
     return stack
+
+
+@contextmanager
+def _told(backbone: Compiled, network: nn.Module, x: Tensor) -> Iterator[None]:
+    """Log the shape that a network is compiled anew for, and those that it had been compiled for."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    yield
+    if graphs["unique_graphs"] == before:
+        return
+    shapes = _SHAPES.setdefault(network, [])
+    if shapes:
+        log.warning(
+            "%s: its %s was compiled anew for an input of %s, beside %s; docs/compile.md says what takes another graph",
+            backbone.declaration.name,
+            type(network).__name__,
+            tuple(x.shape),
+            ", ".join(map(str, shapes)),
+        )
+    shapes.append(tuple(x.shape))
+
+
+def own(backbone: Compiled, x: Tensor) -> Tensor:
+    """What a network gave, in memory that no later run of it writes to."""
+    return x.clone() if backbone.compiled in CUDA_GRAPHS else x

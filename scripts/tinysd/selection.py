@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import drawn_tasks
 import numpy as np
 import torch
-from evaluate import SEEDS, keypoints, probe
+from evaluate import SEEDS
+from intervals import Outcome
+from photo_features import Features, features
 from tqdm import tqdm
 
 import diffusion_backbones as db
@@ -110,13 +114,15 @@ def truth() -> list[Row]:
     return rows
 
 
-def chosen(baselines: Sequence[str]) -> list[Row]:
+def chosen(baselines: Sequence[str], artwork: Path) -> list[Row]:
     """The method's recipes and the published ones, on held-out scenes."""
     scenes, rows = load_scenes(), []
+    drawn = drawn_tasks.draw(drawn_tasks.artwork(artwork))
+    tasks = (functools.partial(drawn_tasks.probe, drawn, scenes), functools.partial(drawn_tasks.keypoints, scenes))
     for baseline in baselines:
         name = f"tinysd_{baseline}"
         channels = sum(db.create_model(name, device="meta").feature_info.channels())
-        rows.append(judge(name, name, channels, "", scenes))
+        rows.append(judge(name, name, channels, "", tasks))
         show(rows[-1:])
         for everything in (False, True) if baseline == "gdf" else (False,):
             found = []
@@ -129,7 +135,7 @@ def chosen(baselines: Sequence[str]) -> list[Row]:
                     )
                     taken = " + ".join(selection.recipe.ids)
                     width = sum(site.channels for site in selection.sites if site.id in selection.recipe.ids)
-                    found.append(judge(str(Path(folder) / "recipe.yaml"), "", width, taken, scenes, [seed]))
+                    found.append(judge(str(Path(folder) / "recipe.yaml"), "", width, taken, tasks))
             label = f"chosen {'from all' if everything else 'behind the filter'}, as wide as {baseline}"
             numbers = {
                 key: [value for row in found for value in row[key]]
@@ -148,18 +154,14 @@ def chosen(baselines: Sequence[str]) -> list[Row]:
     return rows
 
 
-def judge(name: str, label: str, channels: int, ids: str, scenes: Any, seeds: Sequence[int] = SEEDS) -> Row:
-    """mIoU for each seed and PCK, by split that nothing was chosen on."""
-    row = {
-        "recipe": label,
-        "channels": channels,
-        **{f"mIoU, {split}": v for split, v in probe(name, scenes, seeds).items()},
-    }
-    return (
-        row
-        | {f"PCK@0.1, {split.removeprefix('pairs, ')}": values for split, values in keypoints(name, scenes).items()}
-        | {"ids": ids}
-    )
+def judge(
+    name: str, label: str, channels: int, ids: str, tasks: Sequence[Callable[[Features], dict[str, Outcome]]]
+) -> Row:
+    """mIoU and PCK, by split that nothing was chosen on."""
+    judged, row = features(name, 0), {"recipe": label, "channels": channels}
+    for task in tasks:
+        row |= {metric: [outcome.score(outcome.units)] for metric, outcome in task(judged).items()}
+    return row | {"ids": ids}
 
 
 def properties() -> list[Row]:
@@ -222,10 +224,15 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["truth", "chosen", "properties"])
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the CSVs and the picture")
     parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=BASELINES, help="for chosen")
+    parser.add_argument("--artwork", type=Path, default=Path("build/tinysd"), help="folder of sprites.py, for chosen")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        rows = chosen(args.baselines) if part == "chosen" else {"truth": truth, "properties": properties}[part]()
+        rows = (
+            chosen(args.baselines, args.artwork)
+            if part == "chosen"
+            else {"truth": truth, "properties": properties}[part]()
+        )
         with (args.out / f"{part}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
