@@ -52,6 +52,11 @@ class Panel:
         c, h, w = self.features.shape
         return f"{c} channels @ stride {self.stride} · {w} x {h}"
 
+    @property
+    def colors(self) -> Tensor:
+        """(h, w, 3) uint8: its channels as red, green and blue."""
+        return pca_rgb(self.features)
+
 
 def pca_rgb(features: Tensor) -> Tensor:
     """The first three principal components of a map as red, green and blue.
@@ -183,7 +188,7 @@ def _enlarge(panel: Panel, photo: tuple[int, int], size: tuple[int, int]) -> Ima
 
     The last row and column may reach beyond the photograph and are cut there.
     """
-    small = Image.fromarray(pca_rgb(panel.features).numpy())
+    small = Image.fromarray(panel.colors.numpy())
     return small.resize(size, Image.Resampling.NEAREST, box=(0, 0, photo[0] / panel.stride, photo[1] / panel.stride))
 
 

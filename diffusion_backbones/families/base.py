@@ -70,7 +70,7 @@ class Architecture(ABC):
             exported.
         finest_aggregated: Pixels per position of the finest attention that is aggregated, as GDF sets it for each kind
             of network.
-        words: The text encoder whose tokens are the first of the text.
+        words: The text encoder whose tokens are the first of the text; empty where they are not told apart.
     """
 
     denoiser: ClassVar[str]
@@ -302,7 +302,7 @@ class Architecture(ABC):
             ValueError: A prompt is longer than the text encoder's limit.
         """
 
-    def said(self, tokenizer: Any, prompt: str) -> Said:  # noqa: ARG002  (chats need it)
+    def said(self, tokenizer: Any, prompt: str) -> Said:
         """What the tokenizer of :attr:`words` is given for a prompt."""
         from diffusion_backbones.families.text.words import Said  # torch
 

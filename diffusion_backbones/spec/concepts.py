@@ -69,7 +69,7 @@ def fill(template: str, label: str) -> str:
     return template.replace(SLOT, label)
 
 
-def filled(template: str, labels: Any, images: int) -> list[str]:
+def filled(template: Any, labels: Any, images: int) -> list[str]:
     """The prompts of a batch: a template with the label of each image.
 
     Args:
@@ -77,9 +77,11 @@ def filled(template: str, labels: Any, images: int) -> list[str]:
         images: How many there are.
 
     Raises:
-        TypeError: They are no strings.
+        TypeError: They are no strings, or the template is none.
         ValueError: They are of another number than the images, or the template has no one ``{}``.
     """
+    if not isinstance(template, str):
+        raise TypeError(f"with labels, prompt must be one string with a {SLOT}, got {template!r:.80}")
     some = [labels] if isinstance(labels, str) else labels
     if not isinstance(some, (list, tuple)) or not all(isinstance(label, str) for label in some):
         raise TypeError(f"labels must be a string or a list of strings, got {labels!r:.80}")

@@ -22,6 +22,8 @@ from diffusion_backbones.spec.activations import Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from diffusion_backbones.families.text.words import Said
+
 
 def _network(network: Any) -> list[Step]:
     config = network.config
@@ -126,17 +128,22 @@ class Lumina(NextDiT):
         q, k = rotated(q, layer.norm_q, of_image), rotated(k, layer.norm_k, of_keys)
         return probabilities(q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), keys, average, bias)
 
-    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+    def said(self, tokenizer: Any, prompt: str) -> Said:
         """With the instruction that diffusers' pipeline puts before a prompt; the empty one, for guidance, has none."""
         from diffusers import Lumina2Pipeline
 
+        from diffusion_backbones.families.text.words import Said  # torch
+
+        parts = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
+        instruction = Lumina2Pipeline(**parts).system_prompt
+        return Said(f"{instruction} <Prompt Start> {prompt}" if prompt else "")
+
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
-        parts = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
-        instruction = Lumina2Pipeline(**parts).system_prompt
-        said = [f"{instruction} <Prompt Start> {prompt}" if prompt else "" for prompt in prompts]
+        said = [self.said(tokenizer, prompt).text for prompt in prompts]
         embeds, mask = language_model.penultimate(tokenizer, model, prompts, said, self.tokens)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 

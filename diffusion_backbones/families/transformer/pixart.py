@@ -16,6 +16,8 @@ from diffusion_backbones.spec.configs import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffusion_backbones.families.text.words import Said
+
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Length that diffusers' pipelines pad prompts to; the tokenizer's own limit is another."""
 
@@ -94,6 +96,12 @@ class PixArt(Transformer):
         padded = site.path.endswith("attn2")  # padding is masked in the text alone
         bias = (1 - conditioning["prompt_attention_mask"].to(q)) * -10000.0 if padded else None
         return attention_map(denoiser.get_submodule(site.path), q, k, average, bias)
+
+    def said(self, tokenizer: Any, prompt: str) -> Said:
+        """In lower case, as its pipelines do."""
+        from diffusion_backbones.families.text.words import Said  # torch
+
+        return Said(prompt.lower())
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         """In lower case, as its pipelines do."""

@@ -17,6 +17,8 @@ from diffusion_backbones.spec.configs import Config
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from diffusion_backbones.families.text.words import Said
+
 TOKENS = 77
 """Length that diffusers' pipeline pads prompts to, and the network was trained with."""
 
@@ -92,6 +94,12 @@ class DeepFloyd(UNet):
         words = text.shape[2]
         keys = slice(0, words) if site.id.endswith("cross-map") else slice(words, None)
         return probabilities(q, torch.cat((text, image), dim=2), keys, average)
+
+    def said(self, tokenizer: Any, prompt: str) -> Said:
+        """In lower case, as its pipeline does."""
+        from diffusion_backbones.families.text.words import Said  # torch
+
+        return Said(prompt.lower())
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model  # torch
