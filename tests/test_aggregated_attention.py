@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from diffusers.models.attention_processor import Attention
 
 import diffusion_backbones as db
-from diffusion_backbones.cli.program import main
+from diffusion_backbones.cli import main
 from diffusion_backbones.families import architecture
 from diffusion_backbones.ops.truncation import count_parameters
 

@@ -69,7 +69,7 @@ class Architecture(ABC):
         compilable: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
             exported.
         finest_aggregated: Pixels per position of the finest attention that is aggregated, as GDF sets it for each kind
-            of network.
+            of network; 0 where it aggregates none.
         words: The text encoder whose tokens are the first of the text; empty where they are not told apart.
     """
 
@@ -84,7 +84,7 @@ class Architecture(ABC):
     needs_model_index: ClassVar[bool] = False
     shifted: ClassVar[bool] = False
     compilable: ClassVar[bool] = True
-    finest_aggregated: ClassVar[int] = 16
+    finest_aggregated: ClassVar[int] = 0
     words: ClassVar[str] = "text_encoder"
 
     def __init__(self, configs: Configs, name: str = "the network"):
@@ -152,7 +152,8 @@ class Architecture(ABC):
     def catalogue(self) -> Catalogue:
         """Every activation, the image encoder's first, then the denoiser's, in forward order."""
         inner = list(self.sites())
-        several = aggregated(inner, self.finest_aggregated, self.text_tokens, self.native_size)
+        finest, tokens = self.finest_aggregated, self.text_tokens
+        several = aggregated(inner, finest, tokens, self.native_size) if finest else ()
         return Catalogue([*self.image_encoder.sites, *inner], self.name, self.find_module, several)
 
     @abstractmethod

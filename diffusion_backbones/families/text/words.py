@@ -43,12 +43,7 @@ def rows(tokenizer: Any, said: Said, begin: int, places: Places, limit: int) -> 
     kept = limit if len(ids) - said.dropped <= limit else limit - end
     found = {}
     for word, occurrences in places.items():
-        tokens = [
-            i
-            for first, last in occurrences
-            for i, (a, b) in enumerate(spans)
-            if max(a, begin + first) < min(b, begin + last)
-        ]
+        tokens = [i for place in occurrences for i, span in enumerate(spans) if _meet(span, place, begin, said.text)]
         if not tokens or all(ids[i] == tokenizer.unk_token_id for i in tokens):
             raise ValueError(f"the tokenizer has no token for the concept {word!r}; take another word")
         found[word] = tuple(i - said.dropped for i in tokens)
@@ -58,3 +53,10 @@ def rows(tokenizer: Any, said: Said, begin: int, places: Places, limit: int) -> 
                 f"{limit}, those of its own included; give fewer or shorter concepts, or a shorter prompt"
             )
     return tuple(found.values())
+
+
+def _meet(span: tuple[int, int], place: tuple[int, int], begin: int, text: str) -> bool:
+    """Whether a token has characters of a place, or of the space before it, which some tokenizers make a token of."""
+    first, last = (begin + end for end in place)
+    first -= text[first - 1 : first] == " "
+    return max(span[0], first) < min(span[1], last)

@@ -20,7 +20,6 @@ class Transformer(Architecture):
 
     denoiser = "transformer"
     encoder = "vae"
-    finest_aggregated = 8
     stages = {
         **dict.fromkeys(("transformer_blocks", "joint_transformer_blocks", "blocks"), 1),
         **dict.fromkeys(("noise_refiner", "context_refiner"), 1),

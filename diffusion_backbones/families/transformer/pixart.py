@@ -28,6 +28,7 @@ class PixArt(Transformer):
     networks = ("PixArtTransformer2DModel",)
     needs_model_index = True
     text_encoders = ("text_encoder",)
+    finest_aggregated = 8
     supplied = {"attention_type": (None, "default")}
     order = ExecutionOrder(
         steps={

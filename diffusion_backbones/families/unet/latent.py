@@ -39,6 +39,7 @@ class UNet(Architecture):
     encoder = "vae"
     networks: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
     order = ORDER
+    finest_aggregated = 16
     stages = {"down_blocks": 1, "mid_block": 100, "up_blocks": 101, "conv_norm_out": 200, "conv_out": 200}
     supplied = {
         "addition_embed_type": (None, "text_time"),
