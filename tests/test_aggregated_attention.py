@@ -136,8 +136,15 @@ def test_it_is_a_level_of_any_recipe(tiny_folder, tmp_path, photo):
     half = db.create_model("sd15", recipe=recipe, checkpoint_path=tiny_folder("sd15"), dtype="bfloat16")(x)[0]
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half[:, 16:].float(), fine[:, 16:], rtol=0.1, atol=0.02)
-    program = torch.export.export(backbone, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x)[0], fine, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_exported_for_any_height_and_width(photo):
+    backbone = db.create_model("tinysd", pretrained=True, recipe=["attn[up_cross]"])
+    h, w = (torch.export.Dim(name, min=2, max=16) for name in "hw")
+    shapes = {"x": {2: 64 * h, 3: 64 * w}}
+    program = torch.export.export(backbone, (photo[..., :128, :192].contiguous(),), dynamic_shapes=shapes, strict=False)
+    other = photo[..., :256, :128].contiguous()
+    torch.testing.assert_close(program.module()(other)[0], backbone(other)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_network_is_cut_behind_the_last_layer_that_takes_part():
@@ -178,6 +185,6 @@ def test_ids_are_found_and_listed_beyond_the_others():
     assert "attn[up_cross]" not in list(catalogue)
     assert [site.id for site in catalogue.find("attn[up_cross]", extensions=True)] == ["attn[up_cross]"]
     listed = CliRunner().invoke(main, ["activations", "sdxl", "attn*", "--all", "--size", "1024", "--json"])
-    shapes = {row["id"]: row["shape"] for row in json.loads(listed.output)}
+    shapes = {row["id"]: row["shape"] for row in json.loads(listed.stdout)}
     assert shapes["attn[up_cross]"] == [154, 128, 128]
     assert shapes["attn[mid_self]"] == [1024, 128, 128]

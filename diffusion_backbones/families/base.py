@@ -353,7 +353,7 @@ class Architecture(ABC):
         for part in site.parts:
             size = (grid[0] * site.stride // part.stride, grid[1] * site.stride // part.stride)
             own, average = tuple(islice(taps, len(part.modules))), means.averages(size)
-            means.add(self.attention(denoiser, part, own, conditioning, size, average), size, part.channels)
+            means.add(self.attention(denoiser, part, own, conditioning, size, average), part, size)
         return means.take()
 
     def image_tokens(self, port: Port, x: Tensor, conditioning: Mapping[str, Tensor], tokens: int) -> Tensor:

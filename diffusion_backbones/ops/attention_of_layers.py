@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_backbones.spec.activations import Site
+
 Size = tuple[int, int]
 """Height and width."""
 
@@ -22,24 +24,25 @@ class Aggregated:
 
     def __init__(self, grid: Size):
         self._grid = grid
-        self._sums: dict[Size, Tensor] = {}
-        self._layers: dict[Size, int] = {}
+        self._means: dict[int, tuple[Tensor, int, Size]] = {}  # by stride, which is a number where sizes are not
         self._dtype = torch.float32
 
     def averages(self, size: Size) -> bool:  # noqa: ARG002  (concepts need it)
         """Whether it takes the mean over heads of a layer of this size."""
         return True
 
-    def add(self, weights: Tensor, size: Size, heads: int) -> None:  # noqa: ARG002  (every layer counts once)
+    def add(self, weights: Tensor, part: Site, size: Size) -> None:
         """(B, h · w, keys) of one layer, whose ``size`` is (h, w)."""
-        self._dtype, wide = weights.dtype, _wide(weights)
-        self._sums[size] = self._sums[size] + wide if size in self._sums else wide
-        self._layers[size] = self._layers.get(size, 0) + 1
+        self._dtype, total, layers = weights.dtype, _wide(weights), 1
+        if part.stride in self._means:
+            before, layers, _ = self._means[part.stride]
+            total, layers = before + total, layers + 1
+        self._means[part.stride] = (total, layers, size)
 
     def take(self) -> Tensor:
         """(B, keys of all sizes, height, width)."""
-        means = {size: (total / self._layers[size]).to(self._dtype) for size, total in self._sums.items()}
-        return torch.cat([F.interpolate(_map(mean, size), self._grid) for size, mean in means.items()], 1)
+        means = [_map((total / layers).to(self._dtype), size) for total, layers, size in self._means.values()]
+        return torch.cat([F.interpolate(mean, self._grid) for mean in means], 1)
 
 
 class Concepts:
@@ -64,20 +67,20 @@ class Concepts:
         """Whether it takes the mean over heads of a layer of this size."""
         return size == self._grid
 
-    def add(self, weights: Tensor, size: Size, heads: int) -> None:
+    def add(self, weights: Tensor, part: Site, size: Size) -> None:
         """(B, heads, h · w, keys) of one layer, whose ``size`` is (h, w), or (B, h · w, keys) averaged."""
-        self._dtype, kept = weights.dtype, _wide(weights[..., self._tokens])
+        self._dtype, kept, heads = weights.dtype, _wide(weights[..., self._tokens]), part.channels
         if kept.ndim == 3:
             self._sum = self._sum + heads * _map(kept, size)
         else:
             fine = F.interpolate(_map(kept.flatten(0, 1), size), self._grid, mode="bicubic").clamp(min=0)
-            self._sum = self._sum + fine.unflatten(0, (-1, heads)).sum(1)
+            self._sum = self._sum + fine.view(-1, heads, *fine.shape[1:]).sum(1)
         self._heads += heads
 
     def take(self) -> Tensor:
         """(B, concepts, height, width)."""
         assert isinstance(self._sum, Tensor), "no layer was added"
-        tokens = (self._sum / self._heads).split(self._lengths, 1)
+        tokens = torch.split(self._sum / self._heads, self._lengths, 1)
         return torch.stack([some.mean(1) for some in tokens], 1).to(self._dtype)
 
 
@@ -87,4 +90,4 @@ def _wide(x: Tensor) -> Tensor:
 
 def _map(tokens: Tensor, size: Size) -> Tensor:
     """(B, h · w, C) -> (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, size)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *size)

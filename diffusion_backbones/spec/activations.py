@@ -97,7 +97,7 @@ def parse(text: str) -> ActivationId:
     raise ValueError(
         f"{text!r} is not an activation id. Examples: 'up-level1-repeat1-vit-block0-cross-q', 'mid-vit-out', "
         "'up-level2-upsampler-out', "
-        "'unet-out', 'vit-block9-q', or a stock module path with a dot such as 'up_blocks.1.resnets.2'."
+        "'unet-out', 'attn[up_cross]', 'vit-block9-q', or a stock module path with a dot such as 'up_blocks.1.resnets.2'."
     )
 
 
@@ -216,6 +216,8 @@ class Catalogue(Mapping[str, Site]):
             network does not have.
         aggregated: Attention of several layers, which belongs to no place in the order.
     """
+
+    _aggregated: Mapping[str, Site] = {}  # noqa: RUF012  (never changed: pickles of version 0.1 have none)
 
     def __init__(
         self,
