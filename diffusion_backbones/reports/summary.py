@@ -62,7 +62,8 @@ def activations(
     """
     network = architecture(checkpoint)
     catalogue = network.catalogue
-    rows = [asdict(site) | {"port": str(site.port)} for site in catalogue.find(pattern, extensions)]
+    found = catalogue.find(pattern, extensions)
+    rows = [asdict(site) | {"port": str(site.port)} for site in found]
     for row in rows:
         del row["parts"], row["rows"]
     if size is not None:
@@ -70,7 +71,7 @@ def activations(
         tokens = network.text_tokens
         for row in rows:
             row["shape"] = shape(catalogue[row["id"]], side, tokens)
-    return rows, len(catalogue.find("*", extensions))
+    return rows, len(catalogue.find("*", extensions)) + sum(bool(site.parts) for site in found)
 
 
 def shape(site: Site, side: int, tokens: int) -> tuple[int, ...]:

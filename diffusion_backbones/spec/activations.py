@@ -96,8 +96,8 @@ def parse(text: str) -> ActivationId:
         return ActivationId(text, "module")
     raise ValueError(
         f"{text!r} is not an activation id. Examples: 'up-level1-repeat1-vit-block0-cross-q', 'mid-vit-out', "
-        "'up-level2-upsampler-out', "
-        "'unet-out', 'attn[up_cross]', 'vit-block9-q', or a stock module path with a dot such as 'up_blocks.1.resnets.2'."
+        "'up-level2-upsampler-out', 'unet-out', 'attn[up_cross]', 'vit-block9-q', or a stock module path with a dot "
+        "such as 'up_blocks.1.resnets.2'."
     )
 
 
@@ -217,7 +217,7 @@ class Catalogue(Mapping[str, Site]):
         aggregated: Attention of several layers, which belongs to no place in the order.
     """
 
-    _aggregated: Mapping[str, Site] = {}  # noqa: RUF012  (never changed: pickles of version 0.1 have none)
+    _aggregated: Mapping[str, Site] = {}  # never changed: pickles of version 0.1 have no other
 
     def __init__(
         self,
@@ -279,6 +279,10 @@ class Catalogue(Mapping[str, Site]):
         return list(self._sites.values())
 
     def find(self, pattern: str = "*", extensions: bool = False) -> list[Site]:
-        """Sites whose id is, or matches, a shell-style pattern, in forward order; aggregated attention is last."""
-        sites = [*self.all(), *self._aggregated.values()] if extensions else [self._sites[name] for name in self]
+        """Sites whose id is, or matches, a shell-style pattern, in forward order. Aggregated attention is last, and left
+        out of ``*``, since it is made of the others.
+        """
+        sites = self.all() if extensions else [self._sites[name] for name in self]
+        if extensions and pattern != "*":
+            sites += self._aggregated.values()
         return [site for site in sites if site.id == pattern or fnmatch.fnmatchcase(site.id, pattern)]
