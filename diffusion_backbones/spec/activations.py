@@ -279,8 +279,8 @@ class Catalogue(Mapping[str, Site]):
         return list(self._sites.values())
 
     def find(self, pattern: str = "*", extensions: bool = False) -> list[Site]:
-        """Sites whose id is, or matches, a shell-style pattern, in forward order. Aggregated attention is last, and left
-        out of ``*``, since it is made of the others.
+        """Sites whose id is, or matches, a shell-style pattern, in forward order. Aggregated attention is last, and not
+        in ``*``, since it is made of the others.
         """
         sites = self.all() if extensions else [self._sites[name] for name in self]
         if extensions and pattern != "*":
