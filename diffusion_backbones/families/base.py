@@ -13,6 +13,7 @@ from diffusion_backbones.families.image_encoders import UNBUILDABLE, ImageEncode
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.spec.activations import Catalogue, Port, Site
 from diffusion_backbones.spec.aggregated_attention import aggregated
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
 from diffusion_backbones.spec.schedule import check_schedule
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from diffusion_backbones.families.text.words import Said
     from diffusion_backbones.ops.noise import ForwardProcess
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -305,8 +305,6 @@ class Architecture(ABC):
 
     def said(self, tokenizer: Any, prompt: str) -> Said:
         """What the tokenizer of :attr:`words` is given for a prompt."""
-        from diffusion_backbones.families.text.words import Said  # torch
-
         return Said(prompt)
 
     def activation(

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Places = Mapping[str, Sequence[tuple[int, int]]]
 """Word -> the characters of a prompt that it is, begin and end, as often as it occurs."""
 
 SLOT = "{}"
 """Where a template has its words."""
+
+
+class Said(NamedTuple):
+    """What a tokenizer is given for a prompt.
+
+    Attributes:
+        text: The prompt, with what a pipeline puts around it.
+        dropped: How many tokens stand before those that the network is given.
+        special: Whether the tokenizer adds its own tokens.
+    """
+
+    text: str
+    dropped: int = 0
+    special: bool = True
 
 
 def check_words(words: Any) -> list[str]:

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from diffusion_backbones.spec.concepts import Places
+from diffusion_backbones.spec.concepts import Places, Said
 
 MARK = "\uffff"
 """A character of no prompt."""
-
-
-class Said(NamedTuple):
-    """What a tokenizer is given for a prompt.
-
-    Attributes:
-        text: The prompt, with what a pipeline puts around it.
-        dropped: How many tokens stand before those that the network is given.
-        special: Whether the tokenizer adds its own tokens.
-    """
-
-    text: str
-    dropped: int = 0
-    special: bool = True
 
 
 def rows(tokenizer: Any, said: Said, begin: int, places: Places, limit: int) -> tuple[tuple[int, ...], ...]:

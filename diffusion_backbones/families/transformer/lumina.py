@@ -18,11 +18,10 @@ from diffusion_backbones.families.transformer.nextdit import (
 )
 from diffusion_backbones.ops.execution_order import ExecutionOrder, Step, in_order
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import Said
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from diffusion_backbones.families.text.words import Said
 
 
 def _network(network: Any) -> list[Step]:
@@ -131,8 +130,6 @@ class Lumina(NextDiT):
     def said(self, tokenizer: Any, prompt: str) -> Said:
         """With the instruction that diffusers' pipeline puts before a prompt; the empty one, for guidance, has none."""
         from diffusers import Lumina2Pipeline
-
-        from diffusion_backbones.families.text.words import Said  # torch
 
         parts = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
         instruction = Lumina2Pipeline(**parts).system_prompt

@@ -11,12 +11,12 @@ from diffusion_backbones.families.tiny import T5
 from diffusion_backbones.families.transformer.base import Transformer, projected, single_stream
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffusion_backbones.families.text.words import Said
 
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Length that diffusers' pipelines pad prompts to; the tokenizer's own limit is another."""
@@ -100,8 +100,6 @@ class PixArt(Transformer):
 
     def said(self, tokenizer: Any, prompt: str) -> Said:
         """In lower case, as its pipelines do."""
-        from diffusion_backbones.families.text.words import Said  # torch
-
         return Said(prompt.lower())
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:

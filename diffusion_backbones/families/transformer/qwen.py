@@ -13,12 +13,12 @@ from diffusion_backbones.families.transformer.base import Transformer, projected
 from diffusion_backbones.families.transformer.joint_attention import Inner, double_block, joint_map
 from diffusion_backbones.ops.execution_order import BYPASS, NONE, PAIR, ExecutionOrder, Step, stand_in
 from diffusion_backbones.spec.activations import OUT, Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from diffusion_backbones.families.text.words import Said
 
 TOKENS = 512
 """Length that diffusers' pipeline cuts prompts to, with the words behind them and without those before.
@@ -160,8 +160,6 @@ class Qwen(Transformer):
 
     def said(self, tokenizer: Any, prompt: str) -> Said:
         from diffusers import QwenImagePipeline
-
-        from diffusion_backbones.families.text.words import Said  # torch
 
         pipeline = QwenImagePipeline(**dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer", "scheduler")))
         return Said(pipeline.prompt_template_encode.format(prompt), pipeline.prompt_template_encode_start_idx)

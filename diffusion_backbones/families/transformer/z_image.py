@@ -11,12 +11,12 @@ from diffusion_backbones.families.transformer.base import check_positions, round
 from diffusion_backbones.families.transformer.nextdit import Layout, NextDiT, refined, rotated, text_mask
 from diffusion_backbones.ops.execution_order import ExecutionOrder, Step, in_order
 from diffusion_backbones.spec.activations import Port, Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffusion_backbones.families.text.words import Said
 
 PATCH = 2
 FILLED = 32
@@ -127,8 +127,6 @@ class ZImage(NextDiT):
 
     def said(self, tokenizer: Any, prompt: str) -> Said:
         """As the turn of a user in a chat, which the tokenizer's template makes of a prompt."""
-        from diffusion_backbones.families.text.words import Said  # torch
-
         turn = [{"role": "user", "content": prompt}]
         return Said(
             tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)

@@ -12,12 +12,12 @@ from diffusion_backbones.families.tiny import T5
 from diffusion_backbones.families.unet.latent import CROSS, UNet
 from diffusion_backbones.families.unet.sites import sites
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from diffusion_backbones.families.text.words import Said
 
 TOKENS = 77
 """Length that diffusers' pipeline pads prompts to, and the network was trained with."""
@@ -97,8 +97,6 @@ class DeepFloyd(UNet):
 
     def said(self, tokenizer: Any, prompt: str) -> Said:
         """In lower case, as its pipeline does."""
-        from diffusion_backbones.families.text.words import Said  # torch
-
         return Said(prompt.lower())
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
