@@ -19,12 +19,10 @@ class Said(NamedTuple):
     Attributes:
         text: The prompt, with what a pipeline puts around it.
         dropped: How many tokens stand before those that the network is given.
-        special: Whether the tokenizer adds its own tokens.
     """
 
     text: str
     dropped: int = 0
-    special: bool = True
 
 
 def check_words(words: Any) -> list[str]:

@@ -23,7 +23,7 @@ def rows(tokenizer: Any, said: Said, begin: int, places: Places, limit: int) -> 
     Raises:
         ValueError: A word lies beyond the last token, or none of its tokens means anything.
     """
-    read = tokenizer(said.text, return_offsets_mapping=True, add_special_tokens=said.special, verbose=False)
+    read = tokenizer(said.text, return_offsets_mapping=True, verbose=False)
     spans, ids = read["offset_mapping"], read["input_ids"]
     end = spans[-1][0] == spans[-1][1]  # a token of no character is the tokenizer's own
     kept = limit if len(ids) - said.dropped <= limit else limit - end
