@@ -14,6 +14,9 @@ from transformers import AutoTokenizer
 
 import diffusion_backbones as db
 from diffusion_backbones.cli import main
+from diffusion_backbones.families import architecture
+from diffusion_backbones.loading.prompts import Prompter
+from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.spec.concepts import filled, placed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,3 +275,22 @@ def test_the_command_line_draws_them(tiny_folder, tmp_path, photo):
     wrong = CliRunner().invoke(main, [*given[:-1], str(tmp_path / "out.txt")])
     assert wrong.exit_code == 2
     assert "must end in one of" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["sd15", "qwen_image", "z_image_turbo", "lumina_image_2"])
+def test_a_word_is_where_another_word_first_changes_the_text(name, tiny_folder):
+    """In encoders that read from left to right, whatever stands around the prompt."""
+    network = architecture(db.get_checkpoint(name), tiny.configs(name))
+    prompter = Prompter(network, Folder(tiny_folder(name)), "max_length")
+    cat, dog = (prompter([f"a photo of a {noun} here"])["prompt_embeds"][0] for noun in ("cat", "dog"))
+    [rows] = prompter.rows("a photo of a cat here", {"cat": [(13, 16)]})
+    changed = (cat - dog).abs().amax(1).gt(1e-5).nonzero()
+    assert rows[0] == changed[0]
+    assert rows == tuple(range(rows[0], rows[-1] + 1))
+
+
+@pytest.mark.parametrize("name", ["flux2_dev", "sana_1600m_1024"])
+def test_networks_that_are_given_an_instruction_say_so(name):
+    backbone = db.create_model(name, recipe=["vit-block0-out"], device="meta")
+    with pytest.raises(ValueError, match="is given an instruction before the words, so it has no concepts"):
+        backbone.concepts(torch.empty(1, 3, 64, 64, device="meta"), "cat")
