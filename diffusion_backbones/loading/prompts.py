@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture, family_name
-from diffusion_backbones.families.text import reading, tokenizers, words
+from diffusion_backbones.families.text import clip, reading, tokenizers, words
 from diffusion_backbones.loading.fingerprint import cache_folder
 from diffusion_backbones.loading.source import Source
 from diffusion_backbones.ops import atomic, safetensors_io
@@ -94,9 +94,12 @@ class Prompter:
             raise no_text_encoder(prompt)
         config = reading.read_config(source.text_config(network.words), f"{source}: {network.words}/config.json")
         folder = source.tokenizer_folder(network.words.replace("text_encoder", "tokenizer"))
-        tokenizer = tokenizers.load(folder, config["architectures"][0])
+        [kind] = config["architectures"]
+        tokenizer = tokenizers.load(folder, kind)
         said, begin = network.said(tokenizer, prompt), network.said(tokenizer, words.MARK).text.index(words.MARK)
-        limit = min(tokenizer.model_max_length - said.dropped, network.conditioning_shapes["prompt_embeds"][0])
+        limit, *_ = network.conditioning_shapes["prompt_embeds"]
+        if kind in clip.ARCHITECTURES:  # whose tokens may be the first of more
+            limit = min(limit, tokenizer.model_max_length)
         return words.rows(tokenizer, said, begin, places, limit)
 
     def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:

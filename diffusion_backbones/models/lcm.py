@@ -16,8 +16,8 @@ LCM_DREAMSHAPER = register_checkpoint(
             "The end of its U-Net config, and the configs of its image encoder and text encoder, were not read; they "
             "are taken to be those of Stable Diffusion 1.5.",
             "Whether its image encoder and text encoder are there as .safetensors, which alone are read, is open.",
-            "The weights are published under MIT; whether the licence of Dreamshaper, which they were distilled from, "
-            "binds them too is not settled.",
+            "The weights are published under MIT; whether the licence of the model that they were distilled "
+            "from binds them too is not settled.",
         ),
     )
 )
