@@ -19,7 +19,7 @@ from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Combination, Recipe
 from diffusion_backbones.spec.validation import as_integer, check_count, closest
 
-FOLDED = ("prompt", *EMBEDDINGS, "timestep", "timesteps")
+FOLDED = ("prompt", "labels", *EMBEDDINGS, "timestep", "timesteps")
 """What is constant in a folded backbone."""
 KEYWORDS = (*FOLDED, "noise", "generator", "ensemble", "chunk", "latents")
 
@@ -37,6 +37,7 @@ class Call:
         generator: For random noise.
         latents: (B, C, h, w) clean latents in place of the image.
         prompt: A string, or one per image; None for the recipe's.
+        labels: A string, or one per image, for the place that a prompt keeps for it; None for none.
         embeddings: Tensors in place of the recipe's embedded prompt, by name.
     """
 
@@ -48,6 +49,7 @@ class Call:
     generator: torch.Generator | None = None
     latents: Any = None
     prompt: str | Sequence[str] | None = None
+    labels: str | Sequence[str] | None = None
     embeddings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -81,6 +83,7 @@ class Call:
             generator=given.get("generator"),
             latents=given.get("latents"),
             prompt=given.get("prompt"),
+            labels=given.get("labels"),
             embeddings={key: given[key] for key in EMBEDDINGS if key in given},
         )
 
@@ -98,8 +101,9 @@ def _check_keywords(given: Mapping[str, Any], name: str, folded: bool) -> None:
         )
     if "generator" in given and not isinstance(given["generator"], torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(given['generator']).__name__}")
-    if "prompt" in given and (embeddings := [key for key in EMBEDDINGS if key in given]):
-        raise TypeError(f"give either prompt= or {', '.join(embeddings)}, not both")
+    text = next((key for key in ("prompt", "labels") if key in given), None)
+    if text and (embeddings := [key for key in EMBEDDINGS if key in given]):
+        raise TypeError(f"give either {text}= or {', '.join(embeddings)}, not both")
 
 
 def _timesteps(given: Mapping[str, Any], recipe: Recipe, name: str) -> tuple[Timestep, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_backbones.backbone import concepts as concept_maps
 from diffusion_backbones.backbone import pipeline, save_pretrained
 from diffusion_backbones.backbone.call_arguments import Call
 from diffusion_backbones.backbone.timm_mixin import TimmMixin
@@ -27,6 +28,7 @@ class DiffusionBackbone(TimmMixin):
     * ``prompt``: a string for the batch, or one per image; or its embeddings under diffusers' names: ``prompt_embeds``
       (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``,
       ``class_labels``.
+    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``.
     * ``timestep``: what the network receives, a number or one per image.
     * ``timesteps``: several of them, one pass each on the same noise, combined as the recipe says: averaged, or
       concatenated along channels, which takes as many as the recipe has.
@@ -163,6 +165,52 @@ class DiffusionBackbone(TimmMixin):
                 sites,
                 visit=lambda site, act: visit(site, pipeline.single_map(self, latents, site, act)),
             )
+
+    def concepts(
+        self,
+        x: Tensor | None,
+        words: str | Sequence[str],
+        *,
+        prompt: str | None = None,
+        layers: Sequence[str] | None = None,
+        raw: bool = False,
+        **call: Any,
+    ) -> Tensor:
+        """Where concepts are in images, by the attention that the network pays from the image to words of its prompt.
+
+        U-Nets are read as DAAM reads them (https://arxiv.org/abs/2210.04885): the mean over all heads of the
+        cross-attention on the way down and up, enlarged to the latents. Transformers are read as Seg4Diff reads them
+        (https://arxiv.org/abs/2509.18096): the mean over heads and layers of the attention from image to text. The
+        tokens of a word are averaged.
+
+        Args:
+            x: As in :meth:`forward`.
+            words: n different concepts, each a word or several.
+            prompt: The text that they are read in, or a template with a ``{}`` in place of which they stand, joined by
+                spaces. By default they are the prompt themselves.
+            layers: Ids of maps of attention to the text; by default those of the recipe, or all where it has none.
+            raw: Give the mean probabilities, in place of every map from its least value, 0, to its greatest, 1.
+            **call: See the class.
+
+        Returns:
+            (B, n, ceil(H / s), ceil(W / s)) in the denoiser's dtype; the stride s is that of the latents in a U-Net,
+            and that of its tokens in a transformer.
+
+        Raises:
+            FileNotFoundError: There is no text encoder or tokenizer: random weights, or a saved backbone.
+            KeyError: The network has no such layer.
+            TypeError: Concepts or prompt are no strings.
+            ValueError: There are no concepts, or more than the text encoder takes; one is empty, there twice, cut off,
+                or not in the prompt. The network does not look at a text, or is cut before a layer.
+        """
+        text, site = concept_maps.find(self, words, prompt, layers)
+        settings = replace(self._parse({**call, "prompt": text}), combine="mean")
+        self.recorder.add_hooks(self.denoiser, [site])
+        with compilation.eager_context(self):
+            latents = pipeline.start(self, x, settings, [])
+            acts = pipeline.activations(self, latents, settings, [site])
+        maps = pipeline.single_map(self, latents, site, acts[site.id])
+        return maps if raw else concept_maps.stretched(maps)
 
     def _parse(self, call: Mapping[str, Any]) -> Call:
         return Call.parse(call, self.declaration.recipe, self.chunk, self.declaration.name, self.folded)

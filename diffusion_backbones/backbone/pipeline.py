@@ -38,6 +38,7 @@ from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import filled
 from diffusion_backbones.spec.levels import LevelInfo
 from diffusion_backbones.surgery import compilation
 
@@ -231,7 +232,10 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
 def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:
     """The tensors that condition a call, with a batch axis of ``b``; checks of their values are added to others."""
     given = call.embeddings
-    if call.prompt is not None:
+    if call.labels is not None:
+        template = backbone.declaration.recipe.prompt if call.prompt is None else call.prompt
+        given = backbone.prompter(filled(template, call.labels, b))
+    elif call.prompt is not None:
         given = backbone.prompter(check_prompts(call.prompt, b))
     own = dict(backbone.conditioning.items())
     tokens = own["prompt_embeds"].shape[1] if backbone.plan.reads_text else None

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from diffusion_backbones.backbone.module import DiffusionBackbone
 
 
-def build_backbone(name: str, model: ModelOptions, dtype: str | None = None) -> DiffusionBackbone:
+def build_backbone(
+    name: str, model: ModelOptions, dtype: str | None = None, truncate: bool = True
+) -> DiffusionBackbone:
     """The backbone that the options ask for.
 
     Args:
         name: A backbone's name or place.
         model: The options.
         dtype: What it computes in, except on the CPU; the default of ``create_model`` if None.
+        truncate: Whether it is cut behind the last activation of its recipe.
     """
     import torch
 
@@ -41,6 +44,7 @@ def build_backbone(name: str, model: ModelOptions, dtype: str | None = None) -> 
         prompt=model.prompt,
         timestep=model.timestep,
         encoder=model.encoder,
+        truncate=truncate,
     )
     if model.random_weights:
         click.echo(UNTRAINED, err=True)

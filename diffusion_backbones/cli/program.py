@@ -15,6 +15,7 @@ import click
 
 from diffusion_backbones._version import __version__
 from diffusion_backbones.cli.browse import activations, card, info, list_backbones
+from diffusion_backbones.cli.concepts import concepts
 from diffusion_backbones.cli.export import export
 from diffusion_backbones.cli.extract import extract
 from diffusion_backbones.cli.measure import bench, compare
@@ -73,6 +74,7 @@ def main(traceback: bool) -> None:
       diffusion-backbones activations sd15 cross-q --size 512
       diffusion-backbones extract sd15_gdf photos/ -o features/ --size 512
       diffusion-backbones visualize sd15_gdf photo.jpg -o picture.png
+      diffusion-backbones concepts sd15_gdf photo.jpg cat sky -o picture.png
       diffusion-backbones select tinysd -o selection/
       diffusion-backbones bench tinysd_gdf
       diffusion-backbones compare tinysd_gdf --encoder tiny
@@ -81,5 +83,6 @@ def main(traceback: bool) -> None:
     """
 
 
-for command in (list_backbones, info, activations, card, extract, visualize, bench, compare, export, select):
+VERBS = (list_backbones, info, activations, card, extract, visualize, concepts, bench, compare, export, select)
+for command in VERBS:
     main.add_command(command)

@@ -68,6 +68,11 @@ class Panel:
         """The second line below it: channels, stride, and the grid as width x height."""
         return f"{self.read} · {self.features.shape[2]} x {self.features.shape[1]}"
 
+    @staticmethod
+    def colors(maps: Sequence[Tensor], hide_background: bool = False) -> list[Tensor]:
+        """The colors of one level of some images, (C, h, w) -> (h, w, 3) uint8 each."""
+        return shared_rgb(maps, hide_background)
+
 
 def panels(
     backbone: DiffusionBackbone, image: Image.Image, size: int | None = None, positions: Sequence[int] | None = None
@@ -151,7 +156,7 @@ def sheet(
             f"{[len(row) for row in panels]} levels"
         )
     levels.sort(key=lambda level: abs(math.log2(level[0].stride / CLEAREST)))  # stable: the finer one on a tie
-    colors = [shared_rgb([panel.features for panel in level], hide_background) for level in levels]
+    colors = [level[0].colors([panel.features for panel in level], hide_background) for level in levels]
     one = len(images) == 1
     cells = [_panel_size(image, HEIGHT, NARROWEST) if one else _panel_size(image, OF_SEVERAL, 1) for image in images]
     rows = [[image.resize(size[1:], Image.Resampling.LANCZOS) for image, size in zip(images, cells, strict=True)]]

@@ -6,12 +6,15 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_backbones.families.image_encoders import UNBUILDABLE, ImageEncoder, get_image_encoder
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.ops.large_libraries import stock
 from diffusion_backbones.spec.activations import Catalogue, Port, Site
+from diffusion_backbones.spec.aggregated_attention import aggregated
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
 from diffusion_backbones.spec.schedule import check_schedule
 
@@ -66,6 +69,9 @@ class Architecture(ABC):
         shifted: Whether its pipelines subtract the ``shift_factor`` of the image encoder, which then must be said.
         compilable: Whether its networks compute the same whatever is in the tensors, so that they can be compiled and
             exported.
+        finest_aggregated: Pixels per position of the finest attention that is aggregated, as GDF sets it for each kind
+            of network; 0 where it aggregates none.
+        words: The text encoder whose tokens are the first of the text; empty where they are not told apart.
     """
 
     denoiser: ClassVar[str]
@@ -79,6 +85,8 @@ class Architecture(ABC):
     needs_model_index: ClassVar[bool] = False
     shifted: ClassVar[bool] = False
     compilable: ClassVar[bool] = True
+    finest_aggregated: ClassVar[int] = 0
+    words: ClassVar[str] = "text_encoder"
 
     def __init__(self, configs: Configs, name: str = "the network"):
         self.configs, self.name = configs, name
@@ -144,7 +152,10 @@ class Architecture(ABC):
     @cached_property
     def catalogue(self) -> Catalogue:
         """Every activation, the image encoder's first, then the denoiser's, in forward order."""
-        return Catalogue([*self.image_encoder.sites, *self.sites()], self.name, self.find_module)
+        inner = list(self.sites())
+        finest, tokens = self.finest_aggregated, self.text_tokens
+        several = aggregated(inner, finest, tokens, self.native_size) if finest else ()
+        return Catalogue([*self.image_encoder.sites, *inner], self.name, self.find_module, several)
 
     @abstractmethod
     def sites(self) -> Iterable[Site]:
@@ -197,6 +208,16 @@ class Architecture(ABC):
         except ValueError as error:
             return UnknownProcess(str(error))
         return RectifiedFlow() if is_flow(scheduler) else VariancePreserving.from_config(scheduler)
+
+    @property
+    def concept_sites(self) -> list[Site]:
+        """The maps of attention that concepts are read from: all to the text."""
+        return [site for site in self.sites() if site.id.endswith("cross-map")]
+
+    @property
+    def concept_stride(self) -> int:
+        """Pixels per position of a concept's map."""
+        return self.size_divisibility
 
     def without(self, components: Iterable[str]) -> Architecture:
         """The same network with some components left out, as in a diffusers pipeline that was loaded without them."""
@@ -278,6 +299,10 @@ class Architecture(ABC):
             ValueError: A prompt is longer than the text encoder's limit.
         """
 
+    def said(self, tokenizer: Any, prompt: str) -> Said:
+        """What the tokenizer of :attr:`words` is given for a prompt."""
+        return Said(prompt)
+
     def activation(
         self,
         denoiser: nn.Module,
@@ -297,11 +322,33 @@ class Architecture(ABC):
             grid: Height and width of the site's map of the padded image.
             average: Average attention maps over heads.
         """
+        if site.parts:
+            return self.attention_of_parts(denoiser, site, recorded, conditioning, grid)
         if site.port.side == "map":
             return self.attention(denoiser, site, recorded, conditioning, grid, average)
         x = self.image_tokens(site.port, recorded[0], conditioning, grid[0] * grid[1])
         part = site.port.part
         return x if part is None else x[..., part * site.channels : (part + 1) * site.channels]
+
+    def attention_of_parts(
+        self,
+        denoiser: Any,
+        site: Site,
+        recorded: tuple[Tensor, ...],
+        conditioning: Mapping[str, Tensor],
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """The attention of several layers, one after another: aggregated, (B, keys of every size, h, w), or that of
+        concepts, (B, concepts, h, w). Arguments as for :meth:`activation`.
+        """
+        from diffusion_backbones.ops.attention_of_layers import Aggregated, Concepts  # torch
+
+        means, taps = Concepts(site.rows, grid) if site.rows else Aggregated(grid), iter(recorded)
+        for part in site.parts:
+            size = (grid[0] * site.stride // part.stride, grid[1] * site.stride // part.stride)
+            own, average = tuple(islice(taps, len(part.modules))), means.averages(size)
+            means.add(self.attention(denoiser, part, own, conditioning, size, average), part, size)
+        return means.take()
 
     def image_tokens(self, port: Port, x: Tensor, conditioning: Mapping[str, Tensor], tokens: int) -> Tensor:
         """What of a recorded tensor belongs to the image, by the port that it was recorded at."""

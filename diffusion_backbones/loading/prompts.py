@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture, family_name
+from diffusion_backbones.families.text import clip, reading, tokenizers, words
 from diffusion_backbones.loading.fingerprint import cache_folder
 from diffusion_backbones.loading.source import Source
 from diffusion_backbones.ops import atomic, safetensors_io
+from diffusion_backbones.spec.concepts import Places
 
 log = logging.getLogger(__name__)
 _encoding = threading.Lock()
@@ -79,6 +81,26 @@ class Prompter:
                 "per call, or pad them"
             )
         return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+
+    def rows(self, prompt: str, places: Places) -> tuple[tuple[int, ...], ...]:
+        """For each word of a prompt its tokens; see :func:`~diffusion_backbones.families.text.words.rows`.
+
+        Raises:
+            FileNotFoundError: There is no tokenizer.
+            ValueError: A word is cut off, or has no token.
+        """
+        network, source = self.network, self.source
+        if source is None:
+            raise no_text_encoder(prompt)
+        config = reading.read_config(source.text_config(network.words), f"{source}: {network.words}/config.json")
+        folder = source.tokenizer_folder(network.words.replace("text_encoder", "tokenizer"))
+        [kind] = config["architectures"]
+        tokenizer = tokenizers.load(folder, kind)
+        said, begin = network.said(tokenizer, prompt), network.said(tokenizer, words.MARK).text.index(words.MARK)
+        limit, *_ = network.conditioning_shapes["prompt_embeds"]
+        if kind in clip.ARCHITECTURES:  # whose tokens may be the first of more
+            limit = min(limit, tokenizer.model_max_length)
+        return words.rows(tokenizer, said, begin, places, limit)
 
     def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
         if not self.network.text_encoders:

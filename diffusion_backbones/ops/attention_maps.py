@@ -92,8 +92,9 @@ def probabilities(
     kept = len(range(m)[keys])
     out = q.new_zeros((b, n, kept) if average else (b, heads, n, kept))
     rows = max(1, chunk // (b * m))
+    parts = [0] if n <= rows else range(0, n, rows)  # a range would make a number of the size of an exported image
     for head in range(heads):
-        for i in range(0, n, rows):
+        for i in parts:
             scores = _product(q[:, head, i : i + rows], k[:, head], d**-0.5)
             if bias is not None:
                 scores = scores + bias[:, None]

@@ -18,6 +18,7 @@ from diffusion_backbones.reports.facts import (
 from diffusion_backbones.reports.markdown import HUB, gflops, millions, plain
 from diffusion_backbones.reports.settings import postprocessing, times
 from diffusion_backbones.spec.activations import Site, parse
+from diffusion_backbones.spec.aggregated_attention import sizes
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.declaration import Declaration
 
@@ -61,13 +62,16 @@ def activations(
     """
     network = architecture(checkpoint)
     catalogue = network.catalogue
-    rows = [asdict(site) | {"port": str(site.port)} for site in catalogue.find(pattern, extensions)]
+    found = catalogue.find(pattern, extensions)
+    rows = [asdict(site) | {"port": str(site.port)} for site in found]
+    for row in rows:
+        del row["parts"], row["rows"]
     if size is not None:
         side = size + -size % network.size_divisibility
         tokens = network.text_tokens
         for row in rows:
             row["shape"] = shape(catalogue[row["id"]], side, tokens)
-    return rows, len(catalogue.find("*", extensions))
+    return rows, len(catalogue.find("*", extensions)) + sum(bool(site.parts) for site in found)
 
 
 def shape(site: Site, side: int, tokens: int) -> tuple[int, ...]:
@@ -75,6 +79,8 @@ def shape(site: Site, side: int, tokens: int) -> tuple[int, ...]:
     text tokens.
     """
     n = side // site.stride
+    if site.parts and site.layout == "attention":
+        return sum((side // stride) ** 2 for stride in sizes(site.parts)), n, n
     if site.layout == "map":
         return site.channels, n, n
     if site.layout == "tokens":

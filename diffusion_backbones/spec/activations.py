@@ -9,6 +9,9 @@ Four kinds of ids go beyond GDF: ``...-{self|cross}-out``, the output of an atte
 what enters a residual block with its skip, both as ODISE reads them (https://arxiv.org/abs/2303.04803); and any stock
 module path such as ``up_blocks.1.resnets.2``. In transformers a site is one too (:class:`Site`) where GDF uses its id
 for other blocks alone, such as the ``norm-out`` of DiT.
+
+``attn[up_cross]`` and its relatives are GDF's aggregated attention: one activation, but many layers
+(:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the others.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ _GRAMMAR = [
     r"(?P<stage>mid)-(?P<kind>vit-out)",
     rf"(?P<stage>mid)-{_BLOCK}",
     rf"(?P<stage>vit)-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|q|k|v|attn-out|norm-out|ffn-inner|out)",
+    r"attn\[(?P<stage>down|mid|up)_(?P<kind>self|cross)\]",
 ]
 _PATTERNS = [re.compile(pattern) for pattern in _GRAMMAR]
 _MODULE_PATH = re.compile(rf"[A-Za-z_]\w*(?:\.(?:[A-Za-z_]\w*|{_NUMBER}))+")
@@ -54,7 +58,7 @@ class ActivationId:
         level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
         repeat: Residual block within the level.
         block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
-        kind: What is read there: ``res-out``, ``self-k``, ``ffn-inner`` ...
+        kind: What is read there: ``res-out``, ``self-k``, ``ffn-inner`` ...; ``self`` or ``cross`` of ``attn[...]``.
     """
 
     text: str
@@ -92,8 +96,8 @@ def parse(text: str) -> ActivationId:
         return ActivationId(text, "module")
     raise ValueError(
         f"{text!r} is not an activation id. Examples: 'up-level1-repeat1-vit-block0-cross-q', 'mid-vit-out', "
-        "'up-level2-upsampler-out', "
-        "'unet-out', 'vit-block9-q', or a stock module path with a dot such as 'up_blocks.1.resnets.2'."
+        "'up-level2-upsampler-out', 'unet-out', 'attn[up_cross]', 'vit-block9-q', or a stock module path with a dot "
+        "such as 'up_blocks.1.resnets.2'."
     )
 
 
@@ -146,12 +150,15 @@ class Site:
         channels: Channels of the activation; for ``map`` the number of heads.
         stride: Pixels of the input image per position.
         layout: ``map`` (B, C, h, w), ``tokens`` (B, h·w, C) in row-major order, or ``attention`` (B, heads, h·w, keys),
-            or ``vector`` (B, C) for activations without positions.
+            or ``vector`` (B, C) for activations without positions. An aggregated map whose keys are places is
+            ``attention`` of (B, keys, h, w).
         taps: For ``map``, the children of the module whose outputs it is computed from.
         modulation: For the output of a transformer block, the layer whose output begins with the shift and the scale
             that the next block's adaptive LayerNorm gives it; empty where there is none.
         encoder: Whether it is in the image encoder, and not in the denoiser.
         extension: Whether GDF has no such activation in this kind of block, though its grammar has the id.
+        parts: For aggregated attention, the maps that it is made of, in forward order.
+        rows: For concepts, the tokens of the text that each is read from.
     """
 
     id: str
@@ -164,6 +171,13 @@ class Site:
     modulation: str = ""
     encoder: bool = False
     extension: bool = False
+    parts: tuple[Site, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it has a value for each token of the text."""
+        return self.id.endswith(("cross-map", "_cross]"))
 
     def over_text(self, tokens: int) -> Site:
         """The site as part of a level: attention to a text is averaged over heads and has one channel per token; other
@@ -184,23 +198,36 @@ class Site:
     @property
     def modules(self) -> tuple[str, ...]:
         """The module paths whose output must be recorded, in execution order."""
+        if self.parts:
+            return tuple(path for part in self.parts for path in part.modules)
         return tuple(f"{self.path}.{tap}" for tap in self.taps) if self.port.side == "map" else (self.path,)
 
 
 class Catalogue(Mapping[str, Site]):
     """Every activation of one network, in forward order, by id.
 
-    Iterating gives GDF's ids; :meth:`all` adds the extensions. Looking up works for ids, extensions and module paths.
+    Iterating gives GDF's ids; :meth:`all` adds the extensions. Looking up works for ids, extensions, aggregated
+    attention and module paths.
 
     Args:
         sites: In forward order.
         network: What to call the network in errors.
         find_module: Finds the site of a stock module path that no id names; raises ``KeyError`` for a path that the
             network does not have.
+        aggregated: Attention of several layers, which belongs to no place in the order.
     """
 
-    def __init__(self, sites: Iterable[Site], network: str, find_module: Callable[[str], Site] | None = None):
+    _aggregated: Mapping[str, Site] = {}  # never changed: pickles of version 0.1 have no other
+
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        network: str,
+        find_module: Callable[[str], Site] | None = None,
+        aggregated: Iterable[Site] = (),
+    ):
         self._sites = {site.id: site for site in sites}
+        self._aggregated = {site.id: site for site in aggregated}
         self._paths = {
             site.path: site for site in self._sites.values() if site.port.side == "out" and site.port.part is None
         }
@@ -217,8 +244,8 @@ class Catalogue(Mapping[str, Site]):
             parsed = parse(name)
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}.{closest(str(name), self._sites)}") from None
-        if name in self._sites:
-            return self._sites[name]
+        if site := self._sites.get(name) or self._aggregated.get(name):
+            return site
         if parsed.stage == "module":
             if name in self._paths:
                 return replace(self._paths[name], id=name)
@@ -232,14 +259,14 @@ class Catalogue(Mapping[str, Site]):
                 f"{self.network} has no activation {name!r}: its image encoder has no readable activations (tiny "
                 "encoders never do)"
             )
-        near = nearest(name, [*self._sites, *self._paths], cutoff=0.4)
+        near = nearest(name, [*self._sites, *self._aggregated, *self._paths], cutoff=0.4)
         raise KeyError(
             f"{self.network} has no activation {name!r}. The closest it has: {', '.join(near)}. `diffusion-backbones "
             "activations` lists them all."
         )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._sites or name in self._paths
+        return name in self._sites or name in self._aggregated or name in self._paths
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, site in self._sites.items() if parse(name).in_gdf and not site.extension)
@@ -252,6 +279,10 @@ class Catalogue(Mapping[str, Site]):
         return list(self._sites.values())
 
     def find(self, pattern: str = "*", extensions: bool = False) -> list[Site]:
-        """Sites whose id matches a shell-style pattern, in forward order."""
+        """Sites whose id is, or matches, a shell-style pattern, in forward order. Aggregated attention is last, and not
+        in ``*``, since it is made of the others.
+        """
         sites = self.all() if extensions else [self._sites[name] for name in self]
-        return [site for site in sites if fnmatch.fnmatchcase(site.id, pattern)]
+        if extensions and pattern != "*":
+            sites += self._aggregated.values()
+        return [site for site in sites if site.id == pattern or fnmatch.fnmatchcase(site.id, pattern)]

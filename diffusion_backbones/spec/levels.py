@@ -54,9 +54,10 @@ def make_levels(levels: Sequence[Sequence[Site]], timesteps: int = 1) -> tuple[L
     for info in infos:
         for site in info.sites:
             if site.layout == "attention":
+                axes = "(keys, height, width), whose keys are places," if site.parts else "(heads, queries, keys)"
                 raise ValueError(
-                    f"{site.id} is an attention map (heads, queries, keys) and cannot be a level of a pyramid; read "
-                    "it with forward_activations"
+                    f"{site.id} is an attention map {axes} and cannot be a level of a pyramid; read it with "
+                    "forward_activations"
                 )
             if site.stride != info.stride:
                 first = info.sites[0]

@@ -133,7 +133,7 @@ class Plan:
     @property
     def reads_text(self) -> bool:
         """Whether a level has one channel for each token of the text."""
-        return any(site.id.endswith("cross-map") for site in self.sites)
+        return any(site.reads_text for site in self.sites)
 
     @cached_property
     def encoder_overflows(self) -> bool:

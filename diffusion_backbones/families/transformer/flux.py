@@ -46,6 +46,7 @@ class Flux(Transformer):
     networks = ("FluxTransformer2DModel",)
     shifted = True
     text_encoders = ("text_encoder", "text_encoder_2")
+    words = "text_encoder_2"
     wider = {32: "FLUX.1 Depth and Canny", 96: "FLUX.1 Fill"}
     order = ExecutionOrder(
         steps={

@@ -65,6 +65,7 @@ class Flux2(Transformer):
 
     networks = ("Flux2Transformer2DModel",)
     text_encoders = ("text_encoder",)
+    words = ""
     order = ExecutionOrder(
         steps={
             "Flux2Transformer2DModel": _network,

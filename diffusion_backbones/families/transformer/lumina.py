@@ -18,6 +18,7 @@ from diffusion_backbones.families.transformer.nextdit import (
 )
 from diffusion_backbones.ops.execution_order import ExecutionOrder, Step, in_order
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import Said
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -126,17 +127,20 @@ class Lumina(NextDiT):
         q, k = rotated(q, layer.norm_q, of_image), rotated(k, layer.norm_k, of_keys)
         return probabilities(q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), keys, average, bias)
 
-    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+    def said(self, tokenizer: Any, prompt: str) -> Said:
         """With the instruction that diffusers' pipeline puts before a prompt; the empty one, for guidance, has none."""
         from diffusers import Lumina2Pipeline
 
+        parts = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
+        instruction = Lumina2Pipeline(**parts).system_prompt
+        return Said(f"{instruction} <Prompt Start> {prompt}" if prompt else "")
+
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
-        parts = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
-        instruction = Lumina2Pipeline(**parts).system_prompt
-        said = [f"{instruction} <Prompt Start> {prompt}" if prompt else "" for prompt in prompts]
+        said = [self.said(tokenizer, prompt).text for prompt in prompts]
         embeds, mask = language_model.penultimate(tokenizer, model, prompts, said, self.tokens)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 

@@ -11,10 +11,12 @@ from diffusion_backbones.families.tiny import T5
 from diffusion_backbones.families.transformer.base import Transformer, projected, single_stream
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Length that diffusers' pipelines pad prompts to; the tokenizer's own limit is another."""
@@ -26,6 +28,7 @@ class PixArt(Transformer):
     networks = ("PixArtTransformer2DModel",)
     needs_model_index = True
     text_encoders = ("text_encoder",)
+    finest_aggregated = 8
     supplied = {"attention_type": (None, "default")}
     order = ExecutionOrder(
         steps={
@@ -94,6 +97,10 @@ class PixArt(Transformer):
         padded = site.path.endswith("attn2")  # padding is masked in the text alone
         bias = (1 - conditioning["prompt_attention_mask"].to(q)) * -10000.0 if padded else None
         return attention_map(denoiser.get_submodule(site.path), q, k, average, bias)
+
+    def said(self, tokenizer: Any, prompt: str) -> Said:
+        """In lower case, as its pipelines do."""
+        return Said(prompt.lower())
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         """In lower case, as its pipelines do."""

@@ -13,10 +13,12 @@ from diffusion_backbones.families.transformer.base import Transformer, projected
 from diffusion_backbones.families.transformer.joint_attention import Inner, double_block, joint_map
 from diffusion_backbones.ops.execution_order import BYPASS, NONE, PAIR, ExecutionOrder, Step, stand_in
 from diffusion_backbones.spec.activations import OUT, Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 TOKENS = 512
 """Length that diffusers' pipeline cuts prompts to, with the words behind them and without those before.
@@ -155,6 +157,12 @@ class Qwen(Transformer):
 
         bias = F.pad(mask.to(recorded[0]), (0, tokens), value=1).log()  # 0, and minus infinity for padding
         return joint_map(denoiser.get_submodule(site.path), site, recorded, tokens, True, rotate, average, bias=bias)
+
+    def said(self, tokenizer: Any, prompt: str) -> Said:
+        from diffusers import QwenImagePipeline
+
+        pipeline = QwenImagePipeline(**dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer", "scheduler")))
+        return Said(pipeline.prompt_template_encode.format(prompt), pipeline.prompt_template_encode_start_idx)
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         """With the words that diffusers' pipeline puts around a prompt, less those before it."""

@@ -28,6 +28,7 @@ class Sana(Transformer):
 
     networks = ("SanaTransformer2DModel",)
     text_encoders = ("text_encoder",)
+    words = ""
     supplied = {"guidance_embeds": (None, False)}  # True is Sana-Sprint
     order = ExecutionOrder(
         steps={

@@ -11,10 +11,12 @@ from diffusion_backbones.families.transformer.base import check_positions, round
 from diffusion_backbones.families.transformer.nextdit import Layout, NextDiT, refined, rotated, text_mask
 from diffusion_backbones.ops.execution_order import ExecutionOrder, Step, in_order
 from diffusion_backbones.spec.activations import Port, Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 PATCH = 2
 FILLED = 32
@@ -123,17 +125,19 @@ class ZImage(NextDiT):
         weights = probabilities(q[:, :, :tokens], k, slice(begin, None) if cross else slice(tokens), average, bias)
         return F.pad(weights, (0, width - weights.shape[-1])) if cross else weights
 
-    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
+    def said(self, tokenizer: Any, prompt: str) -> Said:
         """As the turn of a user in a chat, which the tokenizer's template makes of a prompt."""
+        turn = [{"role": "user", "content": prompt}]
+        return Said(
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        )
+
+    def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model  # torch
 
         language_model.check_padding(padding)
         tokenizer, model = load("text_encoder")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        said = [
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-            for turn in turns
-        ]
+        said = [self.said(tokenizer, prompt).text for prompt in prompts]
         embeds, mask = language_model.penultimate(tokenizer, model, prompts, said, self.tokens)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 

@@ -12,10 +12,12 @@ from diffusion_backbones.families.tiny import T5
 from diffusion_backbones.families.unet.latent import CROSS, UNet
 from diffusion_backbones.families.unet.sites import sites
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 TOKENS = 77
 """Length that diffusers' pipeline pads prompts to, and the network was trained with."""
@@ -92,6 +94,10 @@ class DeepFloyd(UNet):
         words = text.shape[2]
         keys = slice(0, words) if site.id.endswith("cross-map") else slice(words, None)
         return probabilities(q, torch.cat((text, image), dim=2), keys, average)
+
+    def said(self, tokenizer: Any, prompt: str) -> Said:
+        """In lower case, as its pipeline does."""
+        return Said(prompt.lower())
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import language_model  # torch

@@ -9,7 +9,7 @@ from diffusion_backbones.families.base import Architecture, LoadText
 from diffusion_backbones.families.tiny import WORDS
 from diffusion_backbones.families.unet.execution_order import ORDER
 from diffusion_backbones.families.unet.sites import sites
-from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.activations import Site, parse
 from diffusion_backbones.spec.configs import Config
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class UNet(Architecture):
     encoder = "vae"
     networks: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
     order = ORDER
+    finest_aggregated = 16
     stages = {"down_blocks": 1, "mid_block": 100, "up_blocks": 101, "conv_norm_out": 200, "conv_out": 200}
     supplied = {
         "addition_embed_type": (None, "text_time"),
@@ -107,6 +108,16 @@ class UNet(Architecture):
 
     def sites(self) -> Iterator[Site]:
         return sites(self.config, self.latent_stride)
+
+    @property
+    def concept_sites(self) -> list[Site]:
+        """Those of DAAM: on the way down and up, where an eighth of the latents' side or less is not one position."""
+        parts = [site for site in super().concept_sites if parse(site.id).stage != "mid"]
+        return [site for site in parts if site.stride != 8 * self.latent_stride]
+
+    @property
+    def concept_stride(self) -> int:
+        return self.latent_stride
 
     @property
     def size_divisibility(self) -> int:

@@ -1,0 +1,115 @@
+"""Concepts: words, the prompt that they stand in, and where in it they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Places = Mapping[str, Sequence[tuple[int, int]]]
+"""Word -> the characters of a prompt that it is, begin and end, as often as it occurs."""
+
+SLOT = "{}"
+"""Where a template has its words."""
+
+
+class Said(NamedTuple):
+    """What a tokenizer is given for a prompt.
+
+    Attributes:
+        text: The prompt, with what a pipeline puts around it.
+        dropped: How many tokens stand before those that the network is given.
+    """
+
+    text: str
+    dropped: int = 0
+
+
+def check_words(words: Any) -> list[str]:
+    """The words of a call, one or several.
+
+    Raises:
+        TypeError: They are no strings.
+        ValueError: There are none, one is empty, or one is there twice.
+    """
+    given = [words] if isinstance(words, str) else words
+    if not isinstance(given, (list, tuple)) or not all(isinstance(word, str) for word in given):
+        raise TypeError(f"concepts must be strings, such as ['cat', 'sky'], got {words!r:.80}")
+    stripped = [word.strip() for word in given]
+    if not stripped or not all(stripped):
+        raise ValueError(f"concepts must be at least one word, and none empty, got {words!r:.80}")
+    if twice := next((word for word in stripped if stripped.count(word) > 1), None):
+        raise ValueError(f"the concept {twice!r} is there twice; each gives one map, so name it once")
+    return stripped
+
+
+def placed(words: Sequence[str], prompt: str | None) -> tuple[str, Places]:
+    """The prompt that words are read in, and their places.
+
+    Args:
+        words: At least one.
+        prompt: A text that they occur in, or a template that has them, joined by spaces, in place of its ``{}``; by
+            default they are the prompt.
+
+    Raises:
+        TypeError: The prompt is no string.
+        ValueError: A word does not occur in it, or it has several ``{}``.
+    """
+    prompt = SLOT if prompt is None else prompt
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one string, in which the concepts are, got {prompt!r:.80}")
+    prompt = prompt.strip()
+    if SLOT in prompt:
+        return fill(prompt, " ".join(words)), _in_a_row(words, prompt.index(SLOT))
+    places = {word: [match.span() for match in re.finditer(_alone(word), prompt, re.IGNORECASE)] for word in words}
+    if absent := next((word for word in words if not places[word]), None):
+        raise ValueError(
+            f"the concept {absent!r} is not in prompt={prompt!r:.80}; put it there, or a {SLOT} that stands for all "
+            "concepts"
+        )
+    return prompt, places
+
+
+def fill(template: str, label: str) -> str:
+    """A template with a label in place of its ``{}``.
+
+    Raises:
+        ValueError: It has none, or several.
+    """
+    if template.count(SLOT) != 1:
+        raise ValueError(f"prompt={template!r:.80} must have one {SLOT}, where the label goes")
+    return template.replace(SLOT, label)
+
+
+def filled(template: Any, labels: Any, images: int) -> list[str]:
+    """The prompts of a batch: a template with the label of each image.
+
+    Args:
+        labels: A string for the batch, or one for each image.
+        images: How many there are.
+
+    Raises:
+        TypeError: They are no strings, or the template is none.
+        ValueError: They are of another number than the images, or the template has no one ``{}``.
+    """
+    if not isinstance(template, str):
+        raise TypeError(f"with labels, prompt must be one string with a {SLOT}, got {template!r:.80}")
+    some = [labels] if isinstance(labels, str) else labels
+    if not isinstance(some, (list, tuple)) or not all(isinstance(label, str) for label in some):
+        raise TypeError(f"labels must be a string or a list of strings, got {labels!r:.80}")
+    if len(some) not in (1, images):
+        raise ValueError(f"labels must be one string or {images}, one per image; got {len(some)}")
+    return [fill(template, label) for label in some]
+
+
+def _in_a_row(words: Iterable[str], begin: int) -> Places:
+    places = {}
+    for word in words:
+        places[word] = [(begin, begin + len(word))]
+        begin += len(word) + 1
+    return places
+
+
+def _alone(word: str) -> str:
+    """A pattern of the word that is no part of another."""
+    return rf"(?<!\w){re.escape(word)}(?!\w)"
