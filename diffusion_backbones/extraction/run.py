@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.prefetch import prefetch_map, threads
@@ -47,7 +47,7 @@ def default_workers(device: torch.device) -> int:
 
 
 def extract(
-    backbone: DiffusionBackbone,
+    backbone: Backbone,
     files: Sequence[ImageFile],
     out: str | Path,
     *,
@@ -106,7 +106,7 @@ def extract(
     if size is not None:
         check_fits(backbone, size, batch_size)
     about = {
-        "recipe": backbone.declaration.recipe.to_dict(),
+        "recipe": backbone.declaration.described(),
         "weights": dict(weights or backbone.provenance),
         "device": backbone.device.type,
     }
@@ -125,7 +125,7 @@ def extract(
 
 def _check_kinds(backbone: Any, files: Any, names: Any, dtype: Any, overwrite: Any) -> None:
     """Check what an extraction is given, but for numbers; errors as for :func:`extract`."""
-    if not isinstance(backbone, DiffusionBackbone):
+    if not isinstance(backbone, Backbone):
         raise TypeError(f"extract takes a backbone from create_model, got {backbone!r:.80}")
     if odd := [file for file in files if not isinstance(file, ImageFile)]:
         raise TypeError(f"files must be those that images.find([...]) gives, got {odd[0]!r:.80}")

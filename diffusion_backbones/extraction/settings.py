@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.ops.describe import dtype_name
 from diffusion_backbones.ops.image_decoding import check_regular
 
@@ -69,28 +69,25 @@ class Settings:
 
     @classmethod
     def of(
-        cls, backbone: DiffusionBackbone, names: Sequence[str] | None, size: int | None, dtype: torch.dtype
+        cls, backbone: Backbone, names: Sequence[str] | None, size: int | None, dtype: torch.dtype
     ) -> Settings:
         """The settings of an extraction; arguments as for :func:`~diffusion_backbones.extraction.extract`."""
         declaration, maps = backbone.declaration, backbone.out_maps
-        recipe = declaration.recipe
-        ids = tuple(tuple(site.id for site in backbone.levels[m.level].sites) for m in maps)
-        options = {"weight_dtype": backbone.weight_dtype, "fold": backbone.folded, "compile": backbone.compiled}
         return cls(
             backbone=declaration.architecture,
             tag=declaration.tag,
             weights_digest=weights_digest(backbone),
             configs_digest=_configs_digest(backbone.configs),
-            recipe_digest=recipe.digest,
-            prompt=recipe.prompt,
-            timestep=recipe.timestep,
+            recipe_digest=declaration.digest,
+            prompt=declaration.prompt,
+            timestep=declaration.timestep,
             levels=tuple(names or (f"level{i}" for i in range(len(maps)))),
-            activations=ids,
+            activations=tuple(backbone.activations),
             strides=tuple(m.stride for m in maps),
             size=size,
             dtype=dtype_name(dtype),
             computed=(dtype_name(backbone.dtype), dtype_name(backbone.encoder_dtype)),
-            options=options,
+            options=backbone.options,
         )
 
     @property
@@ -132,7 +129,7 @@ def image_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def weights_digest(backbone: DiffusionBackbone) -> str:
+def weights_digest(backbone: Backbone) -> str:
     """Names everything that a backbone holds by its content: names, dtypes, shapes and values."""
     found = hashlib.blake2b(digest_size=DIGITS // 2)
     for name, tensor in sorted(backbone.state_dict().items()):

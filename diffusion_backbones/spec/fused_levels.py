@@ -1,0 +1,133 @@
+"""The levels of a fusion, as arithmetic on the maps of its members: what is concatenated, and at which stride."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
+
+from diffusion_backbones.spec.fusion import Fusion
+from diffusion_backbones.spec.levels import OutMap, take
+
+
+class Source(NamedTuple):
+    """One map of a fused level.
+
+    Attributes:
+        member: Position of the member.
+        index: Position in the member's pyramid.
+        channels: As the member gives it.
+        reduced: Channels in the fusion, after the member's components are taken.
+    """
+
+    member: int
+    index: int
+    channels: int
+    reduced: int
+
+
+@dataclass(frozen=True)
+class FusedLevel:
+    """Maps of one common stride, concatenated along channels in this order.
+
+    Args:
+        stride: Pixels of the fusion's image per position.
+        sources: Of one member behind those of the one before.
+        components: What the level is reduced to at last, or None.
+    """
+
+    stride: int
+    sources: tuple[Source, ...]
+    components: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels before the level is reduced."""
+        return sum(source.reduced for source in self.sources)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map that leaves."""
+        return self.components or self.width
+
+    @property
+    def members(self) -> list[int]:
+        """The members that it has maps of, in order."""
+        return list(dict.fromkeys(source.member for source in self.sources))
+
+    def of(self, member: int) -> list[tuple[Source, slice]]:
+        """The maps of one member, each with its channels in the level before it is reduced."""
+        ends = [0, *(sum(s.reduced for s in self.sources[: i + 1]) for i in range(len(self.sources)))]
+        slices = [slice(a, b) for a, b in pairwise(ends)]
+        return [pair for pair in zip(self.sources, slices, strict=True) if pair[0].member == member]
+
+
+def fused_levels(fusion: Fusion, pyramids: Sequence[Sequence[OutMap]]) -> tuple[FusedLevel, ...]:
+    """The levels of a fusion, fine to coarse.
+
+    Args:
+        fusion: What is fused.
+        pyramids: The maps that each member gives, strides in its own pixels.
+
+    Raises:
+        ValueError: The strides of the members cannot meet: none has whole pixels of the fusion's image, or a common
+            stride is the nearest of no map; a member has no such map; or a map has too few channels to reduce.
+    """
+    found, strides = [], [_strides(fusion, i, pyramid) for i, pyramid in enumerate(pyramids)]
+    common = fusion.strides or _whole(fusion, strides)
+    for i, (member, pyramid) in enumerate(zip(fusion.members, pyramids, strict=True)):
+        for index in _positions(fusion, i, len(pyramid)):
+            channels, stride = pyramid[index].channels, strides[i][index]
+            _check_components(member.components, channels, f"fusion {fusion.name!r}: map {index} of {member.name}")
+            nearest = min(common, key=lambda s: abs(math.log2(s / stride)))  # noqa: B023  # used at once
+            found.append((nearest, Source(i, index, channels, member.components or channels)))
+    levels = []
+    for stride in common:
+        sources = tuple(source for nearest, source in found if nearest == stride)
+        if not sources:
+            raise ValueError(
+                f"fusion {fusion.name!r}: its members cannot meet at strides {list(common)}, since no map is nearest "
+                f"to {stride}: {_listed(fusion, strides)}"
+            )
+        level = FusedLevel(stride, sources, fusion.components)
+        _check_components(fusion.components, level.width, f"fusion {fusion.name!r}: stride {stride}")
+        levels.append(level)
+    return tuple(levels)
+
+
+def _strides(fusion: Fusion, i: int, pyramid: Sequence[OutMap]) -> list[Fraction]:
+    """The strides of a member in pixels of the fusion's image."""
+    return [m.stride / fusion.factors[i] for m in pyramid]
+
+
+def _whole(fusion: Fusion, strides: Sequence[Sequence[Fraction]]) -> tuple[int, ...]:
+    for of_member in strides:
+        if all(stride.denominator == 1 for stride in of_member):
+            return tuple(sorted({int(stride) for stride in of_member}))
+    raise ValueError(
+        f"fusion {fusion.name!r}: its members cannot meet, since the strides of none are whole pixels of its image of "
+        f"{fusion.input_size}: {_listed(fusion, strides)}; give strides=, such as (8, 16, 32), or other input sizes"
+    )
+
+
+def _listed(fusion: Fusion, strides: Sequence[Sequence[Fraction]]) -> str:
+    texts = (", ".join(f"{float(s):.4g}" for s in of_member) for of_member in strides)
+    return "; ".join(f"{m.name} has {text}" for m, text in zip(fusion.members, texts, strict=True))
+
+
+def _positions(fusion: Fusion, i: int, maps: int) -> list[int]:
+    member = fusion.members[i]
+    if member.maps == ():
+        return []
+    try:
+        return take(member.maps, maps)
+    except ValueError as error:
+        raise ValueError(f"fusion {fusion.name!r}: {member.name} has {maps} maps: {error}") from error
+
+
+def _check_components(components: int | None, channels: int, what: str) -> None:
+    if components and components > channels:
+        raise ValueError(f"{what} has {channels} channels, and cannot be reduced to {components} components")
