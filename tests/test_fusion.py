@@ -90,7 +90,8 @@ def test_a_member_sees_the_image_at_its_own_size(tinysd, vit):
     got = both(X)
     assert torch.equal(got[0], sd[0])
     assert torch.equal(got[1], sd[1])
-    assert torch.equal(got[2], torch.cat([sd[2], attention], 1)), "stride 16 of half the size is stride 32"
+    expected = torch.cat([sd[2], attention], 1)  # stride 16 of half the size is stride 32
+    torch.testing.assert_close(got[2], expected, rtol=1e-5, atol=1e-5)  # the oracle normalizes in other steps
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 95), (70, 41)])
@@ -316,27 +317,16 @@ def test_in_turn_the_peak_is_that_of_the_largest_member_and_the_maps(tinysd, con
         (["tinysd_gdf", "test_mlp_mixer"], {}, KeyError, "neither a backbone nor a model of timm"),
         (["tinysd_gdf", torch.nn.Identity()], {}, TypeError, "created with features_only=True, got Identity"),
         (["tinysd_gdf", 7], {}, TypeError, "a member must be a backbone, its name, or a model of timm, got 7"),
-        (
-            [Member(VIT, input_size=160), Member(CONV, input_size=111), Member(VIT, input_size=97)],
-            {"strides": ()},
-            None,
-            "",
-        ),
     ],
 )
 def test_what_cannot_be_fused_is_said(members, settings, error, message):
-    if error is None:
-        assert db.fuse(*members, device="meta", **settings).feature_info.reduction() == [16]
-        return
     with pytest.raises(error, match=message):
         db.fuse(*members, device="meta", **settings)
 
 
-def test_strides_that_are_no_whole_pixels_cannot_meet():
-    small = [Member(CONV, input_size=111), Member(VIT, input_size=97)]
-    big = Member(CONV, input_size=160, maps=())
-    with pytest.raises(ValueError, match="cannot meet, since the strides of none are whole pixels"):
-        db.fuse(Member(VIT, input_size=150), *small, Member(VIT, input_size=161), device="meta", strides=()) and big
+def test_strides_that_are_too_far_from_each_other_cannot_meet():
+    with pytest.raises(ValueError, match="cannot meet, since test_convnext has a map of stride 128 in pixels of the fus"):
+        db.fuse(Member(CONV, input_size=1024, maps=(0,)), Member(CONV, input_size=256), device="meta")
 
 
 def test_a_model_of_timm_without_features_is_refused():

@@ -46,7 +46,7 @@ def visualize(
     if image is None:
         name, image = "tinysd_gdf", name
     path: Path = EXISTING_FILE.convert(image, argument_of(context, "image"), context)
-    name = Name(places=True).convert(name, argument_of(context, "name"), context)
+    name = Name(places=True, fusions=True).convert(name, argument_of(context, "name"), context)
     atomic.check_output(out, [path])
     photo = load(path, max_pixels)
     model.check(name)

@@ -16,7 +16,7 @@ from diffusion_backbones.backbone.fusion.module import FusedBackbone
 from diffusion_backbones.backbone.fusion.saving import member_folder, own_tensors
 from diffusion_backbones.backbone.fusion.timm_extractor import check_known, extractor
 from diffusion_backbones.factory.options import as_device, as_dtype, check_strides
-from diffusion_backbones.loading.saved_folder import CONFIG, WEIGHTS, HoldsFusion
+from diffusion_backbones.loading.saved_folder import CONFIG, WEIGHTS, HoldsFusion, SavedConfig
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.spec import registry
 from diffusion_backbones.spec.declaration import Declaration
@@ -137,6 +137,21 @@ def load(create: Callable[..., Any], folder: Folder, keywords: Mapping[str, Any]
 
     kept = {"out_strides": strides, "input_format": given, **keywords}
     return _assembled(fusion, member, kept, place / WEIGHTS)
+
+
+def described_fusion(data: Mapping[str, Any], build_member: Callable[[SavedConfig], Backbone]) -> FusedBackbone:
+    """A fusion that :func:`~diffusion_backbones.backbone.fusion.saving.describe_whole` described, on torch's default
+    device, in its default dtype: with random weights, or on ``meta`` without any.
+    """
+    fusion, device = Fusion.from_dict(data["fusion"]), torch.get_default_device()
+    members = [
+        extractor(m.backbone, device=device, dtype=torch.get_default_dtype())
+        if isinstance(m.backbone, TimmModel)
+        else build_member(SavedConfig(described, m.name))
+        for m, described in zip(fusion.members, data["members"], strict=True)
+    ]
+    given = InputFormat.from_dict(data["input_format"]) if "input_format" in data else SYMMETRIC
+    return FusedBackbone(fusion, members, out_strides=check_strides(data["out_strides"]), input_format=given)
 
 
 def create_member(

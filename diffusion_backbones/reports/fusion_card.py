@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusion_backbones.reports import markdown
@@ -31,7 +31,7 @@ def card(fusion: Fusion, levels: Sequence[FusedLevel], saved: bool = False) -> s
         front_matter=markdown.front_matter(_metadata(fusion)),
         summary=summary(fusion, levels),
         members=[_member(fusion, i) for i in range(len(fusion.members))],
-        levels=[_level(fusion, i, level) for i, level in enumerate(levels)],
+        levels=_rows(fusion, levels),
         details=details(fusion),
         load=load,
         shapes=[(1, level.channels, *[-(-fusion.input_size // level.stride)] * 2) for level in levels],
@@ -67,6 +67,46 @@ def details(fusion: Fusion) -> list[tuple[str, str]]:
         ("Source", fusion.source),
     ]
     return [row for row in rows if row[1]]
+
+
+def facts(fusion: Fusion, levels: Sequence[FusedLevel]) -> dict[str, Any]:
+    """The JSON of ``info``."""
+    return {**fusion.described(), "input_size": fusion.input_size, "levels": [_as_dict(fusion, lv) for lv in levels]}
+
+
+def _as_dict(fusion: Fusion, level: FusedLevel) -> dict[str, Any]:
+    sources = [{"member": fusion.members[s.member].name, "map": s.index, "channels": s.reduced} for s in level.sources]
+    return {"channels": level.channels, "stride": level.stride, "sources": sources}
+
+
+def about(fusion: Fusion, levels: Sequence[FusedLevel]) -> Iterator[tuple[str, str]]:
+    """The lines of ``info``: (heading, text); the heading is empty where the line before goes on."""
+    yield "fusion", f"{fusion.name}: {fusion.title or ' + '.join(m.name for m in fusion.members)}"
+    several: list[tuple[str, list[str]]] = [
+        ("members", [f"{m.name}, {m.size} x {m.size}" for m in fusion.members]),
+        ("levels", [f"{row[0]}: {row[2]} @ {row[1]:4} {row[3].replace('`', '')}" for row in _rows(fusion, levels)]),
+    ]
+    several += [(heading.lower(), [text.replace("`", "")]) for heading, text in details(fusion)]
+    several += [
+        ("licences", [f"{name}: {' '.join(filter(None, (str(t), t.link)))}" for name, t in fusion.licenses.items()]),
+        ("notes", list(fusion.notes)),
+        ("unverified", _unverified(fusion)),
+    ]
+    for heading, texts in several:
+        for i, text in enumerate(texts):
+            yield "" if i else f"{heading[:11]}", text
+
+
+def entry_help(fusion: Fusion) -> str:
+    """The text that ``torch.hub.help`` prints."""
+    return (
+        f"{fusion.title}: {' and '.join(m.backbone.title for m in fusion.members)} as one backbone.\n\n"
+        "Arguments are those of diffusion_backbones.create_model, except that pretrained is True unless it is given.\n"
+    )
+
+
+def _rows(fusion: Fusion, levels: Sequence[FusedLevel]) -> list[list[str]]:
+    return [_level(fusion, i, level) for i, level in enumerate(levels)]
 
 
 def _member(fusion: Fusion, i: int) -> list[str]:

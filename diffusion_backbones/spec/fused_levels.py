@@ -13,6 +13,10 @@ from diffusion_backbones.spec.fusion import Fusion
 from diffusion_backbones.spec.levels import OutMap, take
 
 
+FURTHEST = 16
+"""How many times a map may be finer or coarser than the stride that it is brought to; GDF's go eight times."""
+
+
 class Source(NamedTuple):
     """One map of a fused level.
 
@@ -73,16 +77,23 @@ def fused_levels(fusion: Fusion, pyramids: Sequence[Sequence[OutMap]]) -> tuple[
         pyramids: The maps that each member gives, strides in its own pixels.
 
     Raises:
-        ValueError: The strides of the members cannot meet: none has whole pixels of the fusion's image, or a common
-            stride is the nearest of no map; a member has no such map; or a map has too few channels to reduce.
+        ValueError: The strides of the members cannot meet: a common stride is the nearest of no map, or too far from
+            one; a member has no such map; or a map has too few channels to reduce.
     """
     found, strides = [], [_strides(fusion, i, pyramid) for i, pyramid in enumerate(pyramids)]
-    common = fusion.strides or _whole(fusion, strides)
+    common = fusion.strides or _first_whole(fusion, strides)
     for i, (member, pyramid) in enumerate(zip(fusion.members, pyramids, strict=True)):
         for index in _positions(fusion, i, len(pyramid)):
             channels, stride = pyramid[index].channels, strides[i][index]
             _check_components(member.components, channels, f"fusion {fusion.name!r}: map {index} of {member.name}")
             nearest = min(common, key=lambda s: abs(math.log2(s / stride)))  # noqa: B023  # used at once
+            if max(nearest / stride, stride / nearest) > FURTHEST:
+                raise ValueError(
+                    f"fusion {fusion.name!r}: its members cannot meet, since {member.name} has a map of stride "
+                    f"{float(stride):.4g} in pixels of the fusion's image, and the nearest common stride, {nearest}, is "
+                    f"more than {FURTHEST} times another; give strides= or other input sizes: "
+                    f"{_listed(fusion, strides)}"
+                )
             found.append((nearest, Source(i, index, channels, member.components or channels)))
     levels = []
     for stride in common:
@@ -103,14 +114,11 @@ def _strides(fusion: Fusion, i: int, pyramid: Sequence[OutMap]) -> list[Fraction
     return [m.stride / fusion.factors[i] for m in pyramid]
 
 
-def _whole(fusion: Fusion, strides: Sequence[Sequence[Fraction]]) -> tuple[int, ...]:
-    for of_member in strides:
-        if all(stride.denominator == 1 for stride in of_member):
-            return tuple(sorted({int(stride) for stride in of_member}))
-    raise ValueError(
-        f"fusion {fusion.name!r}: its members cannot meet, since the strides of none are whole pixels of its image of "
-        f"{fusion.input_size}: {_listed(fusion, strides)}; give strides=, such as (8, 16, 32), or other input sizes"
-    )
+def _first_whole(fusion: Fusion, strides: Sequence[Sequence[Fraction]]) -> tuple[int, ...]:
+    """The strides of the first member whose maps all have whole ones, as the one with the largest input has."""
+    read = ([of_member[i] for i in _positions(fusion, m, len(of_member))] for m, of_member in enumerate(strides))
+    whole = next(r for r in read if r and all(stride.denominator == 1 for stride in r))
+    return tuple(sorted({int(stride) for stride in whole}))
 
 
 def _listed(fusion: Fusion, strides: Sequence[Sequence[Fraction]]) -> str:

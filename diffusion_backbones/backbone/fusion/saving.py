@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from diffusion_backbones._version import __version__
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.backbone.fusion.state import FusionState
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.backbone.save_pretrained import check_free
+from diffusion_backbones.backbone.save_pretrained import check_free, describe
 from diffusion_backbones.loading.saved_folder import CARD, CONFIG, FORMAT, LIBRARY, WEIGHTS, weight_files
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import atomic, safetensors_io
@@ -72,3 +73,11 @@ def config(fusion: FusionState) -> dict[str, Any]:
         "pretrained_cfg": fusion.pretrained_cfg,
         "versions": {"diffusion_backbones": __version__, "torch": torch.__version__},
     }
+
+
+def describe_whole(backbone: Backbone) -> dict[str, Any]:
+    """A backbone or a fusion without its weights; a fusion with its members' descriptions, None for those of timm."""
+    if not isinstance(backbone, FusionState):
+        return describe(backbone)  # type: ignore[arg-type]  # the other kind
+    members = [describe(member) if isinstance(member, DiffusionBackbone) else None for member in backbone.members]
+    return {**config(backbone), "levels": [level.stride for level in backbone.levels], "members": members}

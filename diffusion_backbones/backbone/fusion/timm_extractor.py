@@ -143,6 +143,17 @@ class TimmExtractor(Backbone):
         self.kept = [self.kept[i] for i in chosen]
         return chosen
 
+    def fill_buffers(self) -> None:
+        """Compute the buffers that are in no file, as timm does, where a loader left them without values."""
+        kept = self.state_dict()
+        missing = [name for name, _ in self.named_buffers() if name not in kept]
+        if missing:
+            new = extractor(self.declaration, device=torch.device("cpu"))
+            for name in missing:
+                owner, _, leaf = name.rpartition(".")
+                tensor = new.get_buffer(name).to(self.device)
+                self.get_submodule(owner).register_buffer(leaf, tensor, persistent=False)
+
     def train(self, mode: bool = True) -> TimmExtractor:
         """Only a trainable network leaves eval, whatever a framework calls."""
         super().train(mode and bool(self.trainable))
