@@ -27,7 +27,9 @@ def _entry(name: str) -> _Callable[..., _Any]:
 
     entry.__name__ = entry.__qualname__ = name
     fused = name in db.list_fusions()
-    help_of = fusion_card.entry_help(db.get_fusion(name)) if fused else backbone_card.entry_help(db.get_declaration(name))
+    help_of = (
+        fusion_card.entry_help(db.get_fusion(name)) if fused else backbone_card.entry_help(db.get_declaration(name))
+    )
     entry.__doc__ = help_of
     return entry
 

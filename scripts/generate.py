@@ -71,7 +71,10 @@ def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
         yield CARDS / f"{checkpoint.name}.md", noticed(checkpoint_card.card(checkpoint))
     fused = [db.create_model(name, device="meta") for name in db.list_fusions()]
     for backbone in fused:
-        yield CARDS / f"{backbone.declaration.name}.md", noticed(fusion_card.card(backbone.declaration, backbone.levels))
+        yield (
+            CARDS / f"{backbone.declaration.name}.md",
+            noticed(fusion_card.card(backbone.declaration, backbone.levels)),
+        )
     indices = f"{index(declarations)}\n\n{index_of_fusions(fused)}\n\n{index_of_checkpoints(rest)}"
     yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{indices}\n"
     yield TINYSD, filled(TINYSD, {"figures": figures(TINYSD.with_suffix(".csv"))})

@@ -138,12 +138,12 @@ def test_sd_dino_has_three_times_256_components_and_dinov2s_last_block():
 def test_at_tiny_width_it_runs_under_a_decoder(tiny_folder):
     smp = pytest.importorskip("segmentation_models_pytorch")
     fusion = db.get_fusion("xlt_gdf_seg")
-    members = [
-        Member(m.backbone, input_size=128, maps=m.maps) for m in fusion.members
-    ]
+    members = [Member(m.backbone, input_size=128, maps=m.maps) for m in fusion.members]
     built = [
         db.create_model(
-            m.backbone.checkpoint.name, recipe=m.backbone.recipe, checkpoint_path=tiny_folder(m.backbone.checkpoint.name)
+            m.backbone.checkpoint.name,
+            recipe=m.backbone.recipe,
+            checkpoint_path=tiny_folder(m.backbone.checkpoint.name),
         )
         for m in members
     ]
@@ -185,7 +185,10 @@ def test_transformers_builds_saves_and_loads_it(both, tmp_path):
     from diffusion_backbones.integrations.transformers import DiffusionBackboneConfig
 
     config = UperNetConfig(
-        backbone_config=DiffusionBackboneConfig.from_backbone(both), num_labels=3, hidden_size=8, use_auxiliary_head=False
+        backbone_config=DiffusionBackboneConfig.from_backbone(both),
+        num_labels=3,
+        hidden_size=8,
+        use_auxiliary_head=False,
     )
     model = UperNetForSemanticSegmentation(config).eval()
     model.save_pretrained(tmp_path)
@@ -257,7 +260,16 @@ def test_the_command_line_knows_fusions(tmp_path):
     assert drawn.exit_code == 0, drawn.output
     assert drawn.stdout.splitlines()[-1] == str(out)
     done = run(
-        *("extract", "tinysd_gdf+test_vit", str(photo), "-o", str(tmp_path / "f"), "--random-weights", "--device", "cpu")
+        *(
+            "extract",
+            "tinysd_gdf+test_vit",
+            str(photo),
+            "-o",
+            str(tmp_path / "f"),
+            "--random-weights",
+            "--device",
+            "cpu",
+        )
     )
     assert done.exit_code == 0, done.output
     unknown = run("info", "tinysd_gdf+test_vitt")

@@ -68,9 +68,7 @@ class Settings:
     options: Mapping[str, Any]
 
     @classmethod
-    def of(
-        cls, backbone: Backbone, names: Sequence[str] | None, size: int | None, dtype: torch.dtype
-    ) -> Settings:
+    def of(cls, backbone: Backbone, names: Sequence[str] | None, size: int | None, dtype: torch.dtype) -> Settings:
         """The settings of an extraction; arguments as for :func:`~diffusion_backbones.extraction.extract`."""
         declaration, maps = backbone.declaration, backbone.out_maps
         return cls(

@@ -61,9 +61,9 @@ def create_model(
 
     Args:
         name: A registered backbone (``sd15_gdf``), a checkpoint (``sd15``) together with ``recipe=``,
-            ``hf-hub:owner/repo``, or ``local-dir:folder``; or a fusion, registered or as ``a+b`` of backbones and models
-            of timm, which takes keywords of its own: see docs/fusion.md. The last two read a folder that ``save_pretrained`` wrote,
-            or a diffusers folder with ``recipe=``.
+            ``hf-hub:owner/repo``, or ``local-dir:folder``. The last two read a folder that ``save_pretrained`` wrote,
+            or a diffusers folder with ``recipe=``. Also a fusion, registered or as ``a+b`` of backbones and models of
+            timm; it is a ``FusedBackbone``, and docs/fusion.md says which keywords it takes.
         pretrained: Download what the backbone needs from the hub. Without it the weights are random, which is warned of
             once unless the denoiser is trained, and nothing is fetched.
         checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file in

@@ -78,7 +78,9 @@ def _built(member: Any, pretrained: bool, keywords: dict[str, Any]) -> Backbone:
     if isinstance(member, Backbone):
         return member
     if isinstance(member, nn.Module):
-        if not (hasattr(member, "feature_info") and hasattr(member, "pretrained_cfg")) or hasattr(member, "get_classifier"):
+        if not (hasattr(member, "feature_info") and hasattr(member, "pretrained_cfg")) or hasattr(
+            member, "get_classifier"
+        ):
             raise TypeError(
                 f"a member must be a backbone, or a network of timm that was created with features_only=True, got "
                 f"{type(member).__name__}"

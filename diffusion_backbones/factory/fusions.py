@@ -16,7 +16,7 @@ from diffusion_backbones.backbone.fusion.module import FusedBackbone
 from diffusion_backbones.backbone.fusion.saving import member_folder, own_tensors
 from diffusion_backbones.backbone.fusion.timm_extractor import check_known, extractor
 from diffusion_backbones.factory.options import as_device, as_dtype, check_strides
-from diffusion_backbones.loading.saved_folder import CONFIG, WEIGHTS, HoldsFusion, SavedConfig
+from diffusion_backbones.loading.saved_folder import CONFIG, WEIGHTS, FusionFoundError, SavedConfig
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.spec import registry
 from diffusion_backbones.spec.declaration import Declaration
@@ -41,7 +41,7 @@ def with_fusions(create: F) -> F:
             return build(create, fusion, pretrained, keywords)
         try:
             return create(name, pretrained, **keywords)
-        except HoldsFusion as found:
+        except FusionFoundError as found:
             return load(create, found.folder, keywords)
 
     return cast(F, create_model)
@@ -206,7 +206,9 @@ def _fill(fused: FusedBackbone, weights: Path) -> None:
     own = own_tensors(fused)
     found = load_file(weights) if own and weights.is_file() else {}
     if wrong := sorted(own.keys() ^ found.keys()) or [n for n in own if own[n].shape != found[n].shape]:
-        raise ValueError(f"{weights} is not what save_pretrained writes: {wrong[0]} is missing, unknown or of another shape")
+        raise ValueError(
+            f"{weights} is not what save_pretrained writes: {wrong[0]} is missing, unknown or of another shape"
+        )
     if fused.members[0].device != torch.device("meta"):
         for name, tensor in own.items():
             tensor.copy_(found[name])  # of state_dict(), which shares memory with the fusion

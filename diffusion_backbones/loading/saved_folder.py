@@ -167,7 +167,7 @@ def _input_format(data: Mapping[str, Any]) -> InputFormat:
     return SYMMETRIC
 
 
-class HoldsFusion(ValueError):
+class FusionFoundError(ValueError):
     """A folder holds a fusion, and one backbone was looked for. Whoever builds fusions takes it from here."""
 
     def __init__(self, folder: Folder):
@@ -186,7 +186,7 @@ class SavedBackbone(SavedConfig):
     def __init__(self, folder: Folder):
         data = folder.json(CONFIG)
         if "fusion" in data:
-            raise HoldsFusion(folder)
+            raise FusionFoundError(folder)
         super().__init__(data, f"{folder}: {CONFIG}")
         self._folder = folder
         names = folder.names()

@@ -93,7 +93,10 @@ register_fusion(
     Fusion(
         name="xlt_gdf_seg",
         title="GDF's Ours-XL-t for segmentation",
-        members=(Member(Declaration("sdxl_gdf_seg", SDXL, _SDXL_SEGMENTATION)), Member(get_declaration("pgv2_gdf_seg"))),
+        members=(
+            Member(Declaration("sdxl_gdf_seg", SDXL, _SDXL_SEGMENTATION)),
+            Member(get_declaration("pgv2_gdf_seg")),
+        ),
         strides=(8, 16, 32),
         normalize="none",
         paper=_GDF,
@@ -128,7 +131,10 @@ register_fusion(
         strides=(16,),
         paper=papers["zhang2023tale"],
         source="Junyi42/sd-dino at b85df18, pck_spair_pascal.py and utils/utils_correspondence.py, with its defaults",
-        notes=("Stable Diffusion's maps are in the order of the source, fine to coarse, 256 components each.", *_CO_PCA),
+        notes=(
+            "Stable Diffusion's maps are in the order of the source, fine to coarse, 256 components each.",
+            *_CO_PCA,
+        ),
     )
 )
 
@@ -145,7 +151,7 @@ register_fusion(
         source="arXiv 2412.03439, table 5 and appendix A; the fusion as Junyi42/sd-dino at b85df18",
         notes=_CO_PCA,
         unverified=(
-            "CleanDIFT's released code has no fusion: components, normalization, weights and the size of DINOv2's input "
+            "CleanDIFT's released code has no fusion: components, normalization, weights and DINOv2's input size "
             "are taken to be SD+DINO's, and the common stride is DINOv2's.",
         ),
     )

@@ -57,8 +57,14 @@ def details(fusion: Fusion) -> list[tuple[str, str]]:
         if fusion.weights == CONFIDENCE
         else ", ".join(f"{weight:g}" for weight in fusion.weights)
     )
-    normalized = "what a member gives at a position of one stride has the length 1" if fusion.normalize == "l2" else "none"
-    reduced = f"{fusion.components} principal components of every stride, fitted with `fit(images)`" if fusion.components else ""
+    normalized = (
+        "what a member gives at a position of one stride has the length 1" if fusion.normalize == "l2" else "none"
+    )
+    reduced = (
+        f"{fusion.components} principal components of every stride, fitted with `fit(images)`"
+        if fusion.components
+        else ""
+    )
     rows = [
         ("Input", f"(B, 3, H, W), RGB in [-1, 1], any height and width; {side} × {side} in `pretrained_cfg`"),
         ("Normalization", normalized),

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from diffusion_backbones.spec.fusion import Fusion
 from diffusion_backbones.spec.levels import OutMap, take
 
-
 FURTHEST = 16
 """How many times a map may be finer or coarser than the stride that it is brought to; GDF's go eight times."""
 
@@ -86,14 +85,7 @@ def fused_levels(fusion: Fusion, pyramids: Sequence[Sequence[OutMap]]) -> tuple[
         for index in _positions(fusion, i, len(pyramid)):
             channels, stride = pyramid[index].channels, strides[i][index]
             _check_components(member.components, channels, f"fusion {fusion.name!r}: map {index} of {member.name}")
-            nearest = min(common, key=lambda s: abs(math.log2(s / stride)))  # noqa: B023  # used at once
-            if max(nearest / stride, stride / nearest) > FURTHEST:
-                raise ValueError(
-                    f"fusion {fusion.name!r}: its members cannot meet, since {member.name} has a map of stride "
-                    f"{float(stride):.4g} in pixels of the fusion's image, and the nearest common stride, {nearest}, is "
-                    f"more than {FURTHEST} times another; give strides= or other input sizes: "
-                    f"{_listed(fusion, strides)}"
-                )
+            nearest = _nearest(fusion, i, stride, common)
             found.append((nearest, Source(i, index, channels, member.components or channels)))
     levels = []
     for stride in common:
@@ -107,6 +99,17 @@ def fused_levels(fusion: Fusion, pyramids: Sequence[Sequence[OutMap]]) -> tuple[
         _check_components(fusion.components, level.width, f"fusion {fusion.name!r}: stride {stride}")
         levels.append(level)
     return tuple(levels)
+
+
+def _nearest(fusion: Fusion, i: int, stride: Fraction, common: Sequence[int]) -> int:
+    nearest = min(common, key=lambda s: abs(math.log2(s / stride)))
+    if max(nearest / stride, stride / nearest) > FURTHEST:
+        raise ValueError(
+            f"fusion {fusion.name!r}: its members cannot meet at strides {list(common)}, since "
+            f"{fusion.members[i].name} has a map of stride {float(stride):.4g} in pixels of the fusion's image, more than "
+            f"{FURTHEST} times another than the nearest; give strides= or other input sizes"
+        )
+    return nearest
 
 
 def _strides(fusion: Fusion, i: int, pyramid: Sequence[OutMap]) -> list[Fraction]:

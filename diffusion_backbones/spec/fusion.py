@@ -254,9 +254,7 @@ def _member(data: Mapping[str, Any]) -> Member:
     if "timm" in data:
         backbone: Declaration | TimmModel = convert(data["timm"], TimmModel, "member")
     else:
-        backbone = Declaration(
-            data["name"], Checkpoint.from_dict(data["checkpoint"]), Recipe.from_dict(data["recipe"])
-        )
+        backbone = Declaration(data["name"], Checkpoint.from_dict(data["checkpoint"]), Recipe.from_dict(data["recipe"]))
     return Member(backbone, data["input_size"], maps, data["components"])
 
 

@@ -79,8 +79,8 @@ def declare(checkpoint: Checkpoint | str, recipe: Recipe, name: str | None = Non
 
 
 def register_fusion(fusion: Fusion) -> Fusion:
-    """Make a fusion known by its name and return it. From then on it is in ``list_fusions``, ``create_model``, timm, the
-    hub entries and the cards.
+    """Make a fusion known by its name and return it. From then on it is in ``list_fusions``, ``create_model``, timm,
+    the hub entries and the cards.
 
     Raises:
         TypeError: It is no :class:`Fusion`.
@@ -200,7 +200,8 @@ def get_declaration(name: str) -> Declaration:
             f"{', '.join(tags) or 'no tags, only the default weights'}."
         )
     raise KeyError(
-        f"no backbone is called {name!r}.{closest(name, [*_declarations, *_fusions, *_checkpoints])}{_on_the_hub(name)} "
+        f"no backbone is called {name!r}."
+        f"{closest(name, [*_declarations, *_fusions, *_checkpoints])}{_on_the_hub(name)} "
         "`list_models()` lists them all."
     )
 

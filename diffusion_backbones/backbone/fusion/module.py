@@ -198,7 +198,8 @@ class FusedBackbone(FusionState):
             found = names.index(key) if key in names else at if at is not None else -1
             if not 0 <= found < len(names):
                 raise KeyError(
-                    f"{self.declaration.name} has no member {key!r}.{closest(str(key), names)} It has {', '.join(names)}."
+                    f"{self.declaration.name} has no member {key!r}.{closest(str(key), names)} It has "
+                    f"{', '.join(names)}."
                 )
             if not diffusion[found]:
                 raise TypeError(f"{names[found]} is no diffusion backbone and takes no {', '.join(single)}")
