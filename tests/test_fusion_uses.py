@@ -129,7 +129,7 @@ def _reads(name: str) -> bool:
 def test_sd_dino_has_three_times_256_components_and_dinov2s_last_block():
     backbone = db.create_model("sd_dino", device="meta")
     assert [backbone.feature_info.channels(), backbone.feature_info.reduction()] == [[3 * 256 + 768], [16]]
-    assert [source.index for source in backbone.levels[0].sources] == [0, 1, 2, 0]
+    assert [source.position for source in backbone.levels[0].sources] == [0, 1, 2, 0]
     assert backbone.activations[0][-1] == "vit_base_patch14_dinov2.lvd142m: blocks.11"
     [m] = backbone(torch.empty(1, 3, 960, 960, device="meta"))
     assert m.shape == (1, 1536, 60, 60)

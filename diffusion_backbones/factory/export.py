@@ -187,6 +187,10 @@ def check_path(path: Path, compiled: bool = True, overwrite: bool = False) -> No
 
 def _check(backbone: DiffusionBackbone, size: Sequence[int] | None, batch: int | None, dynamic: bool) -> None:
     name = backbone.declaration.name
+    if not isinstance(backbone, DiffusionBackbone):
+        raise TypeError(
+            f"one backbone is exported to a file, and {name} is another kind; export its members, one by one"
+        )
     if not backbone.architecture.compilable:
         raise ValueError(
             f"{name} cannot be exported: its network reads the lengths of texts on the host in every call, so it is "

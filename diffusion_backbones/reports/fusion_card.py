@@ -81,7 +81,9 @@ def facts(fusion: Fusion, levels: Sequence[FusedLevel]) -> dict[str, Any]:
 
 
 def _as_dict(fusion: Fusion, level: FusedLevel) -> dict[str, Any]:
-    sources = [{"member": fusion.members[s.member].name, "map": s.index, "channels": s.reduced} for s in level.sources]
+    sources = [
+        {"member": fusion.members[s.member].name, "map": s.position, "channels": s.reduced} for s in level.sources
+    ]
     return {"channels": level.channels, "stride": level.stride, "sources": sources}
 
 
@@ -125,7 +127,7 @@ def _member(fusion: Fusion, i: int) -> list[str]:
 
 
 def _level(fusion: Fusion, i: int, level: FusedLevel) -> list[str]:
-    parts = [f"`{fusion.members[s.member].name}`[{s.index}]: {s.reduced}" for s in level.sources]
+    parts = [f"`{fusion.members[s.member].name}`[{s.position}]: {s.reduced}" for s in level.sources]
     return [str(i), str(level.stride), str(level.channels), ", ".join(parts)]
 
 

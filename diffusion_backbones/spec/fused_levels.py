@@ -21,13 +21,13 @@ class Source(NamedTuple):
 
     Attributes:
         member: Position of the member.
-        index: Position in the member's pyramid.
+        position: In the member's pyramid.
         channels: As the member gives it.
         reduced: Channels in the fusion, after the member's components are taken.
     """
 
     member: int
-    index: int
+    position: int
     channels: int
     reduced: int
 
@@ -79,7 +79,8 @@ def fused_levels(fusion: Fusion, pyramids: Sequence[Sequence[OutMap]]) -> tuple[
         ValueError: The strides of the members cannot meet: a common stride is the nearest of no map, or too far from
             one; a member has no such map; or a map has too few channels to reduce.
     """
-    found, strides = [], [_strides(fusion, i, pyramid) for i, pyramid in enumerate(pyramids)]
+    found: list[tuple[int, Source]] = []
+    strides = [_strides(fusion, i, pyramid) for i, pyramid in enumerate(pyramids)]
     common = fusion.strides or _first_whole(fusion, strides)
     for i, (member, pyramid) in enumerate(zip(fusion.members, pyramids, strict=True)):
         for index in _positions(fusion, i, len(pyramid)):
@@ -88,15 +89,15 @@ def fused_levels(fusion: Fusion, pyramids: Sequence[Sequence[OutMap]]) -> tuple[
             nearest = _nearest(fusion, i, stride, common)
             found.append((nearest, Source(i, index, channels, member.components or channels)))
     levels = []
-    for stride in common:
-        sources = tuple(source for nearest, source in found if nearest == stride)
+    for at in common:
+        sources = tuple(source for nearest, source in found if nearest == at)
         if not sources:
             raise ValueError(
                 f"fusion {fusion.name!r}: its members cannot meet at strides {list(common)}, since no map is nearest "
-                f"to {stride}: {_listed(fusion, strides)}"
+                f"to {at}: {_listed(fusion, strides)}"
             )
-        level = FusedLevel(stride, sources, fusion.components)
-        _check_components(fusion.components, level.width, f"fusion {fusion.name!r}: stride {stride}")
+        level = FusedLevel(at, sources, fusion.components)
+        _check_components(fusion.components, level.width, f"fusion {fusion.name!r}: at {at}")
         levels.append(level)
     return tuple(levels)
 
@@ -106,8 +107,8 @@ def _nearest(fusion: Fusion, i: int, stride: Fraction, common: Sequence[int]) ->
     if max(nearest / stride, stride / nearest) > FURTHEST:
         raise ValueError(
             f"fusion {fusion.name!r}: its members cannot meet at strides {list(common)}, since "
-            f"{fusion.members[i].name} has a map of stride {float(stride):.4g} in pixels of the fusion's image, more than "
-            f"{FURTHEST} times another than the nearest; give strides= or other input sizes"
+            f"{fusion.members[i].name} has a map of stride {float(stride):.4g} in pixels of the fusion's image, more "
+            f"than {FURTHEST} times another than the nearest; give strides= or other input sizes"
         )
     return nearest
 

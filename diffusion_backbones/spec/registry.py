@@ -126,7 +126,8 @@ def before_register(check: Callable[[Declaration], None]) -> None:
 def on_register(listener: Callable[[Declaration | Fusion], None]) -> None:
     """Call ``listener`` for every declaration and every fusion, those made so far included."""
     _listeners.append(listener)
-    for declaration in (*_declarations.values(), *_fusions.values()):
+    known: list[Declaration | Fusion] = [*_declarations.values(), *_fusions.values()]
+    for declaration in known:
         listener(declaration)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_backbones.backbone import save_pretrained
 from diffusion_backbones.backbone.call_arguments import check_image
 from diffusion_backbones.backbone.fusion import saving
 from diffusion_backbones.backbone.fusion.state import FusionState, key_of
@@ -144,7 +145,7 @@ class FusedBackbone(FusionState):
                 sources = [s for level in self.levels for s in level.sources if s.member == i and key_of(s) in moments]
                 if sources:
                     with self._visit(member):
-                        maps = self._read(i, given, [s.index for s in sources], calls[i])
+                        maps = self._read(i, given, [s.position for s in sources], calls[i])
                     for source, m in zip(sources, maps, strict=True):
                         moments[key_of(source)].add(m)
         self._fit(moments, [key_of(s) for level in self.levels for s in level.sources])
@@ -266,14 +267,14 @@ class FusedBackbone(FusionState):
         out = {i: fusing.Assembly(self.levels[i].width, sizes[i], self.device, self.dtype) for i in wanted}  # type: ignore
         for at, member in enumerate(self.members):
             sources = {i: [s for s, _ in self.levels[i].of(at)] for i in wanted}
-            indices = sorted({s.index for of_level in sources.values() for s in of_level})
+            indices = sorted({s.position for of_level in sources.values() for s in of_level})
             if not indices:
                 continue
             with self._visit(member):
                 maps = dict(zip(indices, self._read(at, given, indices, calls[at]), strict=True))
             for i, of_level in sources.items():
                 if of_level:
-                    each = (self._reduce(key_of(s), maps.pop(s.index)) for s in of_level)
+                    each = (self._reduce(key_of(s), maps.pop(s.position)) for s in of_level)
                     out[i].add(each, self.declaration.normalize == "l2", weights[at])
         levels = {i: out.pop(i).take() for i in wanted}
         return {i: self._reduce(key_of(self.levels[i]), m) if reduced else m for i, m in levels.items()}
@@ -326,3 +327,30 @@ class FusedBackbone(FusionState):
             ValueError, FileExistsError, OSError: As for :meth:`DiffusionBackbone.save_pretrained`.
         """
         return saving.save(self, folder, max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload fusion",
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+    ) -> str:
+        """:meth:`save_pretrained` into a hub repository; as :meth:`DiffusionBackbone.push_to_hub`. Every member's
+        weights keep their licence.
+        """
+        return save_pretrained.push(
+            self,
+            repo_id,
+            private=private,
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+        )
+
+    from_pretrained = staticmethod(DiffusionBackbone.from_pretrained)

@@ -69,7 +69,7 @@ class FusionState(Backbone):
             for source in level.sources:
                 member = self.declaration.members[source.member]
                 if member.components:
-                    what = f"{name}: map {source.index} of {member.name}"
+                    what = f"{name}: map {source.position} of {member.name}"
                     yield key_of(source), PrincipalComponents(source.channels, member.components, what)
             if level.components:
                 what = f"{name}: stride {level.stride}"
@@ -97,11 +97,11 @@ class FusionState(Backbone):
 
     def _names(self) -> dict[Source, tuple[str, ...]]:
         every = [member.activations for member in self.members]
-        return {source: every[source.member][source.index] for level in self.levels for source in level.sources}
+        return {source: every[source.member][source.position] for level in self.levels for source in level.sources}
 
     def _of_sources(self, what: str) -> list[list[str]]:
         every = [getattr(member, what) for member in self.members]
-        return [[every[s.member][s.index] for s in self.levels[m.level].sources] for m in self.out_maps]
+        return [[every[s.member][s.position] for s in self.levels[m.level].sources] for m in self.out_maps]
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +167,7 @@ class FusionState(Backbone):
         levels = [self.levels[i] for i in sorted({out[i].level for i in kept})]
         reducers, members = {}, []
         for i, (member, read) in enumerate(zip(self.members, self.declaration.members, strict=True)):
-            order = [source.index for level in levels for source in level.sources if source.member == i]
+            order = [source.position for level in levels for source in level.sources if source.member == i]
             wanted = sorted(order)
             if wanted:
                 member.prune_intermediate_layers(wanted)  # type: ignore[operator]
@@ -219,4 +219,4 @@ class FusionState(Backbone):
 
 def key_of(of: Source | FusedLevel) -> str:
     """The name of the principal components of a member's map or of a level."""
-    return f"{of.member}_{of.index}" if isinstance(of, Source) else f"stride{of.stride}"
+    return f"{of.member}_{of.position}" if isinstance(of, Source) else f"stride{of.stride}"
