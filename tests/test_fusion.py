@@ -294,7 +294,7 @@ def test_in_turn_the_peak_is_that_of_the_largest_member_and_the_maps(tinysd, con
     both = fused(same_size(tinysd, conv, vit), [tinysd, conv, vit], normalize="l2")
     maps = sum(m.nbytes for m in both(X))
     largest = max(peak(member, X) for member in (tinysd, conv, vit))
-    assert largest < peak(both, X) <= largest + 1.1 * maps + X.nbytes
+    assert largest <= peak(both, X) <= largest + 0.1 * maps + X.nbytes
 
 
 # Bad input.
@@ -374,7 +374,7 @@ def test_calls_that_cannot_be_are_said(tinysd, vit):
 
 def test_components_fitted_on_too_little_are_refused(tinysd, vit):
     both = fused([Member(tinysd.declaration, input_size=256, components=40), *same_size(vit)], [tinysd, vit])
-    with pytest.raises(ValueError, match="40 principal components need at least 41 positions, got 4; fit on more"):
+    with pytest.raises(ValueError, match="40 principal components need at least 41 positions, got 32; fit on more"):
         both.fit(X[:1, :, :32, :64])
     with pytest.raises(ValueError, match="got 0"):
         both.fit([])

@@ -71,6 +71,20 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What ``timm.data.resolve_model_data_config`` reads."""
+        raise NotImplementedError
+
+    @property
+    def size_divisibility(self) -> int:
+        """What images are padded to a multiple of, in pixels. Any size is accepted."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory while it is trained."""
+        raise NotImplementedError
+
+    @property
     def options(self) -> dict[str, Any]:
         """How it was built, where that changes the last digits of its features at least."""
         return {}

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.ops.describe import dtype_name
 from diffusion_backbones.surgery import compilation
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from diffusion_backbones.backbone.module import DiffusionBackbone
     from diffusion_backbones.spec.recipe import Recipe
 
 SUFFIXES = (".pt2", ".onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,7 +228,7 @@ class FusedBackbone(FusionState):
         if len({len(part) for part in z}) > 1:
             raise ValueError(f"latents must be of one batch for every member, got {[len(part) for part in z]}")
         if size is None:
-            largest = self.declaration.factors.index(1)  # type: ignore[arg-type]
+            largest = self.declaration.factors.index(Fraction(1))
             stride = getattr(self.members[largest], "latent_stride", 1)
             size = tuple(side * stride for side in z[largest].shape[-2:])
         sides = [as_integer(side) for side in size] if isinstance(size, Sequence) else []

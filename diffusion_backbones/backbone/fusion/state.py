@@ -55,7 +55,7 @@ class FusionState(Backbone):
         self.input_format, self.visits = input_format, visits
         self.trainable = next((member.trainable for member in members if member.trainable), False)
         self.levels = fused_levels(self.declaration, self._pyramids())
-        self.reducers = nn.ModuleDict(self._reducers())
+        self.reducers = nn.ModuleDict(dict(self._reducers()))
         self.reducers.to(next(iter(members)).device)
         self.eval()
 
@@ -96,7 +96,7 @@ class FusionState(Backbone):
         ]
 
     def _names(self) -> dict[Source, tuple[str, ...]]:
-        every = [member.activations for member in self.members]
+        every: Any = [member.activations for member in self.members]
         return {source: every[source.member][source.position] for level in self.levels for source in level.sources}
 
     def _of_sources(self, what: str) -> list[list[str]]:
@@ -122,7 +122,7 @@ class FusionState(Backbone):
     def widest_map(self) -> float:
         """Values of the widest map that a member computes, for every pixel."""
         widest: Any = [member.widest_map for member in self.members]
-        return max(w * f**2 for w, f in zip(widest, map(float, self.declaration.factors), strict=True))
+        return max(float(w * f**2) for w, f in zip(widest, map(float, self.declaration.factors), strict=True))
 
     @property
     def configs(self) -> Mapping[str, Any]:
@@ -165,7 +165,8 @@ class FusionState(Backbone):
         out = self.out_maps
         kept = take(indices, len(out))
         levels = [self.levels[i] for i in sorted({out[i].level for i in kept})]
-        reducers, members = {}, []
+        reducers: dict[str, nn.Module] = {}
+        members = []
         for i, (member, read) in enumerate(zip(self.members, self.declaration.members, strict=True)):
             order = [source.position for level in levels for source in level.sources if source.member == i]
             wanted = sorted(order)
@@ -188,8 +189,7 @@ class FusionState(Backbone):
 
     def train(self, mode: bool = True) -> Any:
         """Only trainable members leave eval, whatever a framework calls."""
-        super().train(mode)
-        self.training = mode and bool(self.trainable)
+        super().train(mode and bool(self.trainable))
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -23,6 +23,9 @@ from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.levels import OutMap, take
 from diffusion_backbones.spec.validation import closest
 
+ON_THE_HUB = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-nc-4.0")
+"""Licences that timm states by the names that the Hugging Face hub has for them."""
+
 
 class TimmExtractor(Backbone):
     """A network that ``timm.create_model(..., features_only=True)`` gives: frozen and in eval mode, for images of any
@@ -85,8 +88,14 @@ class TimmExtractor(Backbone):
     @property
     def configs(self) -> Mapping[str, Any]:
         """timm's description of the network."""
-        cfg: Any = self.net.pretrained_cfg
+        cfg = self.pretrained_cfg
         return {key: cfg[key] for key in ("architecture", "tag", "input_size", "mean", "std") if key in cfg}
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's own."""
+        cfg: Any = self.net.pretrained_cfg
+        return dict(cfg)
 
     @property
     def size_divisibility(self) -> int:
@@ -161,10 +170,9 @@ class TimmExtractor(Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory while it is trained, where timm can."""
-        for module in (self.net, getattr(self.net, "model", None)):
-            if hasattr(module, "set_grad_checkpointing"):
-                module.set_grad_checkpointing(enable)
-                return
+        net: Any = getattr(self.net, "model", self.net)
+        if hasattr(net, "set_grad_checkpointing"):
+            net.set_grad_checkpointing(enable)
 
 
 def extractor(
@@ -247,6 +255,7 @@ def _completed(model: TimmModel, cfg: Mapping[str, Any]) -> TimmModel:
     """The declaration with timm's own facts where it has none."""
     license = model.license  # noqa: A001  (the field's name)
     if not license.verified and cfg.get("license"):
-        license = License("other", name=str(cfg["license"]), verified=False)  # noqa: A001
+        found = str(cfg["license"])
+        license = License(found) if found in ON_THE_HUB else License("other", name=found)  # noqa: A001
     size = model.input_size or int(cfg["input_size"][-1])
     return replace(model, license=license, input_size=size, title=model.title or model.name)
