@@ -173,7 +173,8 @@ def test_torchvision_takes_it(both):
     from diffusion_backbones.integrations.torchvision import NamedLevels, PyramidFPN
 
     maps = NamedLevels(both, out=-1, aux=0)(X)
-    assert {name: m.shape[1] for name, m in maps.items()} == {"out": 224, "aux": 48}
+    channels = both.feature_info.channels()
+    assert {name: m.shape[1] for name, m in maps.items()} == {"out": channels[-1], "aux": channels[0]}
     fpn = PyramidFPN(both, out_channels=8)
     assert [m.shape[1] for m in fpn(X).values()] == [8] * 4
     assert fpn.transform["size_divisible"] % 32 == 0
@@ -195,7 +196,7 @@ def test_transformers_builds_saves_and_loads_it(both, tmp_path):
     again = UperNetForSemanticSegmentation.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         expected, got = (m(pixel_values=X).logits for m in (model, again))
-    assert torch.equal(expected, got)
+    torch.testing.assert_close(got, expected)
     assert again.backbone.diffusion_backbone.declaration == both.declaration
 
 
@@ -224,7 +225,7 @@ def test_extraction_writes_it_once(both, tmp_path):
     x = extraction.images.transform(both.pretrained_cfg, None)(Image.open(tmp_path / "a.png"))
     assert all(torch.equal(kept[f"level{i}"], m[0]) for i, m in enumerate(both(x[None])))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["activations"][1][-1].startswith("test_vit: ")
+    assert manifest["activations"][2][-1].startswith("test_vit: ")
     other = db.fuse(*both.members, weights=(1, 2))
     with pytest.raises(ValueError, match="other settings"):
         extraction.extract(other, files, tmp_path / "out", dtype=torch.float32)

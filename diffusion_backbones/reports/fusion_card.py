@@ -127,7 +127,7 @@ def _member(fusion: Fusion, i: int) -> list[str]:
 
 
 def _level(fusion: Fusion, i: int, level: FusedLevel) -> list[str]:
-    parts = [f"`{fusion.members[s.member].name}`[{s.position}]: {s.reduced}" for s in level.sources]
+    parts = [f"map {s.position} of `{fusion.members[s.member].name}`: {s.reduced}" for s in level.sources]
     return [str(i), str(level.stride), str(level.channels), ", ".join(parts)]
 
 
