@@ -229,7 +229,7 @@ def test_it_is_saved_and_loaded_and_made_by_timm(concatenated, folder, tmp_path,
     again = db.create_model(f"local-dir:{saved}")
     assert again.declaration.recipe == concatenated.declaration.recipe
     close(again(X), maps)
-    keywords = {"timesteps": STEPS, "combine": "concatenate", "checkpoint_path": str(folder)}
+    keywords = {"timesteps": STEPS, "combine": "concatenate", "pretrained_cfg_overlay": {"file": str(folder)}}
     close(timm.create_model("sd15_gdf", features_only=True, **keywords)(X), maps)
 
 
