@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
 from PIL import Image
 from safetensors.torch import load_file
 
 import diffusion_backbones as db
 from diffusion_backbones import extraction
 from diffusion_backbones.cli.program import main
+from diffusion_backbones.integrations.openmmlab import OpenMMLabBackbone
 from diffusion_backbones.integrations.smp import register
 from diffusion_backbones.reports import fusion_card
-from diffusion_backbones.spec.fusion import Fusion, Member
+from diffusion_backbones.spec.fusion import Fusion, TimmModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+register_all_modules(init_default_scope=True)
 ROOT = Path(__file__).parent.parent
 X = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -34,6 +41,10 @@ def both():
 @pytest.fixture(scope="module", params=db.list_fusions())
 def registered(request):
     return db.create_model(request.param, device="meta")
+
+
+def _timm(fusion: Fusion) -> list[bool]:
+    return [isinstance(member.backbone, TimmModel) for member in fusion.members]
 
 
 # Registered.
@@ -135,24 +146,42 @@ def test_sd_dino_has_three_times_256_components_and_dinov2s_last_block():
     assert m.shape == (1, 1536, 60, 60)
 
 
-def test_at_tiny_width_it_runs_under_a_decoder(tiny_folder):
-    smp = pytest.importorskip("segmentation_models_pytorch")
-    fusion = db.get_fusion("xlt_gdf_seg")
-    members = [Member(m.backbone, input_size=128, maps=m.maps) for m in fusion.members]
-    built = [
-        db.create_model(
-            m.backbone.checkpoint.name,
-            recipe=m.backbone.recipe,
-            checkpoint_path=tiny_folder(m.backbone.checkpoint.name),
+@pytest.mark.parametrize("name", [n for n in db.list_fusions() if not any(_timm(db.get_fusion(n)))])
+def test_at_tiny_width_its_maps_are_those_of_its_members_and_decoders_run(name, tiny_folder):
+    fusion = db.get_fusion(name)
+    paths = {m.backbone.checkpoint.name: tiny_folder(m.backbone.checkpoint.name) for m in fusion.members}
+    backbone = OpenMMLabBackbone(name, checkpoint_path=paths)
+    parts: dict[int, list[torch.Tensor]] = {stride: [] for stride in fusion.strides}
+    for member, factor, read in zip(backbone.net.members, fusion.factors, fusion.members, strict=True):
+        side = [int(s * factor) for s in X.shape[-2:]]
+        x = (
+            X
+            if factor == 1
+            else F.interpolate(X, side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
         )
-        for m in members
-    ]
-    backbone = db.fuse(*built, strides=fusion.strides, normalize=fusion.normalize)
-    expected = [torch.cat(parts, 1) for parts in zip(*(member(X) for member in built), strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(backbone(X), expected, strict=True))
-    model = smp.FPN(register(backbone, "xlt"), encoder_weights=None, classes=5)
-    loss = model(X).square().mean()
-    loss.backward()
+        maps, strides = member(x), [int(s / factor) for s in member.feature_info.reduction()]
+        for i in read.maps or range(len(maps)):
+            stride = min(fusion.strides, key=lambda s: abs(math.log2(s / strides[i])))
+            size = [-(-s // stride) for s in X.shape[-2:]]
+            parts[stride].append(F.interpolate(maps[i], size, mode="bilinear", align_corners=False))
+    got = backbone(X)
+    for m, some in zip(got, parts.values(), strict=True):
+        torch.testing.assert_close(m, torch.cat(some, 1), rtol=1e-5, atol=1e-5)
+    channels = backbone.net.feature_info.channels()
+    head = MODELS.build(
+        {
+            "type": "UPerHead",
+            "in_channels": channels,
+            "in_index": list(range(len(channels))),
+            "pool_scales": (1, 2, 3),
+            "channels": 8,
+            "num_classes": 5,
+            "norm_cfg": {"type": "BN"},
+        }
+    ).eval()
+    assert head(got).shape == (1, 5, *got[0].shape[-2:])
+    model = smp.FPN(register(backbone.net, f"fusion-{name}"), encoder_weights=None, classes=5)
+    model(X).square().mean().backward()
     assert all(p.grad is None for p in backbone.parameters())
     assert any(p.grad is not None for p in model.decoder.parameters())
 

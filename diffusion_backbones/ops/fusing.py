@@ -83,11 +83,11 @@ def confidence(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
     for query, key in zip(queries, keys, strict=True):
         rows = query.float().flatten(2).transpose(1, 2)
         columns = key.float().flatten(2)
-        found = [_contrast(part @ columns) for part in rows.split(CHUNK, 1)]
+        found = [_contrast(part @ columns) for part in torch.split(rows, CHUNK, 1)]
         clear.append(torch.cat(found, 1))
     weights = torch.stack(clear, 1).clamp_min(EPSILON)
     weights = weights / weights.sum(1, keepdim=True)
-    return weights.unflatten(2, queries[0].shape[-2:])
+    return weights.reshape(*weights.shape[:2], *queries[0].shape[-2:])
 
 
 def _contrast(similarities: Tensor) -> Tensor:
@@ -118,7 +118,8 @@ class Assembly:
             normalize: Whether vectors over all of their channels get the length 1.
             weight: What they are multiplied by then.
         """
-        begin, squared, parts = self._end, None, []
+        begin, squared = self._end, None
+        parts: list[Tensor] = []
         for given in maps:
             x = at_size(given.to(self.device), self.size).to(self.dtype)
             if normalize:
