@@ -17,6 +17,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from PIL import Image
 from safetensors.torch import load_file
+from snippets import blocks, printed, promised
 
 import diffusion_backbones as db
 from diffusion_backbones import extraction
@@ -315,3 +316,9 @@ def test_torch_hub_has_them():
     spec.loader.exec_module(module)
     for name in db.list_fusions():
         assert getattr(module, name).__doc__.startswith(db.get_fusion(name).title)
+
+
+def test_the_page_prints_what_it_says():
+    names: dict[str, object] = {}
+    for block in blocks((ROOT / "docs/fusion.md").read_text()):
+        assert printed(block, names) == promised(block)
