@@ -297,6 +297,19 @@ def test_in_turn_the_peak_is_that_of_the_largest_member_and_the_maps(tinysd, con
     assert largest <= peak(both, X) <= largest + 0.1 * maps + X.nbytes
 
 
+def test_in_turn_members_visit_the_device_one_at_a_time(tinysd, vit, monkeypatch):
+    both, moves = db.fuse(tinysd, vit, in_turn="cpu"), []
+    expected = both(X)
+    for name, member in (("a", both.members[0]), ("b", both.members[1])):
+        monkeypatch.setattr(member, "to", lambda device, name=name: moves.append((name, str(device))))
+    both.visits = torch.device("meta")  # where nothing is, so every member is brought there, and back
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedBackbone, "device", torch.device("cpu"))
+        got = both(X)
+    assert moves == [("a", "meta"), ("a", "cpu"), ("b", "meta"), ("b", "cpu")]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 # Bad input.
 
 

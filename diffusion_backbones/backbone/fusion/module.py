@@ -283,8 +283,8 @@ class FusedBackbone(FusionState):
     def _reduce(self, key: str, m: Tensor) -> Tensor:
         if key not in self.reducers:
             return m
-        reducer = self.reducers[key]
-        reduced: Tensor = reducer(m.to(reducer.mean.device))  # type: ignore[arg-type]
+        reducer: Any = self.reducers[key]
+        reduced: Tensor = reducer(m.to(reducer.mean.device)).to(m.device)
         return reduced
 
     def _confident(self, level: FusedLevel, m: Tensor, other: Tensor) -> Tensor:

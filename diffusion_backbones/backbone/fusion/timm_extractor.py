@@ -233,7 +233,12 @@ def extractor(
                 cache_dir=cache_dir,
                 **keywords,
             )
-    return TimmExtractor(replace(model, out_indices=tuple(indices)), net.to(dtype), trainable).eval()
+    built = TimmExtractor(replace(model, out_indices=tuple(indices)), net.to(dtype), trainable).eval()
+    if checkpoint_path:
+        built.provenance = {"path": str(checkpoint_path)}
+    elif pretrained:
+        built.provenance = {"repo": str(built.pretrained_cfg.get("hf_hub_id") or built.pretrained_cfg.get("url"))}
+    return built
 
 
 def check_known(name: str) -> None:
