@@ -298,7 +298,7 @@ def test_in_turn_the_peak_is_that_of_the_largest_member_and_the_maps(tinysd, con
 
 
 def test_in_turn_members_visit_the_device_one_at_a_time(tinysd, vit, monkeypatch):
-    both, moves = db.fuse(tinysd, vit, in_turn="cpu"), []
+    both, moves = db.fuse(copy.deepcopy(tinysd), copy.deepcopy(vit), in_turn="cpu"), []
     expected = both(X)
     for name, member in (("a", both.members[0]), ("b", both.members[1])):
         monkeypatch.setattr(member, "to", lambda device, name=name: moves.append((name, str(device))))
