@@ -12,17 +12,21 @@ from diffusion_backbones._version import __version__
 from diffusion_backbones.integrations.import_hook import when_imported
 from diffusion_backbones.ops.large_libraries import uncollected
 from diffusion_backbones.spec.checkpoint import Checkpoint, HubFile, License, Paper
+from diffusion_backbones.spec.fusion import Fusion, Member, TimmModel
 from diffusion_backbones.spec.recipe import Level, Recipe
 from diffusion_backbones.spec.registry import (
     before_register,
     get_checkpoint,
     get_declaration,
+    get_fusion,
     get_pretrained_cfg,
     is_model,
     list_checkpoints,
+    list_fusions,
     list_models,
     list_pretrained,
     register_checkpoint,
+    register_fusion,
     register_model,
 )
 from diffusion_backbones.surgery.registration import check_declaration
@@ -31,28 +35,36 @@ if TYPE_CHECKING:
     from diffusion_backbones.backbone.module import DiffusionBackbone
     from diffusion_backbones.factory.entry_points import create_model, model_entrypoint
     from diffusion_backbones.factory.export import export
+    from diffusion_backbones.factory.fuse import fuse
 
 
 __all__ = [
     "Checkpoint",
     "DiffusionBackbone",
+    "Fusion",
     "HubFile",
     "Level",
     "License",
+    "Member",
     "Paper",
     "Recipe",
+    "TimmModel",
     "__version__",
     "create_model",
     "export",
+    "fuse",
     "get_checkpoint",
     "get_declaration",
+    "get_fusion",
     "get_pretrained_cfg",
     "is_model",
     "list_checkpoints",
+    "list_fusions",
     "list_models",
     "list_pretrained",
     "model_entrypoint",
     "register_checkpoint",
+    "register_fusion",
     "register_model",
 ]
 
@@ -60,6 +72,7 @@ _LAZY = {  # what needs torch and diffusers
     "DiffusionBackbone": "backbone",
     "create_model": "factory",
     "export": "factory.export",
+    "fuse": "factory.fuse",
     "model_entrypoint": "factory",
 }
 

@@ -11,11 +11,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 import diffusion_backbones as db
-from diffusion_backbones.reports import backbone_card, checkpoint_card, costs, measurements
+from diffusion_backbones.reports import backbone_card, checkpoint_card, costs, fusion_card, measurements
 from diffusion_backbones.reports.facts import (
     BackboneFacts,
     CheckpointFacts,
@@ -72,7 +73,13 @@ def files(declarations: list[Declaration]) -> Iterator[tuple[Path, str]]:
         yield CARDS / f"{declaration.name}.md", noticed(backbone_card.card(declaration))
     for checkpoint in rest:
         yield CARDS / f"{checkpoint.name}.md", noticed(checkpoint_card.card(checkpoint))
-    indices = f"{index(declarations)}\n\n{index_of_checkpoints(rest)}"
+    fused = [db.create_model(name, device="meta") for name in db.list_fusions()]
+    for backbone in fused:
+        yield (
+            CARDS / f"{backbone.declaration.name}.md",
+            noticed(fusion_card.card(backbone.declaration, backbone.levels)),
+        )
+    indices = f"{index(declarations)}\n\n{index_of_fusions(fused)}\n\n{index_of_checkpoints(rest)}"
     yield CARDS / "README.md", f"<!-- {NOTICE} -->\n\n# Model cards\n\n{indices}\n"
     yield TINYSD, filled(TINYSD, {"figures": figures(TINYSD.with_suffix(".csv"))})
     yield DECODERS, filled(DECODERS, {"table": decoders(DECODERS.with_name("table.csv"))})
@@ -120,6 +127,15 @@ def index(declarations: Iterable[Declaration]) -> str:
         [link(d.name, f"{d.name}.md"), d.checkpoint.title, channels_at_strides(Plan.of(d).levels)] for d in declarations
     ]
     return table(["backbone", "checkpoint", "levels (channels at stride)"], rows)
+
+
+def index_of_fusions(fused: Iterable[Any]) -> str:
+    """A line for each fusion: its card, its members, its levels."""
+    rows = [
+        [link(b.declaration.name, f"{b.declaration.name}.md"), b.declaration.title, channels_at_strides(b.levels)]
+        for b in fused
+    ]
+    return table(["fusion", "", "levels (channels at stride)"], rows)
 
 
 def zoo(declarations: Iterable[Declaration]) -> str:

@@ -22,7 +22,7 @@ def hub(monkeypatch):
 
 
 def test_hub_lists_what_is_registered(hub):
-    assert sorted(hub.list("owner/repository")) == sorted(db.list_models())
+    assert sorted(hub.list("owner/repository")) == sorted([*db.list_models(), *db.list_fusions()])
 
 
 @pytest.mark.parametrize("name", ["tinysd_gdf", "sd21_dift"])

@@ -219,7 +219,7 @@ def test_the_least_that_is_needed_is_really_needed(backbone, x):
     backbone.encode(x)
     for handle in handles:
         handle.remove()
-    assert max(outputs) >= 2 * out_of_memory.widest_map(backbone) * 128 * 192 * 4
+    assert max(outputs) >= 2 * backbone.widest_map * 128 * 192 * 4
 
 
 # Eight bits.

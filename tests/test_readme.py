@@ -28,6 +28,7 @@ DOCUMENTS = [
     "docs/checkpoints.md",
     "docs/memory.md",
     "docs/timesteps.md",
+    "docs/fusion.md",
     "docs/finetuning.md",
     "docs/tinysd.md",
     "docs/selection.md",

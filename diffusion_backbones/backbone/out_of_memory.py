@@ -81,7 +81,7 @@ def check_maps(backbone: BackboneState, x: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or (room := capacity(x.device)) is None:
         return
-    image = int(2 * widest_map(backbone) * x.shape[-2] * x.shape[-1] * backbone.encoder_dtype.itemsize)
+    image = int(2 * backbone.widest_map * x.shape[-2] * x.shape[-1] * backbone.encoder_dtype.itemsize)
     if len(x) * image > room:
         fits = room // image
         less = f"at most {_count(fits, 'image')} at a time could" if fits else "not even one could; give smaller images"
@@ -117,12 +117,6 @@ def check_draws(backbone: BackboneState, z: Tensor, ensemble: int, chunk: int | 
             f"{gigabytes(needed)}, and {gigabytes(room)} is free on {z.device}; give a smaller ensemble=, or a chunk= "
             "below it"
         )
-
-
-def widest_map(backbone: BackboneState) -> float:
-    """Values of the image encoder's widest map, for every pixel."""
-    sites = backbone.architecture.image_encoder.sites
-    return max((site.channels / site.stride**2 for site in sites), default=0)
 
 
 def _explain(backbone: BackboneState, part: str, x: Tensor, error: BaseException) -> str:

@@ -52,7 +52,7 @@ def save(backbone: BackboneState, place: str | Path, max_shard_size: int | str) 
         raise ValueError("the folder to save in is empty; name one, or '.' for this one")
     folder = Path(place)
     _check(backbone)
-    card_of_others = _check_free(folder)
+    card_of_others = check_free(folder)
     state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}  # its seed says it
     split = _split(state, max_shard_size)
     declaration = kept(backbone)
@@ -88,7 +88,7 @@ def _check(backbone: BackboneState) -> None:
         )
 
 
-def _check_free(folder: Path) -> bool:
+def check_free(folder: Path) -> bool:
     """Check that nothing of others would be replaced. Returns whether there is a card of others, which stays.
 
     Raises:
@@ -198,7 +198,7 @@ def describe(backbone: BackboneState) -> dict[str, Any]:
 
 
 def push(
-    backbone: BackboneState,
+    backbone: Any,
     repo_id: str,
     *,
     private: bool | None,
@@ -216,7 +216,7 @@ def push(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        new = {path.name for path in save(backbone, Path(folder), max_shard_size).iterdir()}
+        new = {path.name for path in backbone.save_pretrained(folder, max_shard_size=max_shard_size).iterdir()}
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             if revision and not revision.startswith("refs/"):

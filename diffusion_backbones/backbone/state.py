@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.families import Architecture
 from diffusion_backbones.loading.prompts import Prompter
 from diffusion_backbones.ops.recording import Recorder
@@ -41,7 +42,7 @@ class Conditioning(nn.Module):
         return ((name, getattr(self, name)) for name in self.names)
 
 
-class BackboneState(nn.Module):
+class BackboneState(Backbone):
     """A backbone's parts. The constructor stores what it is given, and changes none of it.
 
     Args:
@@ -68,7 +69,6 @@ class BackboneState(nn.Module):
     """
 
     canvas: Tensor | None
-    compiled: bool | str = False
     encoder_overflows: bool = False
     encoder: nn.Module
     denoiser: nn.Module
@@ -165,25 +165,30 @@ class BackboneState(nn.Module):
         return out_maps(self.levels, self.out_strides)
 
     @property
-    def num_features(self) -> int:
-        """Channels of the coarsest map."""
-        return self.out_maps[-1].channels
-
-    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """What ``timm.data.resolve_model_data_config`` reads."""
         return pretrained_cfg(self.declaration, self.input_format)
 
     @property
-    def feature_info(self) -> Any:
-        """timm's ``FeatureInfo`` of a call's maps: ``channels()``, ``reduction()``, ``module_name()``."""
-        from timm.models import FeatureInfo
+    def module_names(self) -> list[str]:
+        """The stock modules that each map is read from, joined by ``+``."""
+        return [self.levels[m.level].module for m in self.out_maps]
 
-        infos = [
-            {"num_chs": m.channels, "reduction": m.stride, "module": self.levels[m.level].module, "index": i}
-            for i, m in enumerate(self.out_maps)
-        ]
-        return FeatureInfo(infos, tuple(range(len(infos))))
+    @property
+    def activations(self) -> list[tuple[str, ...]]:
+        """The activation ids that each map is made of."""
+        return [tuple(site.id for site in self.levels[m.level].sites) for m in self.out_maps]
+
+    @property
+    def widest_map(self) -> float:
+        """Values of the image encoder's widest map, for every pixel."""
+        sites = self.architecture.image_encoder.sites
+        return max((site.channels / site.stride**2 for site in sites), default=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings of ``create_model`` that change the last digits at least."""
+        return {"weight_dtype": self.weight_dtype, "fold": self.folded, "compile": self.compiled}
 
     def at_timestep(self, timestep: Any) -> AbstractContextManager[None]:
         """Within the ``with`` block, a folded network gives what belongs to a timestep of the recipe."""
@@ -195,10 +200,6 @@ class BackboneState(nn.Module):
         """What must be read for some of the maps that a call returns."""
         out = self.out_maps
         return unique_sites(self.levels[i] for i in sorted({out[i].level for i in indices}))
-
-    def extra_repr(self) -> str:
-        """Name, channels and strides, for ``repr``."""
-        return f"{self.declaration.name}: {', '.join(f'{m.channels}@{m.stride}' for m in self.out_maps)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``half()``, ``to(...)`` and ``cuda()`` of this module, or of one around it, do to every tensor."""

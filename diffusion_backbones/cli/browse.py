@@ -1,16 +1,22 @@
-"""The verbs that read declarations and configs: ``list``, ``info``, ``activations`` and ``card``. None loads torch."""
+"""The verbs that read declarations and configs: ``list``, ``info``, ``activations`` and ``card``. None loads torch,
+but for a fusion, whose members may be timm's.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.options import Name
 from diffusion_backbones.cli.table import as_pattern, exit_if_empty, print_table
-from diffusion_backbones.reports import backbone_card, checkpoint_card, facts, summary
+from diffusion_backbones.reports import backbone_card, checkpoint_card, facts, fusion_card, summary
 from diffusion_backbones.spec import registry
+from diffusion_backbones.spec.fused_levels import FusedLevel
+from diffusion_backbones.spec.fusion import Fusion
 from diffusion_backbones.surgery.plan import Plan
 
 
@@ -18,8 +24,9 @@ from diffusion_backbones.surgery.plan import Plan
 @click.argument("pattern", default="*")
 @click.option("--pretrained", is_flag=True, help="Only backbones with trained weights, tags included.")
 @click.option("--checkpoints", is_flag=True, help="List checkpoints, the networks that recipes read, not backbones.")
+@click.option("--fusions", is_flag=True, help="List fusions, several backbones read as one.")
 @options.json_output()
-def list_backbones(pattern: str, pretrained: bool, checkpoints: bool, as_json: bool) -> None:
+def list_backbones(pattern: str, pretrained: bool, checkpoints: bool, fusions: bool, as_json: bool) -> None:
     """List backbones.
 
     One line each: name, channels@stride of every level from fine to coarse, licence of the weights, and how to get
@@ -32,7 +39,9 @@ def list_backbones(pattern: str, pretrained: bool, checkpoints: bool, as_json: b
       diffusion-backbones list gdf --json
       diffusion-backbones list --checkpoints
     """
-    if checkpoints:
+    if fusions:
+        _print_fusions(as_pattern(pattern), as_json)
+    elif checkpoints:
         _print_checkpoints(as_pattern(pattern), as_json)
     else:
         _print_backbones(as_pattern(pattern), pretrained, as_json)
@@ -44,6 +53,29 @@ def _print_checkpoints(pattern: str, as_json: bool) -> None:
     rows = [[c.name, str(c.license), facts.access(c), str(c.input_size), c.hub_id or "in the package"] for c in known]
     print_table(head, rows, [summary.checkpoint(c) for c in known] if as_json else None, f"{len(rows)} checkpoints")
     exit_if_empty(rows)
+
+
+def _print_fusions(pattern: str, as_json: bool) -> None:
+    known = [registry.get_fusion(name) for name in registry.list_fusions(pattern)]
+    rows = [
+        [f.name, " + ".join(m.name for m in f.members), "; ".join(dict.fromkeys(map(str, f.licenses.values())))]
+        for f in known
+    ]
+    data = [f.described() for f in known] if as_json else None
+    print_table(["name", "members", "licences"], rows, data, f"{len(rows)} fusions")
+    exit_if_empty(rows)
+
+
+def _is_fusion(name: str) -> bool:
+    return name in registry.list_fusions() or "+" in name
+
+
+def _fused(name: str) -> tuple[Fusion, Sequence[FusedLevel]]:
+    """A fusion and its levels, which networks of timm have to be built for, without memory."""
+    from diffusion_backbones.factory.entry_points import create_model  # torch
+
+    fused: Any = create_model(name, device="meta")
+    return fused.declaration, fused.levels
 
 
 def _print_backbones(pattern: str, pretrained: bool, as_json: bool) -> None:
@@ -66,12 +98,12 @@ def _print_backbones(pattern: str, pretrained: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", type=Name(checkpoints=True))
+@click.argument("name", type=Name(checkpoints=True, fusions=True))
 @options.json_output()
 def info(name: str, as_json: bool) -> None:
     """Describe a backbone: what it is, what it returns and what it costs.
 
-    NAME may be a checkpoint too: its facts, and the cost of its whole network.
+    NAME may be a checkpoint too: its facts, and the cost of its whole network; or a fusion, also as A+B.
 
     \b
     Examples:
@@ -79,7 +111,10 @@ def info(name: str, as_json: bool) -> None:
       diffusion-backbones info sd35_large
       diffusion-backbones info sdxl_gdf --json
     """
-    if name in registry.list_checkpoints():
+    if _is_fusion(name):
+        fusion, levels = _fused(name)
+        data, lines = fusion_card.facts(fusion, levels), fusion_card.about(fusion, levels)
+    elif name in registry.list_checkpoints():
         checkpoint = registry.get_checkpoint(name)
         data, lines = summary.facts_of_checkpoint(checkpoint), summary.about_checkpoint(checkpoint)
     else:
@@ -131,7 +166,7 @@ def activations(name: str, pattern: str, size: int | None, extensions: bool, as_
 
 
 @click.command()
-@click.argument("name", type=Name(checkpoints=True))
+@click.argument("name", type=Name(checkpoints=True, fusions=True))
 def card(name: str) -> None:
     """Print the card of a backbone or a checkpoint, in Markdown.
 
@@ -140,6 +175,9 @@ def card(name: str) -> None:
       diffusion-backbones card sd15_gdf > README.md
       diffusion-backbones card sd35_large
     """
+    if _is_fusion(name):
+        click.echo(fusion_card.card(*_fused(name)), nl=False)
+        return
     known = name in registry.list_checkpoints()
     text = (
         checkpoint_card.card(registry.get_checkpoint(name))

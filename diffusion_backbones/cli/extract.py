@@ -15,7 +15,7 @@ from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING, OUTPUT, Mo
 
 
 @click.command()
-@click.argument("name", type=Name(places=True))
+@click.argument("name", type=Name(places=True, fusions=True))
 @click.argument("images", nargs=-1, required=True, type=EXISTING)
 @click.option("-o", "--out", required=True, type=OUTPUT, help="Folder for the features.")
 @options.size(help=CENTRAL_SQUARE)
@@ -55,10 +55,11 @@ def extract(
 ) -> None:
     """Extract the features of whole folders, one file per image.
 
-    NAME is a backbone, hf-hub:OWNER/REPO or local-dir:FOLDER. IMAGES are files and folders; folders are searched
-    recursively. The features of a/b.jpg in the folder photos go to OUT/a/b.jpg.safetensors, with the tensors level0
-    (C, h, w), level1 and so on; OUT/manifest.json says how they were made, and its path is printed. Run it again to
-    resume: what is finished stays, images that changed are made again. Several processes may share OUT.
+    NAME is a backbone, a fusion such as sdxl_gdf+vit_base_patch14_dinov2, hf-hub:OWNER/REPO or local-dir:FOLDER.
+    IMAGES are files and folders; folders are searched recursively. The features of a/b.jpg in the folder photos go to
+    OUT/a/b.jpg.safetensors, with the tensors level0 (C, h, w), level1 and so on; OUT/manifest.json says how they were
+    made, and its path is printed. Run it again to resume: what is finished stays, images that changed are made again.
+    Several processes may share OUT.
 
     \b
     Examples:

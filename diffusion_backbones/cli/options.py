@@ -41,19 +41,27 @@ NEW_FOLDER = OutputPath(file_okay=False, path_type=Path)
 
 
 class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
-    """A backbone's name; ``places`` allows ``hf-hub:`` and ``local-dir:`` too, ``checkpoints`` a checkpoint's name."""
+    """A backbone's name; ``places`` allows ``hf-hub:`` and ``local-dir:`` too, ``checkpoints`` a checkpoint's name,
+    ``fusions`` a fusion's, also as ``a+b``.
+    """
 
     name = "name"
 
-    def __init__(self, places: bool = False, checkpoints: bool = False):
+    def __init__(self, places: bool = False, checkpoints: bool = False, fusions: bool = False):
         self.prefixes = ("hf-hub:", "local-dir:") if places else ()
         self.others = registry.list_checkpoints() if checkpoints else []
+        self.fused = registry.list_fusions() if fusions else []
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name as it is registered; an unknown one fails with the closest names."""
-        if value.startswith(self.prefixes) or value in self.others:
+        if value.startswith(self.prefixes) or value in self.others or value in self.fused:
             return value
         try:
+            if self.fused and "+" in value:
+                from diffusion_backbones.factory import fusions  # torch, and timm, which may have a member
+
+                fusions.find(value)
+                return value
             return registry.get_declaration(value).name
         except KeyError as error:
             self.fail(str(error.args[0]), param, ctx)
@@ -69,7 +77,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 
         return [
             CompletionItem(name)
-            for name in [*registry.list_models(include_tags=True), *self.others]
+            for name in [*registry.list_models(include_tags=True), *self.others, *self.fused]
             if name.startswith(incomplete)
         ]
 

@@ -63,7 +63,7 @@ def visualize(
     else:
         del given[0]
     paths: list[Path] = [EXISTING_FILE.convert(path, argument_of(context, "image"), context) for path in given]
-    name = Name(places=True).convert(name, argument_of(context, "name"), context)
+    name = Name(places=True, fusions=True).convert(name, argument_of(context, "name"), context)
     atomic.check_output(out, paths)
     images = [load(path, max_pixels) for path in paths]
     model.check(name)

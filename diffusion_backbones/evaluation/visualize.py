@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.evaluation.principal_components import shared_rgb
 from diffusion_backbones.extraction import images, stages
 from diffusion_backbones.ops import atomic
@@ -24,6 +24,7 @@ from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.reports.facts import cite
 from diffusion_backbones.reports.settings import timesteps
 from diffusion_backbones.spec.declaration import Declaration
+from diffusion_backbones.spec.fusion import Fusion
 
 UNTRAINED = "untrained weights: the structure of a random network, nothing learned"
 PAPER, INK, GREY, RED = (255, 255, 255), (31, 35, 40), (101, 109, 118), (188, 76, 0)
@@ -75,7 +76,7 @@ class Panel:
 
 
 def panels(
-    backbone: DiffusionBackbone, image: Image.Image, size: int | None = None, positions: Sequence[int] | None = None
+    backbone: Backbone, image: Image.Image, size: int | None = None, positions: Sequence[int] | None = None
 ) -> tuple[list[Panel], Image.Image]:
     """Run a backbone on one image.
 
@@ -105,8 +106,10 @@ def panels(
     return out, Image.fromarray(seen.numpy())
 
 
-def titles(declaration: Declaration) -> tuple[str, str]:
+def titles(declaration: Declaration | Fusion) -> tuple[str, str]:
     """Title and subtitle of a backbone's picture."""
+    if isinstance(declaration, Fusion):
+        return declaration.name, " + ".join(member.backbone.title or member.name for member in declaration.members)
     recipe = declaration.recipe
     chosen = f"recipe {recipe.name}" + (f" of {cite(recipe.paper)}" if recipe.paper else "")
     return declaration.name, f"{declaration.checkpoint.title} · {chosen} · timestep {timesteps(recipe)}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion_backbones.spec.declaration import Declaration
+    from diffusion_backbones.spec.fusion import Fusion
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _window(side: int, shorter: int, size: int) -> tuple[int, int, float, float]
     return first, last, begin - first, end - first
 
 
-def too_large(path: Path, image: Image.Image, declaration: Declaration) -> str:
+def too_large(path: Path, image: Image.Image, declaration: Declaration | Fusion) -> str:
     """Advice for an image with many more pixels than the recipe was made for, or an empty string."""
     side = declaration.input_size
     if image.width * image.height <= LARGE * side**2:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.extraction.folder import ABOUT, ORDER, Folder
 from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.prefetch import prefetch_map, threads
@@ -47,7 +47,7 @@ def default_workers(device: torch.device) -> int:
 
 
 def extract(
-    backbone: DiffusionBackbone,
+    backbone: Backbone,
     files: Sequence[ImageFile],
     out: str | Path,
     *,
@@ -108,7 +108,7 @@ def extract(
         raise ValueError("the backbone is on 'meta' and has no values; build it on another device")
     if size is not None:
         check_fits(backbone, size, batch_size)
-    recipe, source = backbone.declaration.recipe.to_dict(), dict(weights or backbone.provenance)
+    recipe, source = backbone.declaration.described(), dict(weights or backbone.provenance)
     about = dict(zip((*ABOUT, ORDER), (recipe, source, backbone.device.type, order), strict=True))
     folder = Folder(Path(out), Settings.of(backbone, names, size, dtype), about, overwrite)
     waiting = folder.waiting(files)
@@ -125,7 +125,7 @@ def extract(
 
 def _check_kinds(backbone: Any, files: Any, names: Any, dtype: Any, overwrite: Any) -> None:
     """Check what an extraction is given, but for numbers; errors as for :func:`extract`."""
-    if not isinstance(backbone, DiffusionBackbone):
+    if not isinstance(backbone, Backbone):
         raise TypeError(f"extract takes a backbone from create_model, got {backbone!r:.80}")
     if odd := [file for file in files if not isinstance(file, ImageFile)]:
         raise TypeError(f"files must be those that images.find([...]) gives, got {odd[0]!r:.80}")

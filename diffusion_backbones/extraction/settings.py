@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffusion_backbones.backbone.module import DiffusionBackbone
+    from diffusion_backbones.backbone.contract import Backbone
 
 DIGITS = 24
 """Hexadecimal digits that name weights and images."""
@@ -70,29 +70,24 @@ class Settings:
     options: Mapping[str, Any]
 
     @classmethod
-    def of(
-        cls, backbone: DiffusionBackbone, names: Sequence[str] | None, size: int | None, dtype: torch.dtype
-    ) -> Settings:
+    def of(cls, backbone: Backbone, names: Sequence[str] | None, size: int | None, dtype: torch.dtype) -> Settings:
         """The settings of an extraction; arguments as for :func:`~diffusion_backbones.extraction.extract`."""
         declaration, maps = backbone.declaration, backbone.out_maps
-        recipe = declaration.recipe
-        ids = tuple(tuple(site.id for site in backbone.levels[m.level].sites) for m in maps)
-        options = {"weight_dtype": backbone.weight_dtype, "fold": backbone.folded, "compile": backbone.compiled}
         return cls(
             backbone=declaration.architecture,
             tag=declaration.tag,
             weights_digest=weights_digest(backbone),
             configs_digest=_configs_digest(backbone.configs),
-            recipe_digest=recipe.digest,
-            prompt=recipe.prompt,
-            timestep=recipe.timestep,
+            recipe_digest=declaration.digest,
+            prompt=declaration.prompt,
+            timestep=declaration.timestep,
             levels=tuple(names or (f"level{i}" for i in range(len(maps)))),
-            activations=ids,
+            activations=tuple(backbone.activations),
             strides=tuple(m.stride for m in maps),
             size=size,
             dtype=dtype_name(dtype),
             computed=(dtype_name(backbone.dtype), dtype_name(backbone.encoder_dtype)),
-            options=options,
+            options=backbone.options,
         )
 
     @property
@@ -134,7 +129,7 @@ def image_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def weights_digest(backbone: DiffusionBackbone) -> str:
+def weights_digest(backbone: Backbone) -> str:
     """Names everything that a backbone holds by its content: names, dtypes, shapes and values."""
     import torch
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.backbone.out_of_memory import is_oom, widest_map
+from diffusion_backbones.backbone.contract import Backbone
+from diffusion_backbones.backbone.out_of_memory import is_oom
 from diffusion_backbones.extraction import images
 from diffusion_backbones.extraction.folder import Folder
 from diffusion_backbones.extraction.images import ImageFile
@@ -76,7 +76,7 @@ class Reader:
 
     def __init__(
         self,
-        backbone: DiffusionBackbone,
+        backbone: Backbone,
         size: int | None,
         max_pixels: int | None = None,
         obstacle: Callable[[ImageFile], str] = lambda _: "",
@@ -111,14 +111,14 @@ class Reader:
         )
 
 
-def bytes_per_pixel(backbone: DiffusionBackbone) -> float:
+def bytes_per_pixel(backbone: Backbone) -> float:
     """Bytes of the machine's memory that a pixel of an image takes from the decoded image to the features."""
     if backbone.device.type != "cpu":
         return PREPARING
-    return PREPARING + COMPUTING * widest_map(backbone) * backbone.encoder_dtype.itemsize
+    return PREPARING + COMPUTING * backbone.widest_map * backbone.encoder_dtype.itemsize
 
 
-def check_fits(backbone: DiffusionBackbone, size: int | tuple[int, int], batch_size: int) -> None:
+def check_fits(backbone: Backbone, size: int | tuple[int, int], batch_size: int) -> None:
     """Check that a batch of one size fits the memory.
 
     Args:
@@ -169,7 +169,7 @@ class Computer:
         dtype: Dtype of the maps.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, dtype: torch.dtype):
+    def __init__(self, backbone: Backbone, dtype: torch.dtype):
         self.backbone, self.dtype, self.device = backbone, dtype, backbone.device
         self.bytes_per_pixel = bytes_per_pixel(backbone)
 
@@ -213,7 +213,7 @@ class Writer:
         report: Called with every image and None once its features are on disk, or the reason why they are not.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, folder: Folder, report: Callable[[ImageFile, str | None], None]):
+    def __init__(self, backbone: Backbone, folder: Folder, report: Callable[[ImageFile, str | None], None]):
         self.declaration, self.device = backbone.declaration, backbone.device
         self.strides = backbone.feature_info.reduction()
         self.folder, self.report = folder, report

@@ -16,6 +16,7 @@ from diffusion_backbones import families
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.factory.build import Builder, plan_for
 from diffusion_backbones.factory.checkpoint_path import is_given
+from diffusion_backbones.factory.fusions import with_fusions
 from diffusion_backbones.factory.locate import Resolved, declare, locate, with_encoder
 from diffusion_backbones.factory.options import BuildOptions, check_overlay, check_strides, recipe_overrides
 from diffusion_backbones.loading.prompts import no_text_encoder
@@ -25,10 +26,11 @@ from diffusion_backbones.spec.configs import Configs
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.recipe import Recipe
-from diffusion_backbones.spec.registry import get_declaration
+from diffusion_backbones.spec.registry import get_declaration, list_fusions
 from diffusion_backbones.spec.validation import check_flag
 
 
+@with_fusions
 def create_model(
     name: str,
     pretrained: bool = False,
@@ -60,7 +62,8 @@ def create_model(
     Args:
         name: A registered backbone (``sd15_gdf``), a checkpoint (``sd15``) together with ``recipe=``,
             ``hf-hub:owner/repo``, or ``local-dir:folder``. The last two read a folder that ``save_pretrained`` wrote,
-            or a diffusers folder with ``recipe=``.
+            or a diffusers folder with ``recipe=``. Also a fusion, registered or as ``a+b`` of backbones and models of
+            timm; it is a ``FusedBackbone``, and docs/fusion.md says which keywords it takes.
         pretrained: Download what the backbone needs from the hub. Without it the weights are random, which is warned of
             once unless the denoiser is trained, and nothing is fetched.
         checkpoint_path: A diffusers folder, a folder that ``save_pretrained`` wrote, or one ``.safetensors`` file in
@@ -145,7 +148,7 @@ def create_model(
     plan = plan_for(_declared(found, configs, recipe, settings), configs, options)
     folded = found.restored.folded if found.restored else {}
     if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
-        warnings.warn(RANDOM.format(plan.declaration.name), RandomWeightsWarning, stacklevel=2)
+        warnings.warn(RANDOM.format(plan.declaration.name), RandomWeightsWarning, stacklevel=3)
     return Builder(plan, found, options, folded).build()
 
 
@@ -196,7 +199,8 @@ def model_entrypoint(name: str) -> Callable[..., DiffusionBackbone]:
     Raises:
         KeyError: Unknown; the message names the closest backbones.
     """
-    get_declaration(name)
+    if name not in list_fusions():
+        get_declaration(name)
     return functools.partial(create_model, name)
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.ops.describe import dtype_name
 from diffusion_backbones.surgery import compilation
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from diffusion_backbones.backbone.module import DiffusionBackbone
     from diffusion_backbones.spec.recipe import Recipe
 
 SUFFIXES = (".pt2", ".onnx")
@@ -187,6 +187,10 @@ def check_path(path: Path, compiled: bool = True, overwrite: bool = False) -> No
 
 def _check(backbone: DiffusionBackbone, size: Sequence[int] | None, batch: int | None, dynamic: bool) -> None:
     name = backbone.declaration.name
+    if not isinstance(backbone, DiffusionBackbone):
+        raise TypeError(
+            f"one backbone is exported to a file, and {name} is another kind; export its members, one by one"
+        )
     if not backbone.architecture.compilable:
         raise ValueError(
             f"{name} cannot be exported: its network reads the lengths of texts on the host in every call, so it is "

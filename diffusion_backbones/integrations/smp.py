@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.integrations import missing
 from diffusion_backbones.ops import pyramid
 from diffusion_backbones.spec.levels import nearest
@@ -30,7 +30,7 @@ __all__ = ["Encoder", "register"]
 STRIDES = (2, 4, 8, 16, 32)
 
 
-def register(backbone: DiffusionBackbone, name: str | None = None) -> str:
+def register(backbone: Backbone, name: str | None = None) -> str:
     """Register a backbone in smp under a name.
 
     Args:
@@ -46,7 +46,7 @@ def register(backbone: DiffusionBackbone, name: str | None = None) -> str:
         TypeError: ``backbone`` is not a backbone.
         ValueError: smp would look for the name in timm.
     """
-    if not isinstance(backbone, DiffusionBackbone):
+    if not isinstance(backbone, Backbone):
         raise TypeError(f"register takes a backbone from create_model, got {backbone!r}")
     name = name or f"diffusion-{backbone.declaration.name}"
     if name.startswith(("tu-", "timm-")):
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         ValueError: ``depth`` is out of range.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, depth: int = 5, output_stride: int = 32):
+    def __init__(self, backbone: Backbone, depth: int = 5, output_stride: int = 32):
         super().__init__()
         if not 2 <= depth <= len(STRIDES):
             raise ValueError(

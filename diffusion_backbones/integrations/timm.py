@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models import is_model as is_timm_model
 
 from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
+from diffusion_backbones.spec.fusion import Fusion, fusion_cfg
 from diffusion_backbones.spec.registry import before_register, on_register
 
 default_cfgs: dict[str, Any] = {}
@@ -28,11 +29,11 @@ def _check(declaration: Declaration) -> None:
         raise ValueError(f"{declaration.architecture!r} is a model of timm; give another name=")
 
 
-def _is_taken(declaration: Declaration) -> bool:
+def _is_taken(declaration: Declaration | Fusion) -> bool:
     return is_timm_model(declaration.architecture) and declaration.architecture not in _ours
 
 
-def _register(declaration: Declaration) -> None:
+def _register(declaration: Declaration | Fusion) -> None:
     if _is_taken(declaration):  # it was registered before timm was imported
         warnings.warn(
             f"{declaration.name!r} is not in timm's registry, where the name is taken; register it under another name",
@@ -47,14 +48,13 @@ def _register(declaration: Declaration) -> None:
         cfg = kwargs.pop("pretrained_cfg", None)  # timm hands on the tag of the name, or the place of a saved folder
         return create_model(_saved_in(cfg) or _full_name(declaration.architecture, cfg), pretrained, **kwargs)
 
-    default_cfgs.update(generate_default_cfgs({declaration.name: pretrained_cfg(declaration)}))
+    cfg = fusion_cfg(declaration) if isinstance(declaration, Fusion) else pretrained_cfg(declaration)
+    default_cfgs.update(generate_default_cfgs({declaration.name: cfg}))
     if not declaration.tag:
         entry.__name__ = entry.__qualname__ = declaration.architecture
         entry.__module__ = __name__
-        entry.__doc__ = (
-            f"{declaration.checkpoint.title}, read by the recipe {declaration.recipe.name}: a list of "
-            "maps, fine to coarse."
-        )
+        how = "a fusion" if isinstance(declaration, Fusion) else f"read by the recipe {declaration.recipe.name}"
+        entry.__doc__ = f"{declaration.title}, {how}: a list of maps, fine to coarse."
         register_model(entry)
 
 

@@ -21,7 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.ops.pixel_values import within
 from diffusion_backbones.spec.levels import take
 
@@ -46,7 +46,7 @@ class NamedLevels(nn.Module):
         ValueError: The backbone has no such level; the error lists its levels.
     """
 
-    def __init__(self, backbone: DiffusionBackbone, **levels: int):
+    def __init__(self, backbone: Backbone, **levels: int):
         super().__init__()
         info = backbone.feature_info
         maps = [
@@ -111,7 +111,7 @@ class PyramidFPN(nn.Module):
 
     def __init__(
         self,
-        backbone: DiffusionBackbone,
+        backbone: Backbone,
         out_channels: int = 256,
         levels: int | Sequence[int] | None = None,
         extra: str | None = "pool",

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_backbones.backbone.contract import Backbone
+from diffusion_backbones.backbone.fusion import TimmExtractor
+from diffusion_backbones.backbone.fusion.saving import describe_whole
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.backbone.save_pretrained import describe
 from diffusion_backbones.factory.entry_points import build_described
+from diffusion_backbones.factory.fusions import described_fusion
 from diffusion_backbones.integrations import missing
 from diffusion_backbones.loading.saved_folder import SavedConfig
 
@@ -49,7 +52,7 @@ __all__ = ["PROCESSOR", "DiffusionBackboneConfig", "DiffusionBackboneModel"]
 class Held:
     """The backbone that a config was made from. Copies of the config share it; its JSON and pickle leave it out."""
 
-    def __init__(self, backbone: DiffusionBackbone | None = None):
+    def __init__(self, backbone: Backbone | None = None):
         self.backbone = backbone
 
     def __deepcopy__(self, memo: Any) -> Held:
@@ -64,7 +67,7 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
 
     Args:
         backbone: Name, checkpoint, recipe, strides and architecture, from
-            :func:`diffusion_backbones.backbone.save_pretrained.describe`.
+            :func:`diffusion_backbones.backbone.fusion.saving.describe_whole`.
         trainable: Whether the denoiser is trained.
         out_features, out_indices: The returned maps, fine to coarse, by name (``level0`` ...) or position; all by
             default.
@@ -91,10 +94,7 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
         kwargs.pop("stage_names", None)
         super().__init__(**kwargs)
         self.backbone, self.trainable, self.num_channels, self.held = backbone, trainable, 3, Held()
-        described = SavedConfig(backbone, "backbone_config")
-        self.stage_names = [
-            f"level{i}" for i in range(len(described.out_strides or described.declaration.recipe.levels))
-        ]
+        self.stage_names = [f"level{i}" for i in range(_maps(backbone))]
         features, indices = out_features and list(out_features), out_indices
         if indices is not None:
             indices = list(indices)
@@ -103,7 +103,7 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
         self.set_output_features_output_indices(out_features=features, out_indices=indices)
 
     @classmethod
-    def from_backbone(cls, backbone: DiffusionBackbone, **kwargs: Any) -> DiffusionBackboneConfig:
+    def from_backbone(cls, backbone: Backbone, **kwargs: Any) -> DiffusionBackboneConfig:
         """The config of a backbone. Models built from it, or from a copy, hold this very backbone, with its weights.
 
         Args:
@@ -118,7 +118,7 @@ class DiffusionBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: i
                 f"a config holds trainable=True or False, and this backbone has trainable={backbone.trainable!r}; save "
                 "it, and load it with one of those"
             )
-        config = cls(json.loads(json.dumps(describe(backbone))), backbone.trainable, **kwargs)
+        config = cls(json.loads(json.dumps(describe_whole(backbone))), backbone.trainable, **kwargs)
         config.held = Held(backbone)
         return config
 
@@ -143,14 +143,10 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         super().__init__(config)
         empty = torch.get_default_device().type == "meta"  # as from_pretrained builds
         held = None if empty else config.held.backbone
-        self.diffusion_backbone = held or build_described(
-            SavedConfig(config.backbone, "backbone_config"), config.trainable
-        )
-        if empty:
-            self.diffusion_backbone.provenance = dict(config.backbone["provenance"])
+        self.diffusion_backbone = held or _build(config.backbone, config.trainable, empty)
         self.num_features = self.diffusion_backbone.feature_info.channels()
-        if self.diffusion_backbone.encoder_overflows:
-            self._keep_in_fp32_modules = {"diffusion_backbone.encoder"}
+        if overflowing := [name for name, part in self._diffusion() if part.encoder_overflows]:
+            self._keep_in_fp32_modules = {f"{name}.encoder" for name in overflowing}
         self._trained = {name for name, p in self.named_parameters() if p.requires_grad}
         self._uncomputed = sorted(set(dict(self.named_buffers())) - set(self.state_dict())) if empty else []
         self.post_init()
@@ -210,7 +206,12 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
             )
         self.diffusion_backbone.set_grad_checkpointing(enable)
         if enable:
-            self.diffusion_backbone.denoiser.enable_gradient_checkpointing(gradient_checkpointing_func)  # type: ignore[operator]
+            for _, part in self._diffusion():
+                part.denoiser.enable_gradient_checkpointing(gradient_checkpointing_func)  # type: ignore[operator]
+
+    def _diffusion(self) -> list[tuple[str, DiffusionBackbone]]:
+        """The diffusion backbone by its name in this model; of a fusion all of them."""
+        return [(name, part) for name, part in self.named_modules() if isinstance(part, DiffusionBackbone)]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights as they are: nothing is drawn again."""
@@ -231,7 +232,34 @@ class DiffusionBackboneModel(BackboneMixin, PreTrainedModel):  # type: ignore[mi
         for name in self._uncomputed:
             owner, _, leaf = name.rpartition(".")
             self.get_submodule(owner).register_buffer(leaf, self.get_buffer(name).to("meta"), persistent=False)
-        self.diffusion_backbone.architecture.fill_buffers(self.diffusion_backbone.denoiser, self.device)
+        for _, part in self._diffusion():
+            part.architecture.fill_buffers(part.denoiser, self.device)
+        for other in (part for part in self.modules() if isinstance(part, TimmExtractor)):
+            other.fill_buffers()
+
+
+def _maps(described: dict[str, Any]) -> int:
+    """How many maps what is described returns."""
+    if "fusion" in described:
+        return len(described["out_strides"] or described["levels"])
+    config = SavedConfig(described, "backbone_config")
+    return len(config.out_strides or config.declaration.recipe.levels)
+
+
+def _build(described: dict[str, Any], trainable: bool, empty: bool) -> Backbone:
+    """What is described, with random weights, or ``empty`` of any; where those that come are from is then known."""
+
+    def single(config: SavedConfig) -> DiffusionBackbone:
+        backbone = build_described(config, trainable)
+        if empty:
+            backbone.provenance = dict(config.provenance)
+        return backbone
+
+    return (
+        described_fusion(described, single)
+        if "fusion" in described
+        else single(SavedConfig(described, "backbone_config"))
+    )
 
 
 AutoConfig.register(DiffusionBackboneConfig.model_type, DiffusionBackboneConfig)

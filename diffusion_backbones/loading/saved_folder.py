@@ -167,6 +167,14 @@ def _input_format(data: Mapping[str, Any]) -> InputFormat:
     return SYMMETRIC
 
 
+class FusionFoundError(ValueError):
+    """A folder holds a fusion, and one backbone was looked for. Whoever builds fusions takes it from here."""
+
+    def __init__(self, folder: Folder):
+        super().__init__(f"{folder} holds a fusion of several backbones; give it as the name: 'local-dir:FOLDER'")
+        self.folder = folder
+
+
 class SavedBackbone(SavedConfig):
     """A folder that ``save_pretrained`` wrote, its weights unread.
 
@@ -176,7 +184,10 @@ class SavedBackbone(SavedConfig):
     """
 
     def __init__(self, folder: Folder):
-        super().__init__(folder.json(CONFIG), f"{folder}: {CONFIG}")
+        data = folder.json(CONFIG)
+        if "fusion" in data:
+            raise FusionFoundError(folder)
+        super().__init__(data, f"{folder}: {CONFIG}")
         self._folder = folder
         names = folder.names()
         sharded = INDEX in names and (WEIGHTS not in names or _is_our_index(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_backbones.spec.checkpoint import Checkpoint
+from diffusion_backbones.spec.checkpoint import Checkpoint, License
 from diffusion_backbones.spec.input_format import SYMMETRIC, InputFormat
 from diffusion_backbones.spec.recipe import Recipe
 
@@ -27,6 +27,40 @@ class Declaration:
     def tag(self) -> str:
         """The part of the name behind the dot, or empty."""
         return self.name.partition(".")[2]
+
+    @property
+    def title(self) -> str:
+        """Name for people."""
+        return self.checkpoint.title
+
+    @property
+    def checkpoint_name(self) -> str:
+        """What names its weights."""
+        return self.checkpoint.name
+
+    @property
+    def license(self) -> License:
+        """The licence of its weights."""
+        return self.checkpoint.license
+
+    @property
+    def digest(self) -> str:
+        """Of its recipe."""
+        return self.recipe.digest
+
+    @property
+    def prompt(self) -> str:
+        """Of its recipe."""
+        return self.recipe.prompt
+
+    @property
+    def timestep(self) -> float:
+        """Of its recipe; the first of several."""
+        return self.recipe.timestep
+
+    def described(self) -> dict[str, Any]:
+        """Its recipe, JSON-able."""
+        return self.recipe.to_dict()
 
     @property
     def input_size(self) -> int:

@@ -9,13 +9,15 @@ from typing import Any
 
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
+from diffusion_backbones.spec.fusion import Fusion, fusion_cfg
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.validation import closest
 
 _checkpoints: dict[str, Checkpoint] = {}
 _declarations: dict[str, Declaration] = {}
+_fusions: dict[str, Fusion] = {}
 _checks: list[Callable[[Declaration], None]] = []
-_listeners: list[Callable[[Declaration], None]] = []
+_listeners: list[Callable[[Declaration | Fusion], None]] = []
 
 
 def register_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
@@ -67,13 +69,46 @@ def declare(checkpoint: Checkpoint | str, recipe: Recipe, name: str | None = Non
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as Recipe('mine', levels=(...)), got {recipe!r}")
     name = name or f"{checkpoint.name}_{recipe.name}"
-    _check_name(name, _declarations if not tag else (), _checkpoints)
+    _check_name(name, _declarations if not tag else (), _checkpoints, _fusions)
     if tag and not re.fullmatch(r"\w[\w-]*", str(tag)):
         raise ValueError(f"a tag is made of letters, digits, underscores and hyphens, got {tag!r}")
     full = f"{name}.{tag}" if tag else name
     if full in _declarations:
         raise ValueError(f"a backbone {full!r} is already registered")
     return Declaration(full, checkpoint, recipe)
+
+
+def register_fusion(fusion: Fusion) -> Fusion:
+    """Make a fusion known by its name and return it. From then on it is in ``list_fusions``, ``create_model``, timm,
+    the hub entries and the cards.
+
+    Raises:
+        TypeError: It is no :class:`Fusion`.
+        ValueError: The name is taken, or is not of lower-case letters, digits and underscores.
+    """
+    if not isinstance(fusion, Fusion):
+        raise TypeError(f"a Fusion is registered, got {fusion!r:.80}")
+    _check_name(fusion.name, _fusions, _declarations, _checkpoints)
+    _fusions[fusion.name] = fusion
+    for listener in _listeners:
+        listener(fusion)
+    return fusion
+
+
+def list_fusions(filter: str = "") -> list[str]:  # noqa: A002  (as in list_models)
+    """Names of the registered fusions, in natural order."""
+    return sorted((n for n in _fusions if not filter or fnmatch.fnmatchcase(n, filter)), key=_natural)
+
+
+def get_fusion(name: str) -> Fusion:
+    """A registered fusion.
+
+    Raises:
+        KeyError: Unknown; the message names the closest.
+    """
+    if name in _fusions:
+        return _fusions[name]
+    raise KeyError(f"no fusion is called {name!r}.{closest(name, _fusions)} `list_fusions()` lists them all.")
 
 
 def _check_name(name: str, *taken: Iterable[str]) -> None:
@@ -88,10 +123,11 @@ def before_register(check: Callable[[Declaration], None]) -> None:
     _checks.append(check)
 
 
-def on_register(listener: Callable[[Declaration], None]) -> None:
-    """Call ``listener`` for every declaration, those made so far included."""
+def on_register(listener: Callable[[Declaration | Fusion], None]) -> None:
+    """Call ``listener`` for every declaration and every fusion, those made so far included."""
     _listeners.append(listener)
-    for declaration in _declarations.values():
+    known: list[Declaration | Fusion] = [*_declarations.values(), *_fusions.values()]
+    for declaration in known:
         listener(declaration)
 
 
@@ -136,8 +172,8 @@ def list_checkpoints(filter: str = "") -> list[str]:  # noqa: A002  (as in list_
 
 
 def is_model(name: str) -> bool:
-    """Whether a backbone of this name is registered."""
-    return name in _declarations
+    """Whether a backbone or a fusion of this name is registered."""
+    return name in _declarations or name in _fusions
 
 
 def get_declaration(name: str) -> Declaration:
@@ -148,6 +184,8 @@ def get_declaration(name: str) -> Declaration:
     """
     if name in _declarations:
         return _declarations[name]
+    if name in _fusions:
+        raise KeyError(f"{name!r} is a fusion of several backbones, and one backbone is needed here.")
     if name in _checkpoints:
         known = [d.name for d in _declarations.values() if d.checkpoint.name == name]
         published = f" Published recipes: {', '.join(known)}." if known else " It has no published recipe."
@@ -163,7 +201,8 @@ def get_declaration(name: str) -> Declaration:
             f"{', '.join(tags) or 'no tags, only the default weights'}."
         )
     raise KeyError(
-        f"no backbone is called {name!r}.{closest(name, [*_declarations, *_checkpoints])}{_on_the_hub(name)} "
+        f"no backbone is called {name!r}."
+        f"{closest(name, [*_declarations, *_fusions, *_checkpoints])}{_on_the_hub(name)} "
         "`list_models()` lists them all."
     )
 
@@ -187,5 +226,5 @@ def _on_the_hub(name: str) -> str:
 
 
 def get_pretrained_cfg(name: str) -> dict[str, Any]:
-    """timm's description of a backbone's input and weights, see :func:`pretrained_cfg`."""
-    return pretrained_cfg(get_declaration(name))
+    """timm's description of a backbone's or a fusion's input and weights, see :func:`pretrained_cfg`."""
+    return fusion_cfg(_fusions[name]) if name in _fusions else pretrained_cfg(get_declaration(name))
