@@ -22,7 +22,7 @@ from typing import Any
 from diffusion_backbones.extraction.folder import ABOUT, LIBRARIES, MANIFEST, ORDER, Folder
 from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.settings import Settings
-from diffusion_backbones.spec.registry import get_declaration, is_model
+from diffusion_backbones.spec.registry import get_declaration, list_fusions
 
 PACKAGE = Path(__file__).parent.parent
 COMPUTING = (*LIBRARIES, "accelerate", "peft", "tokenizers", "torchao")
@@ -79,7 +79,7 @@ class Order:
             return None
         if self.folder or self.asked["checkpoint_path"] or self.asked["random_weights"]:
             return {}
-        if not is_model(self.name):  # a fusion, whose members timm may have from elsewhere
+        if "+" in self.name or self.name in list_fusions():  # timm may have members from elsewhere
             return None
         checkpoint = get_declaration(self.name).checkpoint
         tiny = checkpoint.tiny_encoder.file if checkpoint.tiny_encoder and self.asked["encoder"] else None
