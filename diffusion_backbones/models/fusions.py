@@ -6,7 +6,6 @@ from diffusion_backbones.models import notes
 from diffusion_backbones.models.papers import papers
 from diffusion_backbones.models.sdxl import SDXL
 from diffusion_backbones.models.stable_diffusion import SD15
-from diffusion_backbones.spec.activations import parse
 from diffusion_backbones.spec.checkpoint import License
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.fusion import Fusion, Member, TimmModel
@@ -25,56 +24,44 @@ DINOV2_B = TimmModel(
 _GDF = papers["meng2024gdf"]
 _TRAINED = "GDF puts trained convolutions on these channels, which are not part of this pyramid."
 _ORDER = "Channels are in the order of GDF's code: SDXL first, {}."
-ATTENTION = "attn[up_cross]"
 
-
-def _is_activation(name: str) -> bool:
-    """Whether recipes can read it."""
-    try:
-        parse(name)
-    except ValueError:
-        return False
-    return True
-
-
-if _is_activation(ATTENTION):
-    _SD15_PART = Recipe(
-        name="gdf_amalgamation",
-        levels=(
-            ("up-level2-upsampler-out", "up-level3-repeat0-vit-block0-self-k", ATTENTION),
-            "up-level2-repeat1-vit-block0-cross-q",
-            "up-level1-repeat1-vit-block0-cross-q",
+_SD15_PART = Recipe(
+    name="gdf_amalgamation",
+    levels=(
+        ("up-level2-upsampler-out", "up-level3-repeat0-vit-block0-self-k", "attn[up_cross]"),
+        "up-level2-repeat1-vit-block0-cross-q",
+        "up-level1-repeat1-vit-block0-cross-q",
+    ),
+    timestep=51,
+    nominal_timestep=50,
+    input_size=512,
+    paper=_GDF,
+    source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_15_amalgamation.json with "
+    "--attention up_cross",
+)
+register_fusion(
+    Fusion(
+        name="xlt_gdf",
+        title="GDF's Ours-XL-t for correspondence and label-scarce segmentation",
+        members=(
+            Member(get_declaration("sdxl_gdf"), maps=(1, 0)),
+            Member(Declaration("sd15_gdf_amalgamation", SD15, _SD15_PART), maps=(2, 1, 0)),
+            Member(get_declaration("pgv2_gdf")),
         ),
-        timestep=51,
-        nominal_timestep=50,
-        input_size=512,
+        strides=(8,),
+        normalize="none",
         paper=_GDF,
-        source="Darkbblue/generic-diffusion-feature at e4361a6, feature/configs/config_15_amalgamation.json with "
-        "--attention up_cross",
+        source="Darkbblue/generic-diffusion-feature at e4361a6, correspondence/README.md and "
+        "correspondence/correspondence/aggregation_network.py; arXiv 2410.03558, appendix B.3",
+        notes=(
+            _ORDER.format("Stable Diffusion 1.5, Playground v2, each model's in forward order, its attention last"),
+            "All maps are brought to 128 x 128 for images of 1024, as for correspondence; for label-scarce "
+            "segmentation GDF enlarges each model's maps to its widest by the nearest position.",
+            _TRAINED,
+            *notes.gdf(size_conditioning=True),
+        ),
     )
-    register_fusion(
-        Fusion(
-            name="xlt_gdf",
-            title="GDF's Ours-XL-t for correspondence and label-scarce segmentation",
-            members=(
-                Member(get_declaration("sdxl_gdf"), maps=(1, 0)),
-                Member(Declaration("sd15_gdf_amalgamation", SD15, _SD15_PART), maps=(2, 1, 0)),
-                Member(get_declaration("pgv2_gdf")),
-            ),
-            strides=(8,),
-            normalize="none",
-            paper=_GDF,
-            source="Darkbblue/generic-diffusion-feature at e4361a6, correspondence/README.md and "
-            "correspondence/correspondence/aggregation_network.py; arXiv 2410.03558, appendix B.3",
-            notes=(
-                _ORDER.format("Stable Diffusion 1.5, Playground v2, each model's in forward order, its attention last"),
-                "All maps are brought to 128 x 128 for images of 1024, as for correspondence; for label-scarce "
-                "segmentation GDF enlarges each model's maps to its widest by the nearest position.",
-                _TRAINED,
-                *notes.gdf(size_conditioning=True),
-            ),
-        )
-    )
+)
 
 _SDXL_SEGMENTATION = Recipe(
     name="gdf_seg",
