@@ -44,6 +44,15 @@ def test_first_features_import_what_the_stock_networks_do_and_hardly_more(tiny_f
     assert "transformers.models.clip.modeling_clip" not in found
 
 
+@pytest.fixture
+def nothing_frozen():
+    """The tests freeze what was imported for them; where somebody has, importing leaves the collector alone."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_garbage_is_collected_again_and_what_was_imported_counts_as_old():
     with uncollected():
         assert not gc.isenabled()
@@ -64,6 +73,7 @@ def test_garbage_is_collected_again_and_what_was_imported_counts_as_old():
         gc.enable()
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_cyclic_garbage_of_an_import_is_freed(tmp_path, monkeypatch):
     """Old objects are looked through by a full collection; frozen ones would never be."""
     (tmp_path / "brings_garbage.py").write_text(
