@@ -2,6 +2,8 @@
 PYTHON ?= python3
 LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
+# Compiling all of 20,000 files takes longer than a minute; Python compiles those that it imports.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PICTURE := demo/tinysd_gdf.png
 
 .PHONY: demo test test-fast fuzz test-lowest lint cards check bench clean
@@ -46,15 +48,15 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv; the first time this fetches PyTorch, several gigabytes." >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m $(PIP_INSTALL) --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m $(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 .venv-lowest/installed: pyproject.toml scripts/lowest.py .venv/installed-dev
 	@test -x .venv-lowest/bin/python || $(LOWEST_PYTHON) -m venv .venv-lowest
 	@$(BIN)/python scripts/lowest.py > .venv-lowest/lowest.txt
-	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-lowest/lowest.txt pytest pytest-xdist
+	@.venv-lowest/bin/python -m $(PIP_INSTALL) --requirement .venv-lowest/lowest.txt pytest pytest-xdist
 	@touch $@

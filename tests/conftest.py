@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: an accidental download fails at once
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("DIFFUSION_BACKBONES_CACHE", None)
+THREADS = max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes that tests start too: more threads than cores only wait
+
+gc.disable()  # until everything is imported, of which nothing is garbage
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -21,8 +26,14 @@ from torchvision.transforms.functional import to_tensor  # noqa: E402
 
 from diffusion_backbones.reports import costs  # noqa: E402
 
-torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+torch.set_num_threads(THREADS)
 PHOTO = Path(__file__).parent.parent / "docs" / "cat.jpg"
+
+
+def pytest_collection_finish():
+    """What was imported stays, so later collections need not look at its million objects."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,10 @@ def test_a_transformer_in_its_authors_names_is_the_stock_network(name, prefix, t
     save_file({prefix + key: tensor.contiguous().clone() for key, tensor in written.items()}, file)
     place = f"local-dir:{tiny_folder(name)}"
     backbone = db.create_model(place, recipe=["vit-block1-out"], checkpoint_path=file, truncate=False)
-    read = backbone.denoiser.state_dict()
+    read, expected = backbone.denoiser.state_dict(), stock.state_dict()
     assert len(read) > 50
     for key, tensor in read.items():
-        assert torch.equal(tensor, stock.state_dict()[key]), key
+        assert torch.equal(tensor, expected[key]), key
     assert backbone.provenance == {"path": str(tiny_folder(name)), "transformer_path": str(file)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -124,6 +125,7 @@ def test_rows_are_appended(timed, tmp_path):
 
 def test_the_command(monkeypatch, timed, tmp_path):
     monkeypatch.setattr(benchmark, "bench", lambda *_, **__: timed[1])
+    monkeypatch.setattr(benchmark, "matmul_gflops", functools.partial(benchmark.matmul_gflops, side=256))
     command = ["bench", "tinysd_gdf", "--size", "128", "--device", "cpu"]
     said = CliRunner().invoke(main, [*command, "--csv", str(tmp_path / "speed.csv")])
     assert said.exit_code == 0, said.output

@@ -139,56 +139,62 @@ def test_attention_maps_are_formed_in_bounded_memory(backbone, x):
 
 
 DISTRIBUTED = """
-import sys, torch, torch.distributed as dist
+import traceback, torch, torch.distributed as dist
 import diffusion_backbones as db
-kind = sys.argv[1]
-dist.init_process_group("gloo")
+from torch.distributed.fsdp import fully_shard
 torch.set_num_threads(1)
-torch.manual_seed(0)
-x = torch.rand(2, 3, 64, 128) * 2 - 1
-backbone = db.create_model("tinysd_gdf", pretrained=True, trainable=True)
-expected = [m.detach() for m in backbone(x)]
-if kind == "ddp":
-    model = torch.nn.parallel.DistributedDataParallel(backbone)
-else:
-    from torch.distributed.fsdp import fully_shard
+def ddp(backbone):
+    return torch.nn.parallel.DistributedDataParallel(backbone)
+def fsdp(backbone):
     unet = backbone.denoiser
     for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet]:
         fully_shard(block)
-    model = fully_shard(backbone)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
-for step in range(2):
-    maps = model(x)
-    if step == 0:
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps, expected)), "sharding changed the features"
-    sum(m.pow(2).mean() for m in maps).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print("trained", dist.get_rank(), flush=True)
+    return fully_shard(backbone)
+def train(shard):
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 64, 128) * 2 - 1
+    backbone = db.create_model("tinysd_gdf", pretrained=True, trainable=True)
+    expected = [m.detach() for m in backbone(x)]
+    model = shard(backbone)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
+    for step in range(2):
+        maps = model(x)
+        if step == 0:
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps, expected)), "sharding changed the features"
+        sum(m.pow(2).mean() for m in maps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+dist.init_process_group("gloo")
+for shard in (ddp, fsdp):
+    try:
+        train(shard)
+        print("trained", shard.__name__, dist.get_rank(), flush=True)
+    except Exception:
+        traceback.print_exc()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_training_on_two_ranks(kind, tmp_path):
-    """DDP stops on a parameter that gets no gradient; FSDP2 shards the inner denoiser too."""
-    script = tmp_path / "train.py"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both kinds in the same two processes, one after the other, since these start for longer than they train."""
+    script = tmp_path_factory.mktemp("distributed") / "train.py"
     script.write_text(DISTRIBUTED)
-    port = 29500 + os.getpid() % 1000 + (kind == "fsdp")
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            f"--master-port={port}",
-            str(script),
-            kind,
-        ],
+    port = f"--master-port={29500 + os.getpid() % 1000}"
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port, str(script)],
         capture_output=True,
         text=True,
         timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("trained") == 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_training_on_two_ranks(kind, trained):
+    """DDP stops on a parameter that gets no gradient; FSDP2 shards the inner denoiser too."""
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert sorted(line for line in trained.stdout.splitlines() if kind in line) == [
+        f"trained {kind} 0",
+        f"trained {kind} 1",
+    ], trained.stderr[-3000:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import detectron2_source  # noqa: F401  # before detectron2 itself
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import FPN, build_model
@@ -322,7 +321,7 @@ def test_misspelt_keys(config):
 
 def test_without_detectron2():
     code = "import sys; sys.modules['detectron2'] = None; import diffusion_backbones.integrations.detectron2"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = warm.run(code)
     assert (
         "pip install 'diffusion-backbones[detectron2]' && pip install --no-build-isolation git+https://github.com/"
         in run.stderr.splitlines()[-1]

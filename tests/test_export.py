@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from click.testing import CliRunner
 
 import diffusion_backbones as db
@@ -48,12 +47,7 @@ def same(maps, expected):
 
 def run_without_the_package(path, batches, tmp_path):
     torch.save(batches, tmp_path / "images.pt")
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(path), str(tmp_path / "images.pt"), str(tmp_path / "maps.pt")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    run = warm.run(WITHOUT, str(path), str(tmp_path / "images.pt"), str(tmp_path / "maps.pt"))
     assert run.returncode == 0, run.stderr[-3000:]
     return torch.load(tmp_path / "maps.pt"), json.loads(run.stdout.splitlines()[-1])
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import warm
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm.run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -33,7 +34,8 @@ def test_names_are_in_timms_registry_in_any_order(code):
 
 
 def test_importing_this_package_imports_neither_timm_nor_torch():
-    assert run("import sys, diffusion_backbones; print({'timm', 'torch', 'wrapt'} & set(sys.modules))") == "set()\n"
+    code = "import sys, diffusion_backbones; print({'timm', 'torch', 'wrapt'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_looking_for_timm_does_not_import_it_and_shows_the_real_one():

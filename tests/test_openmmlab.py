@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import snippets
 import torch
+import warm
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -159,7 +158,7 @@ from mmseg.registry import MODELS as MMSEG
 cfg = dict(type="DiffusionBackbone", name="tinysd_gdf", device="meta")
 print([type(r.build(cfg)).__name__ for r in (MODELS, MMSEG, Registry("model", parent=MODELS, scope="mmdet"))])
 """
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    run = warm.run(code)
     assert run.stdout.splitlines()[-1:] == ["['OpenMMLabBackbone', 'OpenMMLabBackbone', 'OpenMMLabBackbone']"], (
         run.stderr[-2000:]
     )
@@ -167,7 +166,7 @@ print([type(r.build(cfg)).__name__ for r in (MODELS, MMSEG, Registry("model", pa
 
 def test_without_mmengine_the_error_says_what_to_install():
     code = "import sys; sys.modules['mmengine'] = None; import diffusion_backbones.integrations.openmmlab"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = warm.run(code)
     assert "needs mmengine" in run.stderr
     assert "diffusion-backbones[openmmlab]" in run.stderr
 
@@ -335,7 +334,7 @@ def test_a_config_fits_its_backbone(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_config_trains(path, tiny_folder, tmp_path):
     """In float32, since float16 is slow on a CPU; without yapf, which formats the config seven times in a run."""
-    cfg = Config.fromfile(path, format_python_code=False)
+    cfg = Config(Config.fromfile(path).to_dict(), filename=str(path), format_python_code=False)
     folder = tiny_folder(cfg.model.backbone.name.partition("_")[0])
     channels = db.create_model(cfg.model.backbone.name, checkpoint_path=folder).feature_info.channels()
     auxiliary = channels[cfg.model.auxiliary_head.in_index]

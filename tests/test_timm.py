@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+import warm
 from torchvision.models.detection.backbone_utils import FeaturePyramidNetwork
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoBackbone, TimmBackboneConfig, UperNetConfig, UperNetForSemanticSegmentation
@@ -35,8 +36,8 @@ def test_every_name_is_in_timm_with_its_description():
 )
 def test_either_may_be_imported_first(order):
     code = f"{order}; print(timm.is_model('sd15_gdf'))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "True"
+    run = warm.run(code)
+    assert run.stdout.strip() == "True", run.stderr
 
 
 def test_importing_the_package_imports_neither_torch_nor_timm():
@@ -124,7 +125,7 @@ db.register_model("tinysd", db.get_declaration("tinysd_gdf").recipe, tag="again"
 model = timm.create_model("tinysd_gdf.again", pretrained=True, features_only=True)
 print(model.declaration.name, model.feature_info.channels())
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = warm.run(code)
     assert run.stdout.strip() == "tinysd_gdf.again [48, 96, 224]", run.stderr[-2000:]
 
 

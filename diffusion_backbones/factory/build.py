@@ -111,7 +111,8 @@ class Builder:
         """The stock networks, truncated: on ``meta`` where weights will be read, otherwise with PyTorch's
         initialization.
         """
-        with safetensors_io.unfilled() if self.fills else self.options.device:
+        without_values = self.fills or self.options.device.type == "meta"
+        with safetensors_io.unfilled() if without_values else self.options.device:
             denoiser = self.network.build_denoiser()
             encoder = self.network.image_encoder.build()
             constant_folding.restore(denoiser, self.folded)

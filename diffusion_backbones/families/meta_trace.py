@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.ops import safetensors_io
 from diffusion_backbones.spec.activations import Port, Site
 
 
@@ -44,7 +45,7 @@ class Network(Protocol):
 
 def build(network: Network) -> nn.Module:
     """The stock, whole denoiser on ``meta``."""
-    with torch.device("meta"):
+    with safetensors_io.unfilled():
         return network.build_denoiser()
 
 

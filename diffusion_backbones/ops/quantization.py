@@ -7,6 +7,7 @@ norms and the image encoder stay as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
@@ -56,6 +57,16 @@ def quantized_names(network: nn.Module, called: Collection[str]) -> frozenset[st
 
 def int8(weight: Tensor) -> Tensor:
     """A weight (rows, ...) in eight bits, a step for every row. It still reports its own dtype and shape."""
+    return _on_meta(weight.shape, weight.dtype).clone() if weight.is_meta else _rounded(weight)
+
+
+@functools.cache
+def _on_meta(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Without values all weights of a shape are the same, and torchao takes 10 ms for each."""
+    return _rounded(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _rounded(weight: Tensor) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     rounded: Tensor = IntxUnpackedToInt8Tensor.from_hp(weight, (1, *weight.shape[1:]), torch.int8)

@@ -194,8 +194,8 @@ class _NoInit(TorchFunctionMode):
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Build networks on ``meta`` for :func:`load` to fill, without initializing weights that do not exist, which takes
-    a third of the time.
+    """Build networks on ``meta``, to be filled by :func:`load` or to be looked at, without initializing weights that do
+    not exist, which takes a third of the time.
     """
     with torch.device("meta"), _NoInit():
         yield

@@ -104,14 +104,14 @@ def measure(declaration: Declaration, configs: Configs | None = None) -> Costs:
     """Build the networks of a backbone on ``meta``, cut them, and count. Arguments as for :func:`costs`."""
     import torch
 
-    from diffusion_backbones.families.meta_trace import run
+    from diffusion_backbones.families.meta_trace import build, run
     from diffusion_backbones.surgery.introspection import gflops
 
     plan, tiny = Plan.of(declaration, configs), declaration.checkpoint.tiny_encoder
     network, size = plan.architecture, plan.size
+    whole = build(network)
+    parameters_total = _parameters(whole)
     with torch.device("meta"), torch.no_grad():
-        whole = network.build_denoiser()
-        parameters_total = _parameters(whole)
         denoiser = plan.cut(whole)
         denoiser_gflops = gflops(run, network, denoiser, (size, size))
         encoder_parameters, encoder_gflops = _encoder(network.image_encoder, size)
@@ -133,9 +133,10 @@ def _encoder(encoder: ImageEncoder, size: int) -> tuple[int, float]:
     """Parameters of an image encoder and 1e9 operations for an image, as :class:`Costs` has them."""
     import torch
 
+    from diffusion_backbones.ops import safetensors_io
     from diffusion_backbones.surgery.introspection import gflops
 
-    with torch.device("meta"):
+    with safetensors_io.unfilled():
         network, image = encoder.truncate(encoder.build()), torch.empty(1, 3, size, size)
     return _parameters(network), round(gflops(encoder.encode, network, image), 3)
 
