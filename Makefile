@@ -2,8 +2,7 @@
 PYTHON ?= python3
 LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
-# Compiling all of 20,000 files takes longer than a minute; Python compiles those that it imports.
-PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
 PICTURE := demo/tinysd_gdf.png
 
 .PHONY: demo test test-fast fuzz test-lowest lint cards check bench clean
