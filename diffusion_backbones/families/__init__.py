@@ -55,7 +55,7 @@ FAMILIES: dict[str, type[Architecture]] = _Families(
 
 
 def architecture(checkpoint: Checkpoint, configs: Configs | None = None) -> Architecture:
-    """A checkpoint's family bound to configs, by default to those that travel with the package."""
+    """A checkpoint's family bound to configs, by default those of the package; raises as :data:`FAMILIES` does."""
     return FAMILIES[checkpoint.family](configs or package_configs(checkpoint), checkpoint.name)
 
 
