@@ -178,9 +178,10 @@ class FusedBackbone(FusionState):
                 f"{self.declaration.name} with weights={chosen!r} {told}"
                 + ("; the image that is searched has weights=(1, ...)" if compared else "")
             )
-        if compared and self.declaration.normalize != "l2":
-            raise ValueError("weights='confidence' compare directions, so they need a fusion with normalize='l2'")
-        return (self._numbers if weights is None or compared else tuple(chosen) or self._numbers), compared  # type: ignore
+        if compared:
+            self.declaration.check_comparable()
+            return (1.0,) * len(self.members), True
+        return (self._numbers if weights is None else tuple(chosen) or self._numbers), False  # type: ignore
 
     def _calls(self, call: Mapping[str, Any], members: Any) -> list[dict[str, Any]]:
         """The keywords of each member.
