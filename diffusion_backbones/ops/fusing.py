@@ -116,6 +116,8 @@ class Assembly:
         Args:
             maps: One by one.
             normalize: Whether vectors over all of their channels get the length 1.
+                if not parts and not self._parts and self._end > begin:  # what the member gave so far has no gradients
+                    parts.append(self._room(0)[:, begin : self._end])
             weight: What they are multiplied by then.
         """
         begin, squared = self._end, None
