@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.backbone.fusion.module import FusedBackbone
 from diffusion_backbones.backbone.fusion.saving import member_folder, own_tensors
-from diffusion_backbones.backbone.fusion.timm_extractor import check_known, extractor
+from diffusion_backbones.backbone.fusion.timm_extractor import extractor
+from diffusion_backbones.backbone.fusion.timm_networks import check_known
 from diffusion_backbones.factory.options import as_device, as_dtype, check_strides
 from diffusion_backbones.loading.saved_folder import CONFIG, WEIGHTS, FusionFoundError, SavedConfig
 from diffusion_backbones.loading.source import Folder
