@@ -310,11 +310,11 @@ class FusedBackbone(FusionState):
     @contextmanager
     def _visit(self, member: Any) -> Iterator[None]:
         """Within the ``with`` block a member is where it computes."""
-        home = member.device
-        if self.visits is None or home == self.visits:
+        if self.visits is None:
             yield
             return
-        with _VISIT:
+        with _VISIT:  # before its device is asked for: another call may have brought it there, and take it away
+            home = member.device
             member.to(self.visits)
             try:
                 yield
