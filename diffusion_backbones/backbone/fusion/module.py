@@ -187,7 +187,7 @@ class FusedBackbone(FusionState):
         """The keywords of each member.
 
         Raises:
-            KeyError: No such member.
+            KeyError: No such member, or several.
             TypeError: There is no diffusion backbone to take them.
         """
         given = {key: value for key, value in call.items() if value is not None}
@@ -204,6 +204,9 @@ class FusedBackbone(FusionState):
                     f"{self.declaration.name} has no member {key!r}.{closest(str(key), names)} It has "
                     f"{', '.join(names)}."
                 )
+            if names.count(key) > 1:
+                places = [i for i, name in enumerate(names) if name == key]
+                raise KeyError(f"{self.declaration.name} has {key!r} at positions {places}; give one of these")
             if not diffusion[found]:
                 raise TypeError(f"{names[found]} is no diffusion backbone and takes no {', '.join(single)}")
             calls[found] |= single
