@@ -66,7 +66,7 @@ def test_every_step_is_that_of_diffusers(name, steps, tmp_path):
 def test_a_sampler_without_clipping_asks_for_none():
     """SD 1.5's own sampler, PNDM, never clips, whether its config carries the word or not."""
     silent = {key: value for key, value in SD15.items() if key != "clip_sample"}
-    assert SD15["_class_name"] == "PNDMScheduler" and SD15["clip_sample"] is False
+    assert (SD15["_class_name"], SD15["clip_sample"]) == ("PNDMScheduler", False)
     assert Inversion.of(silent, 5) == Inversion.of(SD15, 5)
 
 

@@ -2,8 +2,8 @@
 
 From clean latents up, the network says at every step what the next noise level looks like
 (https://arxiv.org/abs/2010.02502). What is read of a config, and what stands in for what it does not say, is as in
-diffusers' ``DDIMInverseScheduler``: the network receives the timestep that a step goes to. One thing differs: a config of
-a sampler that knows no ``clip_sample``, such as PNDM's, asks for no clipping.
+diffusers' ``DDIMInverseScheduler``: the network receives the timestep that a step goes to. One thing differs: a
+config of a sampler that knows no ``clip_sample``, such as PNDM's, asks for no clipping.
 """
 
 from __future__ import annotations
