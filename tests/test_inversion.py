@@ -176,15 +176,21 @@ def test_other_ways_into_the_network_give_the_same(backbone, made):
     close(folded(X), maps)
 
 
+def test_another_noise_takes_the_place_of_an_inversion():
+    inverted = db.Recipe("x", ["mid-vit-out"], timestep=201, noise="inversion", inversion_steps=5)
+    assert inverted.override(noise="fixed") == db.Recipe("x", ["mid-vit-out"], timestep=201)
+
+
 def test_a_call_is_one_graph():
-    settings = {"noise": "inversion", "inversion_steps": 5, "timestep": 201}
-    backbone, x = db.create_model("tinysd_gdf", pretrained=True, **settings), X[..., :64]
+    settings = {"noise": "inversion", "inversion_steps": 2, "timestep": 500}
+    backbone = db.create_model("ddpm_cifar10_32", recipe=["mid-repeat0-res-out"], **settings)
+    x = X[..., :32, :64]
     torch._dynamo.reset()
     close(torch.compile(backbone, fullgraph=True, backend="eager")(x), backbone(x))
 
 
 def test_the_network_stays_whole(made):
-    whole, cut = made(out_indices=[2]), made(out_indices=[2], noise="fixed")
+    whole, cut = made(out_indices=[2]), made(out_indices=[2], noise="fixed", inversion_steps=50)
     assert hasattr(whole.denoiser.conv_out, "weight")
     assert whole.plan.passes == 5
     assert cut.plan.passes == 2

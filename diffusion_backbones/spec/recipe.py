@@ -185,7 +185,8 @@ class Recipe:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def override(self, **settings: Any) -> Recipe:
-        """A copy with other settings. A ``timestep`` takes the place of several.
+        """A copy with other settings. A ``timestep`` takes the place of several, another ``noise`` that of an inversion
+        with its steps.
 
         Raises:
             TypeError: An unknown setting; the closest is named.
@@ -198,6 +199,8 @@ class Recipe:
         _check_several(settings, f"recipe {self.name!r}")
         if "timestep" in settings:
             settings = {"timesteps": ()} | settings
+        if settings.get("noise", "inversion") != "inversion":
+            settings = {"inversion_steps": _LATER["inversion_steps"]} | settings
         return replace(self, **_with_first(settings))
 
     def to_dict(self) -> dict[str, Any]:
