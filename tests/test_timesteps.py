@@ -240,9 +240,11 @@ def test_files_of_one_timestep_are_as_they_were(single, tmp_path, monkeypatch):
     assert not {"timesteps", "combine"} & recipe.keys()
 
 
-def test_it_is_exported(concatenated):
+def test_it_is_exported():
     from diffusion_backbones.factory.export import describe, trace
 
+    settings = {"timesteps": STEPS, "combine": "concatenate"}
+    concatenated = db.create_model("ddpm_cifar10_32", recipe=["down-level0-repeat0-res-out"], **settings)
     program = trace(concatenated, (64, 128), batch=2)
     close(program.module()(X), concatenated(X))
     assert "timestep 261, 1, 600" in describe(concatenated)["fixed"]
@@ -270,8 +272,9 @@ def test_folded_constants_have_a_row_for_each_timestep(combine, folder, single, 
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_a_call_is_one_graph(fold):
-    settings = {"timesteps": (50, 300), "out_indices": [2], "fold": fold}
-    backbone, x = db.create_model("tinysd_gdf", pretrained=True, **settings), X[..., :64]
+    settings = {"timesteps": (50, 300), "fold": fold}
+    backbone = db.create_model("ddpm_cifar10_32", recipe=["down-level0-repeat0-res-out"], **settings)
+    x = X[..., :32, :64]
     torch._dynamo.reset()
     close(torch.compile(backbone, fullgraph=True, backend="eager")(x), backbone(x))
 
@@ -294,7 +297,11 @@ def test_folded_calls_in_several_threads_do_not_mix(folder):
 def test_a_recipe_of_one_timestep_stays_what_it_was():
     levels = ["mid-vit-out"]
     one = db.Recipe("x", levels, timestep=7)
-    for same in (db.Recipe("x", levels, timesteps=[7]), one.override(timesteps=(7,)), one.override(combine="mean")):
+    for same in (
+        db.Recipe("x", levels, timesteps=[7]),
+        one.override(timesteps=(7,)),
+        one.override(combine="concatenate"),
+    ):
         assert (same, same.digest, same.to_dict()) == (one, one.digest, one.to_dict())
     assert (one.timesteps, one.all_timesteps) == ((), (7,))
 
@@ -330,6 +337,7 @@ def test_settings_of_several_timesteps_go_together():
         ({"timesteps": (5, 6), "timestep": 7}, r"timestep=7 is not the first of timesteps=\(5, 6\); give one"),
         ({"timesteps": (5, 6), "combine": "sum"}, "combine: expected one of mean, concatenate, got 'sum'"),
         ({"combine": "concat"}, "Did you mean concatenate"),
+        ({"inversion_steps": 5}, "inversion_steps=5 is for noise='inversion', and noise='fixed'"),
         ({"combine": 3}, "combine: expected one of mean, concatenate, got 3"),
     ],
 )
