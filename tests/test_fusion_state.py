@@ -175,6 +175,13 @@ def test_the_name_of_two_members_is_not_that_of_the_first():
     assert torch.equal(fused(X, members={1: {"timestep": 300}})[0][:, c:], sd(X, timestep=300)[0])
 
 
+def test_without_a_member_of_whole_strides_they_are_asked_for():
+    """The stride 16 of 160 pixels is 51.2 of the 512 of a member that is not read."""
+    unread = Member(db.get_declaration("tinysd_gdf"), maps=(), input_size=512)
+    with pytest.raises(ValueError, match="no member that is read has strides of whole pixels.*51.2; give strides="):
+        db.fuse(unread, Member(TimmModel("test_vit"), input_size=160), device="meta")
+
+
 # Its principal components.
 
 

@@ -175,7 +175,7 @@ def test_after_pruning_all_that_is_trained_gets_gradients(kept):
 def test_where_maps_are_not_read_all_that_is_trained_gets_gradients(maps):
     conv, sd = Member(TimmModel("test_convnext"), maps=maps), Member(db.get_declaration("tinysd_gdf"), maps=maps)
     for members in ((conv, "test_resnet"), (sd, "test_resnet")):
-        both = db.fuse(*members, trainable=True)
+        both = db.fuse(*members, trainable=True, strides=(8, 16, 32))
         assert unread(both) == []
         assert trained(both.members[0]) > 0 or not maps
         assert trained(both.members[1]) > 0

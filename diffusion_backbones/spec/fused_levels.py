@@ -119,9 +119,18 @@ def _strides(fusion: Fusion, i: int, pyramid: Sequence[OutMap]) -> list[Fraction
 
 
 def _first_whole(fusion: Fusion, strides: Sequence[Sequence[Fraction]]) -> tuple[int, ...]:
-    """The strides of the first member whose maps all have whole ones, as the one with the largest input has."""
+    """The strides of the first member whose maps all have whole ones, as the one with the largest input has.
+
+    Raises:
+        ValueError: That one is not read, and no other has.
+    """
     read = ([of_member[i] for i in _positions(fusion, m, len(of_member))] for m, of_member in enumerate(strides))
-    whole = next(r for r in read if r and all(stride.denominator == 1 for stride in r))
+    whole = next((r for r in read if r and all(stride.denominator == 1 for stride in r)), None)
+    if whole is None:  # as where no map is read of the member with the largest input
+        raise ValueError(
+            f"fusion {fusion.name!r}: no member that is read has strides of whole pixels of the fusion's image: "
+            f"{_listed(fusion, strides)}; give strides="
+        )
     return tuple(sorted({int(stride) for stride in whole}))
 
 
