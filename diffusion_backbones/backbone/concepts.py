@@ -18,6 +18,11 @@ from diffusion_backbones.spec.concepts import check_words, placed
 def find(backbone: BackboneState, words: Any, prompt: str | None, layers: Sequence[str] | None) -> tuple[str, Site]:
     """The prompt of a call for concepts, and the site of their maps; see ``DiffusionBackbone.concepts``."""
     said = check_words(words)
+    if backbone.declaration.recipe.classes:
+        raise ValueError(
+            f"{backbone.declaration.name} reads no prompt but its classes, whose maps are levels; build it without "
+            "classes="
+        )
     parts = _layers(backbone, layers)
     text, places = placed(said, prompt)
     if backbone.prompter.source is None:

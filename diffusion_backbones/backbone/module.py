@@ -28,7 +28,8 @@ class DiffusionBackbone(TimmMixin):
     * ``prompt``: a string for the batch, or one per image; or its embeddings under diffusers' names: ``prompt_embeds``
       (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``,
       ``class_labels``.
-    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``.
+    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``; where
+      the recipe has classes as many strings in their place, or as many for each image.
     * ``timestep``: what the network receives, a number or one per image.
     * ``timesteps``: several of them, one pass each on the same noise, combined as the recipe says: averaged, or
       concatenated along channels, which takes as many as the recipe has.

@@ -10,8 +10,9 @@ what enters a residual block with its skip, both as ODISE reads them (https://ar
 module path such as ``up_blocks.1.resnets.2``. In transformers a site is one too (:class:`Site`) where GDF uses its id
 for other blocks alone, such as the ``norm-out`` of DiT.
 
-``attn[up_cross]`` and its relatives are GDF's aggregated attention: one activation, but many layers
-(:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the others.
+``attn[up_cross]`` and its relatives are GDF's aggregated attention, ``attn[cross@16]`` is VPD's: one activation, but
+many layers (:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the
+others.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _GRAMMAR = [
     rf"(?P<stage>mid)-{_BLOCK}",
     rf"(?P<stage>vit)-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|q|k|v|attn-out|norm-out|ffn-inner|out)",
     r"attn\[(?P<stage>down|mid|up)_(?P<kind>self|cross)\]",
+    rf"(?P<stage>attn)\[(?P<kind>cross)@{_NUMBER}\]",
 ]
 _PATTERNS = [re.compile(pattern) for pattern in _GRAMMAR]
 _MODULE_PATH = re.compile(rf"[A-Za-z_]\w*(?:\.(?:[A-Za-z_]\w*|{_NUMBER}))+")
@@ -53,8 +55,8 @@ class ActivationId:
 
     Args:
         text: The id as written.
-        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, or ``module`` for a stock
-            module path.
+        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, ``attn`` (layers of all
+            stages), or ``module`` for a stock module path.
         level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
         repeat: Residual block within the level.
         block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
@@ -71,7 +73,9 @@ class ActivationId:
     @property
     def in_gdf(self) -> bool:
         """Whether GDF's grammar has this id."""
-        return self.stage not in ("module", "encoder") and not self.kind.endswith(("self-out", "cross-out", "res-in"))
+        return self.stage not in ("module", "encoder", "attn") and not self.kind.endswith(
+            ("self-out", "cross-out", "res-in")
+        )
 
 
 def parse(text: str) -> ActivationId:
@@ -177,7 +181,7 @@ class Site:
     @property
     def reads_text(self) -> bool:
         """Whether it has a value for each token of the text."""
-        return self.id.endswith(("cross-map", "_cross]"))
+        return self.id.endswith(("cross-map", "_cross]")) or self.id.startswith("attn[cross@")
 
     def over_text(self, tokens: int) -> Site:
         """The site as part of a level: attention to a text is averaged over heads and has one channel per token; other

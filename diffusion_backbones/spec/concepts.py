@@ -102,6 +102,57 @@ def filled(template: Any, labels: Any, images: int) -> list[str]:
     return [fill(template, label) for label in some]
 
 
+def check_classes(classes: Sequence[str], template: str, what: str) -> None:
+    """Check that classes, if there are any, have names, and a template to stand in.
+
+    Raises:
+        ValueError: A name is empty or there twice, or the template has no one ``{}``.
+    """
+    if not classes:
+        return
+    if not all(name.strip() for name in classes):
+        raise ValueError(f"{what}: classes must be names, and one is empty, got {classes!r:.80}")
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise ValueError(f"{what}: the class {twice!r} is there twice; each has one map, so name it once")
+    if template.count(SLOT) != 1:
+        raise ValueError(f"{what}: with classes, prompt must have one {SLOT} where they go, got {template!r:.80}")
+
+
+def of_classes(template: Any, labels: Any, classes: Sequence[str], images: int) -> list[list[str]]:
+    """The prompts of every class, for the batch or for each image.
+
+    Args:
+        template: Where the classes stand.
+        labels: What a call gives in place of the classes: as many for the batch, or as many for each image; or None.
+        classes: Of the recipe.
+        images: How many there are.
+
+    Raises:
+        TypeError: They are no strings, or the template is none.
+        ValueError: They are of another number, or the template has no one ``{}``.
+    """
+    if not isinstance(template, str):
+        raise TypeError(f"with classes, prompt must be one string with a {SLOT}, got {template!r:.80}")
+    some = classes if labels is None else labels
+    rows = [some] if _are_names(some) else some
+    if not isinstance(rows, (list, tuple)) or not all(map(_are_names, rows)):
+        raise TypeError(
+            f"labels must be {len(classes)} strings, or a list of as many for each image, got {labels!r:.80}"
+        )
+    if len(rows) not in (1, images) or any(len(row) != len(classes) for row in rows):
+        sizes = " and ".join(str(len(row)) for row in rows)
+        raise ValueError(
+            f"labels must be {len(classes)} strings, one per class, or {images} lists of them, one per image; got "
+            f"{sizes}"
+        )
+    return [[fill(template, name) for name in row] for row in rows]
+
+
+def _are_names(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(name, str) for name in given)
+
+
 def _in_a_row(words: Iterable[str], begin: int) -> Places:
     places = {}
     for word in words:
