@@ -234,7 +234,8 @@ def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChec
         given = embedded(backbone.prompter, backbone.declaration.recipe, b, call.prompt, call.labels)
     own = dict(backbone.conditioning.items())
     tokens = own["prompt_embeds"].shape[1] if backbone.plan.reads_text else None
-    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens)
+    beside = {name: tensor.expand(b, *tensor.shape[1:]) for name, tensor in call.beside.items()}
+    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens) | beside
 
 
 @explain_oom("denoiser")

@@ -111,14 +111,14 @@ class Port:
 
     Args:
         side: ``out`` its output, ``in`` its first input, ``map`` attention probabilities that are recomputed from
-            queries and keys.
+            queries and keys, ``outputs`` what is alike in outputs of attention.
         index: Which element of an output that is a tuple.
         tokens: Which tokens of a sequence of text and image belong to the image: ``all``, the ``last`` behind those of
             the text, or the ``first``.
         part: Which of the equal parts of the channels, for layers that compute several projections at once.
     """
 
-    side: Literal["out", "in", "map"] = "out"
+    side: Literal["out", "in", "map", "outputs"] = "out"
     index: int | None = None
     tokens: Literal["all", "last", "first"] = "all"
     part: int | None = None
@@ -140,7 +140,7 @@ class Port:
         return cls(side, number, tokens, int(part) if part else None)  # type: ignore[arg-type]
 
 
-OUT, IN, MAP = Port("out"), Port("in"), Port("map")
+OUT, IN, MAP, OUTPUTS = Port("out"), Port("in"), Port("map"), Port("outputs")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Site:
             that the next block's adaptive LayerNorm gives it; empty where there is none.
         encoder: Whether it is in the image encoder, and not in the denoiser.
         extension: Whether GDF has no such activation in this kind of block, though its grammar has the id.
-        parts: For aggregated attention, the maps that it is made of, in forward order.
+        parts: For aggregated attention and for concepts, what they are made of, in forward order.
         rows: For concepts, the tokens of the text that each is read from.
     """
 

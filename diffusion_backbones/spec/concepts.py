@@ -55,19 +55,29 @@ def placed(words: Sequence[str], prompt: str | None) -> tuple[str, Places]:
         TypeError: The prompt is no string.
         ValueError: A word does not occur in it, or it has several ``{}``.
     """
-    prompt = SLOT if prompt is None else prompt
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be one string, in which the concepts are, got {prompt!r:.80}")
-    prompt = prompt.strip()
-    if SLOT in prompt:
-        return fill(prompt, " ".join(words)), _in_a_row(words, prompt.index(SLOT))
-    places = {word: [match.span() for match in re.finditer(_alone(word), prompt, re.IGNORECASE)] for word in words}
+    text = around(words, prompt)
+    if prompt is None or SLOT in prompt:
+        return text, _in_a_row(words, (prompt or SLOT).strip().index(SLOT))
+    places = {word: [match.span() for match in re.finditer(_alone(word), text, re.IGNORECASE)] for word in words}
     if absent := next((word for word in words if not places[word]), None):
         raise ValueError(
-            f"the concept {absent!r} is not in prompt={prompt!r:.80}; put it there, or a {SLOT} that stands for all "
+            f"the concept {absent!r} is not in prompt={text!r:.80}; put it there, or a {SLOT} that stands for all "
             "concepts"
         )
-    return prompt, places
+    return text, places
+
+
+def around(words: Sequence[str], prompt: str | None) -> str:
+    """The text of a prompt, with words, joined by spaces, where it has a ``{}``; without a prompt they are it.
+
+    Raises:
+        TypeError: The prompt is no string.
+        ValueError: It has several ``{}``.
+    """
+    if not isinstance(prompt, str | None):
+        raise TypeError(f"prompt must be one string, in which the concepts are, got {prompt!r:.80}")
+    text = (SLOT if prompt is None else prompt).strip()
+    return fill(text, " ".join(words)) if SLOT in text else text
 
 
 def fill(template: str, label: str) -> str:
