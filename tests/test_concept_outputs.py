@@ -1,4 +1,4 @@
-"""``concepts(method="outputs")``: ConceptAttention, beside stock blocks that are given the concepts in place of the text."""
+"""ConceptAttention, ``concepts(method="outputs")``, beside stock blocks that get the concepts in place of the text."""
 
 from __future__ import annotations
 
