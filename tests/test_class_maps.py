@@ -184,7 +184,9 @@ def test_labels_that_do_not_fit_are_refused(tiny_folder):
         backbone.concepts(x, "cat")
 
 
-@pytest.mark.parametrize("name", ["sdxl", "deepfloyd_if_xl", "flux_schnell", "pixart_sigma_1024", "dit_xl_256", "ddpm_cifar10_32"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "deepfloyd_if_xl", "flux_schnell", "pixart_sigma_1024", "dit_xl_256", "ddpm_cifar10_32"]
+)
 def test_networks_whose_text_is_no_single_clip_say_so(name):
     last = "unet-out" if name in ("sdxl", "deepfloyd_if_xl", "ddpm_cifar10_32") else "vit-block0-out"
     classes = db.Recipe("maps", (last,), prompt="{}", classes=("cat",))

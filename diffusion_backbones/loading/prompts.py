@@ -98,7 +98,9 @@ class Prompter:
                 f"prompt={odd!r:.80} holds halves of characters (surrogates) and is no text; give it in UTF-8"
             )
         fingerprint = self.source.text_fingerprint()
-        load = self.source.text if len(self.network.text_encoders) > 1 else functools.cache(self.source.text)
+        load: LoadText = self.source.text
+        if len(self.network.text_encoders) == 1:  # several are loaded in turn, so that one is in memory
+            load = functools.cache(load)
         return {prompt: self._row(fingerprint, load, prompt) for prompt in dict.fromkeys(prompts)}
 
     def rows(self, prompt: str, places: Places) -> tuple[tuple[int, ...], ...]:

@@ -89,7 +89,7 @@ class ConceptOutputs(Transformer):
                 concepts = _behind(block, concepts, out, *modulation)
         similar = torch.stack(found).mean(0)
         maps = torch.stack([similar[:, list(tokens)].mean(1) for tokens in site.rows], 1)
-        return maps.unflatten(2, grid).to(time.dtype)
+        return maps.view(*maps.shape[:2], *grid).to(time.dtype)
 
     def rotate_image(self, denoiser: Any, like: Tensor, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
         """What gives keys of the image their positions; those of text, and so of concepts, change nothing."""

@@ -129,7 +129,7 @@ class UNet(Architecture):
         return self.latent_stride * int(2 ** (len(self.config["block_out_channels"]) - 1))
 
     def with_classes(self, n: int) -> Architecture:
-        if not n or self.config.get("addition_embed_type"):
+        if not n or self.text_encoders != ("text_encoder",) or self.config.get("addition_embed_type"):
             return super().with_classes(n)
         network = type(self)(self.configs, self.name)
         network.tokens = n
