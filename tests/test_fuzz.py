@@ -75,7 +75,7 @@ RECIPE = {
     "paper": lambda v: v is None,
     "timesteps": lambda v: is_several(v),
     "combine": is_one_of("mean", "concatenate"),
-    "inversion_steps": is_count,
+    "inversion_steps": lambda v: is_int(v) and v == 50,  # others only with inversion
 }
 
 

@@ -82,7 +82,8 @@ class Recipe:
         timesteps: Several timesteps, in place of one: the image is encoded once, the network runs once for each of them
             on the same noise draws, and what it gives is combined. ``timestep`` is their first, and need not be given.
         combine: How activations of several timesteps become one, once each is post-processed: their ``"mean"``, or
-            ``"concatenate"`` along channels in the order of ``timesteps``. Those of the image encoder have none.
+            ``"concatenate"`` along channels in the order of ``timesteps``. Those of the image encoder have none. Of one
+            timestep it is the mean.
         inversion_steps: Steps of an inversion over the whole schedule, of which those up to the last timestep are made,
             as diffusers' ``DDIMInverseScheduler`` spaces them.
         classes: Names that stand one by one in place of the ``{}`` of the prompt. The text then has one token for each
@@ -146,6 +147,12 @@ class Recipe:
             raise ValueError(f"{what}: timesteps must differ from each other, got {self.timesteps}")
         if len(self.timesteps) == 1:  # the same as timestep alone, and so with the same digest
             self.__dict__["timesteps"] = ()
+        if not self.timesteps:
+            self.__dict__["combine"] = "mean"
+        if self.inversion_steps != _LATER["inversion_steps"] and self.noise != "inversion":
+            raise ValueError(
+                f"{what}: inversion_steps={self.inversion_steps} is for noise='inversion', and noise={self.noise!r}"
+            )
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Also pickles of version 0.1."""
