@@ -28,7 +28,8 @@ class DiffusionBackbone(TimmMixin):
     * ``prompt``: a string for the batch, or one per image; or its embeddings under diffusers' names: ``prompt_embeds``
       (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``,
       ``class_labels``.
-    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``.
+    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``; where
+      the recipe has classes as many strings in their place, or as many for each image.
     * ``timestep``: what the network receives, a number or one per image.
     * ``timesteps``: several of them, one pass each on the same noise, combined as the recipe says: averaged, or
       concatenated along channels, which takes as many as the recipe has.
@@ -174,6 +175,7 @@ class DiffusionBackbone(TimmMixin):
         prompt: str | None = None,
         layers: Sequence[str] | None = None,
         raw: bool = False,
+        method: str = "attention",
         **call: Any,
     ) -> Tensor:
         """Where concepts are in images, by the attention that the network pays from the image to words of its prompt.
@@ -183,13 +185,21 @@ class DiffusionBackbone(TimmMixin):
         (https://arxiv.org/abs/2509.18096): the mean over heads and layers of the attention from image to text. The
         tokens of a word are averaged.
 
+        ``method="outputs"`` reads FLUX.1 and Stable Diffusion 3 as ConceptAttention (https://arxiv.org/abs/2502.04320)
+        does: concepts are tokens of their own, which attend to the image and to each other, and whose outputs of
+        attention are compared with those of the image.
+
         Args:
             x: As in :meth:`forward`.
             words: n different concepts, each a word or several.
             prompt: The text that they are read in, or a template with a ``{}`` in place of which they stand, joined by
-                spaces. By default they are the prompt themselves.
-            layers: Ids of maps of attention to the text; by default those of the recipe, or all where it has none.
-            raw: Give the mean probabilities, in place of every map from its least value, 0, to its greatest, 1.
+                spaces. By default they are the prompt themselves. With ``method="outputs"`` they need not be in it.
+            layers: Ids of maps of attention to the text; by default those of the recipe, or all where it has none. With
+                ``method="outputs"`` ids of ``attn-out``; by default ConceptAttention's, the double blocks 15 to 18 of
+                FLUX.1.
+            raw: Give the mean probabilities, or dot products of outputs, in place of every map from its least value, 0,
+                to its greatest, 1.
+            method: ``"attention"`` or ``"outputs"``.
             **call: See the class.
 
         Returns:
@@ -201,10 +211,11 @@ class DiffusionBackbone(TimmMixin):
             KeyError: The network has no such layer.
             TypeError: Concepts or prompt are no strings.
             ValueError: There are no concepts, or more than the text encoder takes; one is empty, there twice, cut off,
-                or not in the prompt. The network does not look at a text, or is cut before a layer.
+                or not in the prompt. The network does not look at a text, has no such outputs, or is cut before a
+                layer.
         """
-        text, site = concept_maps.find(self, words, prompt, layers)
-        settings = replace(self._parse({**call, "prompt": text}), combine="mean")
+        text, site, beside = concept_maps.find(self, words, prompt, layers, method)
+        settings = replace(self._parse({**call, "prompt": text}), combine="mean", beside=beside)
         self.recorder.add_hooks(self.denoiser, [site])
         with compilation.eager_context(self):
             latents = pipeline.start(self, x, settings, [])

@@ -24,9 +24,8 @@ from diffusion_backbones.backbone.call_arguments import (
     Call,
     check_image,
     check_latents,
-    check_prompts,
 )
-from diffusion_backbones.backbone.conditioning import merge_conditioning
+from diffusion_backbones.backbone.conditioning import embedded, merge_conditioning
 from diffusion_backbones.backbone.device import check_device
 from diffusion_backbones.backbone.inversion import inverted
 from diffusion_backbones.backbone.out_of_memory import check_draws, check_maps, explain_oom
@@ -38,7 +37,6 @@ from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
-from diffusion_backbones.spec.concepts import filled
 from diffusion_backbones.spec.levels import LevelInfo
 from diffusion_backbones.surgery import compilation
 
@@ -232,14 +230,12 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
 def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:
     """The tensors that condition a call, with a batch axis of ``b``; checks of their values are added to others."""
     given = call.embeddings
-    if call.labels is not None:
-        template = backbone.declaration.recipe.prompt if call.prompt is None else call.prompt
-        given = backbone.prompter(filled(template, call.labels, b))
-    elif call.prompt is not None:
-        given = backbone.prompter(check_prompts(call.prompt, b))
+    if call.prompt is not None or call.labels is not None:
+        given = embedded(backbone.prompter, backbone.declaration.recipe, b, call.prompt, call.labels)
     own = dict(backbone.conditioning.items())
     tokens = own["prompt_embeds"].shape[1] if backbone.plan.reads_text else None
-    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens)
+    beside = {name: tensor.expand(b, *tensor.shape[1:]) for name, tensor in call.beside.items()}
+    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens) | beside
 
 
 @explain_oom("denoiser")

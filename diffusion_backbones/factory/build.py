@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.backbone.conditioning import embedded
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.state import Conditioning
 from diffusion_backbones.factory.locate import Resolved
@@ -211,7 +212,7 @@ class Builder:
     def _fill_from_source(self) -> dict[str, Tensor]:
         source, network = self.resolved.source, self.network
         assert source is not None
-        embeddings = self.prompter([self.recipe.prompt])  # first, so that the text encoder is gone before weights come
+        embeddings = embedded(self.prompter, self.recipe)  # first, so that the text encoder is gone before weights come
         self._load(network.denoiser, "denoiser", self.denoiser, self.options.dtype, self._store)
         if network.encoder:
             self._load(network.encoder, "encoder", self.encoder, self.encoder_dtype, safetensors_io.as_read)

@@ -32,6 +32,7 @@ OVERRIDES = (
     "prompt",
     "prompt_padding",
     "scaled",
+    "classes",
 )
 """Settings of a recipe that ``create_model`` takes by themselves."""
 

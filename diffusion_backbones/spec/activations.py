@@ -10,8 +10,9 @@ what enters a residual block with its skip, both as ODISE reads them (https://ar
 module path such as ``up_blocks.1.resnets.2``. In transformers a site is one too (:class:`Site`) where GDF uses its id
 for other blocks alone, such as the ``norm-out`` of DiT.
 
-``attn[up_cross]`` and its relatives are GDF's aggregated attention: one activation, but many layers
-(:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the others.
+``attn[up_cross]`` and its relatives are GDF's aggregated attention, ``attn[cross@16]`` is VPD's: one activation, but
+many layers (:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the
+others.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _GRAMMAR = [
     rf"(?P<stage>mid)-{_BLOCK}",
     rf"(?P<stage>vit)-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|q|k|v|attn-out|norm-out|ffn-inner|out)",
     r"attn\[(?P<stage>down|mid|up)_(?P<kind>self|cross)\]",
+    rf"(?P<stage>attn)\[(?P<kind>cross)@{_NUMBER}\]",
 ]
 _PATTERNS = [re.compile(pattern) for pattern in _GRAMMAR]
 _MODULE_PATH = re.compile(rf"[A-Za-z_]\w*(?:\.(?:[A-Za-z_]\w*|{_NUMBER}))+")
@@ -53,8 +55,8 @@ class ActivationId:
 
     Args:
         text: The id as written.
-        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, or ``module`` for a stock
-            module path.
+        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, ``attn`` (layers of all
+            stages), or ``module`` for a stock module path.
         level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
         repeat: Residual block within the level.
         block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
@@ -71,7 +73,9 @@ class ActivationId:
     @property
     def in_gdf(self) -> bool:
         """Whether GDF's grammar has this id."""
-        return self.stage not in ("module", "encoder") and not self.kind.endswith(("self-out", "cross-out", "res-in"))
+        return self.stage not in ("module", "encoder", "attn") and not self.kind.endswith(
+            ("self-out", "cross-out", "res-in")
+        )
 
 
 def parse(text: str) -> ActivationId:
@@ -107,14 +111,14 @@ class Port:
 
     Args:
         side: ``out`` its output, ``in`` its first input, ``map`` attention probabilities that are recomputed from
-            queries and keys.
+            queries and keys, ``outputs`` what is alike in outputs of attention.
         index: Which element of an output that is a tuple.
         tokens: Which tokens of a sequence of text and image belong to the image: ``all``, the ``last`` behind those of
             the text, or the ``first``.
         part: Which of the equal parts of the channels, for layers that compute several projections at once.
     """
 
-    side: Literal["out", "in", "map"] = "out"
+    side: Literal["out", "in", "map", "outputs"] = "out"
     index: int | None = None
     tokens: Literal["all", "last", "first"] = "all"
     part: int | None = None
@@ -136,7 +140,7 @@ class Port:
         return cls(side, number, tokens, int(part) if part else None)  # type: ignore[arg-type]
 
 
-OUT, IN, MAP = Port("out"), Port("in"), Port("map")
+OUT, IN, MAP, OUTPUTS = Port("out"), Port("in"), Port("map"), Port("outputs")
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Site:
             that the next block's adaptive LayerNorm gives it; empty where there is none.
         encoder: Whether it is in the image encoder, and not in the denoiser.
         extension: Whether GDF has no such activation in this kind of block, though its grammar has the id.
-        parts: For aggregated attention, the maps that it is made of, in forward order.
+        parts: For aggregated attention and for concepts, what they are made of, in forward order.
         rows: For concepts, the tokens of the text that each is read from.
     """
 
@@ -177,7 +181,7 @@ class Site:
     @property
     def reads_text(self) -> bool:
         """Whether it has a value for each token of the text."""
-        return self.id.endswith(("cross-map", "_cross]"))
+        return self.id.endswith(("cross-map", "_cross]")) or self.id.startswith("attn[cross@")
 
     def over_text(self, tokens: int) -> Site:
         """The site as part of a level: attention to a text is averaged over heads and has one channel per token; other

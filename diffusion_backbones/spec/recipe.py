@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from diffusion_backbones.spec import activations, strict_yaml
 from diffusion_backbones.spec.checkpoint import Paper
+from diffusion_backbones.spec.concepts import check_classes
 from diffusion_backbones.spec.validation import MOST, check_fields, convert, plain
 
 NoiseRule = Literal["fixed", "random", "none", "inversion"]
@@ -85,6 +86,8 @@ class Recipe:
             timestep it is the mean.
         inversion_steps: Steps of an inversion over the whole schedule, of which those up to the last timestep are made,
             as diffusers' ``DDIMInverseScheduler`` spaces them.
+        classes: Names that stand one by one in place of the ``{}`` of the prompt. The text then has one token for each
+            of them, the last of its prompt, as CLIP embeds a text; maps of attention to the text are maps of classes.
 
     The keyword and attribute ``normalise`` of version 0.1 still work, with a ``DeprecationWarning``. Files keep that
     spelling, and are read in both.
@@ -114,6 +117,7 @@ class Recipe:
     timesteps: tuple[Timestep, ...] = ()
     combine: Combination = "mean"
     inversion_steps: Count = 50
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         what = f"recipe {self.name!r}"
@@ -132,6 +136,7 @@ class Recipe:
                 "noise='none'"
             )
         self._check_timesteps(what)
+        check_classes(self.classes, self.prompt, what)
 
     def _check_timesteps(self, what: str) -> None:
         if self.timesteps and self.timestep != self.timesteps[0]:
@@ -151,7 +156,7 @@ class Recipe:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Also pickles of version 0.1."""
-        self.__dict__.update(_LATER | _american(state))
+        self.__dict__.update(_LATER | {"classes": ()} | _american(state))
 
     @property
     def normalise(self) -> Normalization:
@@ -207,7 +212,7 @@ class Recipe:
         """JSON-able form that :meth:`from_dict` reads back."""
         data = asdict(self) | {"levels": [list(level.activations) for level in self.levels]}
         as_before = all(data[k] == v for k, v in _LATER.items())
-        kept = {k: v for k, v in data.items() if not (as_before and k in _LATER)}
+        kept = {k: v for k, v in data.items() if not (as_before and k in _LATER) and (v or k != "classes")}
         return {ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     @classmethod

@@ -48,7 +48,7 @@ class Plan:
             ValueError: Levels that cannot be, or a recipe that asks for what an activation or a network does not have.
         """
         recipe, whole = declaration.recipe, architecture(declaration.checkpoint, configs)
-        network = whole.without(recipe.without)
+        network = whole.without(recipe.without).with_classes(len(recipe.classes))
         _check_without(recipe, whole, network)
         ids, tokens = [level.activations for level in recipe.levels], network.text_tokens
         sites = [[network.catalogue[name].over_text(tokens) for name in level] for level in ids]
