@@ -32,6 +32,10 @@ OVERRIDES = (
     "prompt",
     "prompt_padding",
     "scaled",
+    "discard",
+    "normalize",
+    "debias",
+    "components",
 )
 """Settings of a recipe that ``create_model`` takes by themselves."""
 
