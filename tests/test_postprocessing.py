@@ -18,7 +18,8 @@ import diffusion_backbones as db
 from diffusion_backbones import extraction
 from diffusion_backbones.backbone.fusion import FusedBackbone
 from diffusion_backbones.backbone.fusion.timm_extractor import extractor
-from diffusion_backbones.reports import settings, summary
+from diffusion_backbones.reports import summary
+from diffusion_backbones.reports.settings import postprocessing
 from diffusion_backbones.spec.fusion import Fusion
 
 pytestmark = pytest.mark.usefixtures("one_thread", "costs_not_measured")
@@ -125,7 +126,7 @@ def test_what_was_found_is_said_and_saved(network, tmp_path):
         assert torch.equal(other(X)[0], got)
         assert other.declaration.recipe.discard == backbone.declaration.recipe.discard
     said = f"of {name} set to zero"
-    assert said in settings.postprocessing(backbone.declaration.recipe)
+    assert said in postprocessing(backbone.declaration.recipe)
     assert said in (saved / "README.md").read_text()
     assert "calibration image of this package at 128 x 128 pixels" in (saved / "README.md").read_text()
     assert f"calibration image of this package at {SIDE} x {SIDE} pixels" in " ".join(
@@ -210,12 +211,15 @@ def principal(rows: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_components_are_the_first_of_all_images_together(network, raw):
-    backbone = build(network, components=5, normalize="l2")
+    backbone = build(network, components=5, normalize="l2", discard=MASSIVE)
     assert backbone.feature_info.channels() == [5]
     with pytest.raises(ValueError, match="principal components, which are not fitted yet; call fit"):
         backbone(X)
     backbone.fit(iter(IMAGES))
-    unit = [m / np.linalg.norm(m, axis=1, keepdims=True) for m in map(raw, [*IMAGES, X])]
+    features = list(map(raw, [*IMAGES, X]))
+    for m in features:
+        m[:, list(MASSIVE)] = 0
+    unit = [m / np.linalg.norm(m, axis=1, keepdims=True) for m in features]
     rows = np.concatenate([np.moveaxis(m, 1, -1).reshape(-1, m.shape[1]) for m in unit[:-1]])
     mean, axes = principal(rows, 5)
     expected = np.einsum("nc,bchw->bnhw", axes, unit[-1] - mean[:, None, None])
@@ -223,7 +227,8 @@ def test_components_are_the_first_of_all_images_together(network, raw):
 
 
 def test_components_stand_behind_debias(network):
-    both, debiased = build(network, components=3, debias=2).fit(X), build(network, debias=2)
+    settings = {"debias": 2, "discard": MASSIVE}
+    both, debiased = build(network, components=3, **settings).fit(X), build(network, **settings)
     rows = numbers(debiased(X)[0])
     mean, axes = principal(np.moveaxis(rows, 1, -1).reshape(-1, rows.shape[1]), 3)
     expected = np.einsum("nc,bchw->bnhw", axes, rows - mean[:, None, None])
@@ -273,7 +278,7 @@ def test_it_is_saved_with_the_backbone(every, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(other(X), maps, strict=True))
         assert other.declaration.recipe == every.declaration.recipe.override(levels=TWO)
     assert torch.equal(db.create_model(f"local-dir:{saved}", out_indices=[1])(X)[0], maps[1])
-    strided = db.create_model(f"local-dir:{saved}", out_strides=(8, 64), encoder_levels=True)
+    strided = db.create_model(f"local-dir:{saved}", out_strides=(4, 64), encoder_levels=True)
     assert strided.feature_info.channels()[-1] == 3
     pruned = copy.deepcopy(every)
     pruned.prune_intermediate_layers([0])
@@ -307,7 +312,7 @@ def test_half_precision_is_near(every, dtype, tmp_path):
     maps = half(X)
     assert {m.dtype for m in maps} == {dtype}
     for m, exact in zip(maps, every(X), strict=True):
-        assert (m.float() - exact).norm() / exact.norm() < 0.1
+        assert (m.float() - exact).norm() / exact.norm() < 0.2
     cast = copy.deepcopy(every).to(dtype)(X)
     assert all(m.isfinite().all() and m.dtype == dtype for m in cast)
 

@@ -222,10 +222,11 @@ class SavedBackbone(SavedConfig):
         """
         prefix, recipe = "fitted.", self.declaration.recipe
         names = self._whole.shapes if self._shards is None else self._shards
-        files = self._part(prefix, wanted)
-        wrong = [name for name, tensor in wanted.items() if files.shapes.get(name) != tuple(tensor.shape)]
-        if not (recipe.debias or recipe.components):
-            wrong += [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if recipe.debias or recipe.components:
+            files = self._part(prefix, wanted)
+            wrong = [name for name, tensor in wanted.items() if files.shapes.get(name) != tuple(tensor.shape)]
+        else:
+            wrong = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         if wrong:
             raise ValueError(
                 f"{self._folder}: the weights are not those of this {CONFIG}: {prefix}{wrong[0]} is missing, unknown "

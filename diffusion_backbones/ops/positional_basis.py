@@ -29,12 +29,12 @@ class PositionalBasis(PrincipalComponents):
             ValueError: It has too few places, or they do not differ in so many directions.
         """
         moments = Moments(constant.shape[1])
-        moments.add(unit(constant.float(), 1))
+        moments.add(unit(constant.detach().cpu().double(), 1))
         self.fit(moments)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w) of length 1 at every place, in the dtype of ``x``."""
-        wide = x.to(torch.promote_types(x.dtype, self.axes.dtype))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes = self.axes.to(wide.dtype)
         along = torch.einsum("nc,bchw->bnhw", axes, wide)
         return unit(wide - torch.einsum("nc,bnhw->bchw", axes, along), 1).to(x.dtype)
