@@ -64,6 +64,12 @@ def test_every_activation_of_the_full_network_has_the_shape_that_is_listed(name)
         ), activation
 
 
+def modulations_of_text(name):
+    """A block of which only the image's projections are read still modulates the text, which nothing stands in for."""
+    last = "transformer_blocks.25.norm1_context.linear"
+    return [f"{last}.weight", f"{last}.bias"] if name == "sd35_large_fuse2match" else []
+
+
 @every
 def test_nothing_that_a_call_cannot_reach_is_kept(name, tiny_folder):
     """Every parameter of the trainable network gets a gradient, as DDP demands."""
@@ -71,8 +77,10 @@ def test_nothing_that_a_call_cannot_reach_is_kept(name, tiny_folder):
     torch.manual_seed(0)
     embeds = {k: torch.randn_like(t) if t.is_floating_point() else t for k, t in backbone.conditioning.items()}
     sum(m.float().pow(2).sum() for m in backbone(torch.randn(1, 3, 64, 64), **embeds)).backward()
-    unreached = [n for n, p in backbone.denoiser.named_parameters() if p.grad is None]
-    assert unreached == []
+    unreached = {n: p for n, p in backbone.denoiser.named_parameters() if p.grad is None}
+    for n in modulations_of_text(name):
+        assert not unreached.pop(n).requires_grad
+    assert not unreached
     assert not any(p.requires_grad for p in backbone.encoder.parameters())
 
 

@@ -76,7 +76,7 @@ RECIPE = {
     "paper": lambda v: v is None,
     "timesteps": lambda v: is_several(v),
     "combine": is_one_of("mean", "concatenate"),
-    "inversion_steps": is_count,
+    "inversion_steps": lambda v: is_int(v) and v == 50,  # others only with inversion
     "debias": lambda v: is_int(v, 0, 2**31 - 1),
     "components": lambda v: v is None or is_count(v),
 }

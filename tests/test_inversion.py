@@ -43,8 +43,8 @@ CONFIGS = {
     "sample": {**SD15, "prediction_type": "sample"},
     "from one": {**SD15, "set_alpha_to_one": True},
     "no signal at last": {**SD15, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-    "nothing said": {key: SD15[key] for key in ("_class_name", "beta_start", "beta_end", "beta_schedule")}
-    | {"num_train_timesteps": 600},
+    "nothing said": {key: SD15[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    | {"_class_name": "DDIMScheduler", "num_train_timesteps": 600},
 }
 
 
@@ -61,6 +61,13 @@ def test_every_step_is_that_of_diffusers(name, steps, tmp_path):
         torch.testing.assert_close(
             invert(ours, step, z, output), stock.step(output, t, z).prev_sample, rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_sampler_without_clipping_asks_for_none():
+    """SD 1.5's own sampler, PNDM, never clips, whether its config carries the word or not."""
+    silent = {key: value for key, value in SD15.items() if key != "clip_sample"}
+    assert (SD15["_class_name"], SD15["clip_sample"]) == ("PNDMScheduler", False)
+    assert Inversion.of(silent, 5) == Inversion.of(SD15, 5)
 
 
 # The whole way, against stock networks.

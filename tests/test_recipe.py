@@ -15,6 +15,7 @@ import yaml
 import diffusion_backbones as db
 from diffusion_backbones import Checkpoint, Recipe
 from diffusion_backbones.models.papers import FILE, papers, read
+from diffusion_backbones.spec import registry
 from diffusion_backbones.spec.input_format import FORMATS, InputFormat
 
 LEVELS = (("up-level2-repeat1-vit-out", "up-level2-upsampler-out"), "up-level1-upsampler-out")
@@ -146,6 +147,7 @@ def test_the_bibliography_is_written_as_it_is_read():
 def test_every_entry_is_cited():
     cited = {db.get_checkpoint(name).paper for name in db.list_checkpoints()}
     cited |= {db.get_declaration(name).recipe.paper for name in db.list_models(include_tags=True)}
+    cited |= {paper for name in registry.list_fusions() for paper in registry.get_fusion(name).papers}
     assert cited - {None} == set(papers.values())
 
 

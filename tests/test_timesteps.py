@@ -294,7 +294,11 @@ def test_folded_calls_in_several_threads_do_not_mix(folder):
 def test_a_recipe_of_one_timestep_stays_what_it_was():
     levels = ["mid-vit-out"]
     one = db.Recipe("x", levels, timestep=7)
-    for same in (db.Recipe("x", levels, timesteps=[7]), one.override(timesteps=(7,)), one.override(combine="mean")):
+    for same in (
+        db.Recipe("x", levels, timesteps=[7]),
+        one.override(timesteps=(7,)),
+        one.override(combine="concatenate"),
+    ):
         assert (same, same.digest, same.to_dict()) == (one, one.digest, one.to_dict())
     assert (one.timesteps, one.all_timesteps) == ((), (7,))
 
@@ -330,6 +334,7 @@ def test_settings_of_several_timesteps_go_together():
         ({"timesteps": (5, 6), "timestep": 7}, r"timestep=7 is not the first of timesteps=\(5, 6\); give one"),
         ({"timesteps": (5, 6), "combine": "sum"}, "combine: expected one of mean, concatenate, got 'sum'"),
         ({"combine": "concat"}, "Did you mean concatenate"),
+        ({"inversion_steps": 5}, "inversion_steps=5 is for noise='inversion', and noise='fixed'"),
         ({"combine": 3}, "combine: expected one of mean, concatenate, got 3"),
     ],
 )

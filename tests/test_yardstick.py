@@ -42,10 +42,10 @@ def test_figures_come_into_the_table_and_into_the_document(tmp_path, monkeypatch
         writer.writeheader()
         writer.writerows(rows[:3])
     document = tmp_path / "d.md"
-    document.write_text("before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n")
+    document.write_text("before\n<!-- photographs -->\nold\n<!-- /photographs -->\nafter\n")
     monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "t.csv"), str(document)])
     table.main()
-    assert document.read_text() == f"before\n<!-- figures -->\n{made}<!-- /figures -->\nafter\n"
+    assert document.read_text() == f"before\n<!-- photographs -->\n{made}<!-- /photographs -->\nafter\n"
     document.write_text("nothing")
     with pytest.raises(SystemExit, match="0 times"):
         table.main()

@@ -200,7 +200,7 @@ class BackboneState(Backbone):
 
     def at_timestep(self, timestep: Any) -> AbstractContextManager[None]:
         """Within the ``with`` block, a folded network gives what belongs to a timestep of the recipe."""
-        if not self.folded:
+        if not self.folded or len(self.plan.received) == 1:
             return nullcontext()
         return constant_folding.at_step(self.plan.received.index(timestep), self.denoiser)
 

@@ -39,6 +39,8 @@ def list_backbones(pattern: str, pretrained: bool, checkpoints: bool, fusions: b
       diffusion-backbones list gdf --json
       diffusion-backbones list --checkpoints
     """
+    if fusions and checkpoints:
+        raise click.UsageError("Give --checkpoints or --fusions, one list at a time.")
     if fusions:
         _print_fusions(as_pattern(pattern), as_json)
     elif checkpoints:

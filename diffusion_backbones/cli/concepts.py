@@ -9,6 +9,7 @@ import click
 
 from diffusion_backbones.cli import options
 from diffusion_backbones.cli.build import build_backbone
+from diffusion_backbones.cli.loading import loading
 from diffusion_backbones.cli.options import CENTRAL_SQUARE, EXISTING_FILE, NEW_FILE, ModelOptions, Name
 from diffusion_backbones.ops import atomic
 
@@ -41,13 +42,13 @@ def concepts(
       diffusion-backbones concepts sdxl_gdf photo.jpg cat "green grass" -o picture.png --size 1024
       diffusion-backbones concepts sd3_medium_seg4diff photo.jpg cat -o picture.png --prompt "a photo of a {}"
     """
-    from diffusion_backbones.extraction.images import load  # torch
+    from diffusion_backbones.extraction.images import load  # Pillow
 
     atomic.check_output(out, [image])
     photo = load(image, max_pixels)
     model.check(name)
-
-    from diffusion_backbones.evaluation import concepts, visualize  # torch
+    with loading(name):
+        from diffusion_backbones.evaluation import concepts, visualize  # torch
 
     if out.suffix.lower() not in visualize.FORMATS:
         raise click.BadParameter(f"{out.name!r} must end in one of {', '.join(visualize.FORMATS)}.", param_hint="'-o'")

@@ -7,6 +7,7 @@
     memory_benchmark      seconds to load and peak memory
     deviation             how far the features of one backbone are from those of another
     visualize             pictures of features
+    concepts              pictures of where words are
     principal_components  maps as colors
     metrics               mIoU and PCK
     labels                points, boxes and masks, in their form or refused

@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.evaluation.visualize import Panel
+from diffusion_backbones.evaluation.visualize import Panel, seen
 from diffusion_backbones.extraction import images, stages
-from diffusion_backbones.ops.pixel_values import to_symmetric
 
 RAMP = ((24, 18, 60), (28, 120, 130), (250, 230, 90))
 """Red, green and blue of 0, 1/2 and 1."""
@@ -65,5 +64,4 @@ def panels(
         maps = backbone.concepts(x.to(backbone.device), list(words), prompt=prompt)[0].float().cpu()
     stride = backbone.architecture.concept_stride
     found: list[Panel] = [ConceptPanel(word, each[None], stride) for word, each in zip(words, maps, strict=True)]
-    seen = to_symmetric(x, backbone.input_format)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
-    return found, Image.fromarray(seen.numpy())
+    return found, seen(x[0], backbone)

@@ -97,13 +97,18 @@ def panels(
     device = backbone.device
     with torch.inference_mode():
         pyramid = [level[0].float().cpu() for level in backbone(x[None].to(device))]
-    seen = to_symmetric(x[None], backbone.input_format)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
     strides = backbone.feature_info.reduction()
     out = [
         Panel(f"level {i}", level, stride)
         for i, level, stride in zip(positions or range(len(pyramid)), pyramid, strides, strict=True)
     ]
-    return out, Image.fromarray(seen.numpy())
+    return out, seen(x, backbone)
+
+
+def seen(x: Tensor, backbone: Backbone) -> Image.Image:
+    """The image as a network saw it: (3, H, W) in the backbone's input format, before padding."""
+    rgb = to_symmetric(x[None], backbone.input_format)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(rgb.numpy())
 
 
 def titles(declaration: Declaration | Fusion) -> tuple[str, str]:

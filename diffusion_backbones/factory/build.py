@@ -104,11 +104,13 @@ class Builder:
             self.resolved.source.check()
         if isinstance(process, UnknownProcess) and self.recipe.noise != "none":
             raise ValueError(f"{self.resolved.source or self.name}: {process.reason}")
-        if self.plan.received and self.plan.inversion and options.trainable:
-            raise TypeError(
-                f"{self.name}: trainable={options.trainable!r} trains one pass of the network, and noise='inversion' "
-                "runs it many times without a gradient; train with noise='fixed'"
-            )
+        if self.plan.inversion:
+            self.plan.inversion.passed(self.recipe.all_timesteps)
+            if options.trainable:
+                raise TypeError(
+                    f"{self.name}: trainable={options.trainable!r} trains one pass of the network, and "
+                    "noise='inversion' runs it many times without a gradient; train with noise='fixed'"
+                )
         constant_folding.check_fold(options.fold, self.folded, options.trainable, options.device, self.name)
         if self.recipe.noise == "fixed":
             size = self.recipe.ensemble * self.network.latent_channels * CANVAS**2 * torch.float32.itemsize

@@ -36,15 +36,15 @@ def read(text: str) -> Papers:
     found = Papers()
     for key, body in _ENTRY.findall(text):
         fields = dict(_FIELD.findall(body))
-        if key in found or not {"title", "author", "year"} <= fields.keys() <= _FIELDS.keys():
+        if key in found or not {"title", "year"} <= fields.keys() <= _FIELDS.keys():
             raise ValueError(
-                f"{key!r} must appear once, with title, author and year and nothing but {', '.join(_FIELDS)}; it has "
+                f"{key!r} must appear once, with title and year and nothing but {', '.join(_FIELDS)}; it has "
                 f"{', '.join(fields)}"
             )
         found[key] = Paper(
             key=key,
             title=fields["title"],
-            authors=fields["author"],
+            authors=fields.get("author", ""),
             venue=fields.get("booktitle", ""),
             year=int(fields["year"]),
             arxiv=fields.get("eprint", ""),

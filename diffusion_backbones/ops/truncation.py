@@ -133,7 +133,7 @@ def truncate(module: nn.Module, paths: Collection[str], order: ExecutionOrder) -
     """
     kind = type(module).__name__
     if "" in paths:
-        return _without_text(module, order.text_half) if kind in order.two_streams else module
+        return _without_text(module, order)
     if kind in order.attention and _reads_projections_alone(module, paths):
         return AttentionTap(module, set(paths))
     if kind in order.modulated and {p.partition(".")[2] for p in paths} == {"linear"}:
@@ -146,6 +146,10 @@ def truncate(module: nn.Module, paths: Collection[str], order: ExecutionOrder) -
         return module
     name = steps[last].name
     inside = [p[len(name) :].lstrip(".") for p in paths if _inside(p, name)]
+    if last and _reads_image_alone(module.get_submodule(name), inside, order):
+        before = steps[last - 1].name
+        if not any(_inside(p, f"{before}.{half}") for p in paths for half in order.text_half):
+            _without_text(module.get_submodule(before), order)
     module.set_submodule(name, truncate(module.get_submodule(name), inside, order))
     for step in reversed(steps[last + 1 :]):
         _drop(module, step)
@@ -157,8 +161,14 @@ def _reads_projections_alone(attention: nn.Module, paths: Collection[str]) -> bo
     return getattr(attention, "group_norm", None) is None and read <= {*AttentionTap.IMAGE, *AttentionTap.TEXT}
 
 
-def _without_text(block: nn.Module, text_half: Collection[str]) -> nn.Module:
-    for path in text_half:
+def _reads_image_alone(block: nn.Module, paths: Collection[str], order: ExecutionOrder) -> bool:
+    """Whether all that is read of a block with two streams is projections of the image, which no text goes into."""
+    return type(block).__name__ in order.two_streams and set(paths) <= {f"attn.{name}" for name in AttentionTap.IMAGE}
+
+
+def _without_text(block: nn.Module, order: ExecutionOrder) -> nn.Module:
+    """Drop what a block with two streams computes for the text of the blocks behind it, in place; others stay whole."""
+    for path in order.text_half if type(block).__name__ in order.two_streams else ():
         owner, _, child = path.rpartition(".")
         if getattr(block.get_submodule(owner), child, None) is not None:
             setattr(block.get_submodule(owner), child, Bypass())

@@ -38,7 +38,9 @@ def shapes(levels: Iterable[LevelInfo], size: int) -> list[tuple[int, int, int, 
 
 
 def cite(paper: Paper) -> str:
-    """``Meng et al. 2024``."""
+    """``Meng et al. 2024``; by its title if its authors are not known."""
+    if not paper.authors:
+        return f"{paper.title.partition(':')[0]} {paper.year}"
     first, *others = paper.authors.split(" and ")
     return f"{first.partition(',')[0]}{' et al.' if others else ''} {paper.year}"
 

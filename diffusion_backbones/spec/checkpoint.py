@@ -17,7 +17,8 @@ class Paper:
 
     Args:
         key: BibTeX key.
-        title, authors, venue, year: As printed; ``authors`` in BibTeX form, joined by ``and``.
+        title, authors, venue, year: As printed; ``authors`` in BibTeX form, joined by ``and``, or empty if no source at
+            hand names them.
         arxiv: arXiv identifier without version, or empty.
         url: Address of its text if it is not on arXiv.
     """
@@ -38,8 +39,8 @@ class Paper:
     @property
     def bibtex(self) -> str:
         """BibTeX entry, in the form that :mod:`diffusion_backbones.models.papers` reads."""
-        lines = [f"title = {{{self.title}}}", f"author = {{{self.authors}}}", f"year = {{{self.year}}}"]
-        lines.append(f"booktitle = {{{self.venue}}}" if self.venue else "")
+        lines = [f"title = {{{self.title}}}", f"author = {{{self.authors}}}" if self.authors else ""]
+        lines += [f"year = {{{self.year}}}", f"booktitle = {{{self.venue}}}" if self.venue else ""]
         lines.append(
             f"eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}}" if self.arxiv else f"url = {{{self.url}}}"
         )

@@ -2,7 +2,8 @@
 
 From clean latents up, the network says at every step what the next noise level looks like
 (https://arxiv.org/abs/2010.02502). What is read of a config, and what stands in for what it does not say, is as in
-diffusers' ``DDIMInverseScheduler``: the network receives the timestep that a step goes to.
+diffusers' ``DDIMInverseScheduler``: the network receives the timestep that a step goes to. One thing differs: a
+config of a sampler that knows no ``clip_sample``, such as PNDM's, asks for no clipping.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from diffusion_backbones.spec.schedule import FILE, alpha_bars, check_schedule, 
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing")
+CLIPPING = ("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+"""Schedulers that clip predicted clean samples if their config says nothing of it; others then do not."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,14 @@ class Inversion:
                 "follows; use noise='fixed'"
             )
         timesteps = _spaced(scheduler, steps, len(bars))
+        clips = scheduler.get("clip_sample", scheduler.get("_class_name") in CLIPPING)
         starts = [t - len(bars) // steps for t in timesteps]
         return cls(
             timesteps=timesteps,
             before=tuple(bars[t] if t >= 0 else clean for t in starts),
             after=tuple(bars[t] for t in timesteps),
             prediction=prediction,
-            clip=scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample", True) else None,
+            clip=scheduler.get("clip_sample_range", 1.0) if clips else None,
         )
 
     def passed(self, timesteps: Sequence[Any]) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ Normalization = Literal["none", "layer", "adaptive", "l2"]
 Combination = Literal["mean", "concatenate"]
 Timestep = Annotated[int, Meta(ge=-1, lt=1000)] | Annotated[float, Meta(ge=-1, lt=1000)]
 """An integer stays one, so that the digest of a recipe does not change."""
+INVERSION_STEPS = 50
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """What torch's generators take."""
@@ -83,7 +84,8 @@ class Recipe:
         timesteps: Several timesteps, in place of one: the image is encoded once, the network runs once for each of them
             on the same noise draws, and what it gives is combined. ``timestep`` is their first, and need not be given.
         combine: How activations of several timesteps become one, once each is post-processed: their ``"mean"``, or
-            ``"concatenate"`` along channels in the order of ``timesteps``. Those of the image encoder have none.
+            ``"concatenate"`` along channels in the order of ``timesteps``. Those of the image encoder have none. Of one
+            timestep it is the mean.
         inversion_steps: Steps of an inversion over the whole schedule, of which those up to the last timestep are made,
             as diffusers' ``DDIMInverseScheduler`` spaces them.
         debias: How many directions of position are taken out of every level, which has the length 1 at every place then
@@ -119,7 +121,7 @@ class Recipe:
     unverified: tuple[str, ...] = ()
     timesteps: tuple[Timestep, ...] = ()
     combine: Combination = "mean"
-    inversion_steps: Count = 50
+    inversion_steps: Count = INVERSION_STEPS
     debias: Annotated[int, Meta(ge=0, le=MOST)] = 0
     components: Count | None = None
 
@@ -155,6 +157,12 @@ class Recipe:
             raise ValueError(f"{what}: timesteps must differ from each other, got {self.timesteps}")
         if len(self.timesteps) == 1:  # the same as timestep alone, and so with the same digest
             self.__dict__["timesteps"] = ()
+        if not self.timesteps:
+            self.__dict__["combine"] = "mean"
+        if self.inversion_steps != INVERSION_STEPS and self.noise != "inversion":
+            raise ValueError(
+                f"{what}: inversion_steps={self.inversion_steps} is for noise='inversion', and noise={self.noise!r}"
+            )
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Also pickles of version 0.1."""
@@ -323,7 +331,7 @@ def _check_several(settings: Mapping[str, Any], what: str) -> None:
 
 
 _LATER: tuple[dict[str, Any], ...] = (
-    {"timesteps": (), "combine": "mean", "inversion_steps": 50},
+    {"timesteps": (), "combine": "mean", "inversion_steps": INVERSION_STEPS},
     {"debias": 0, "components": None},
 )
 """Settings that files of version 0.1 do not have. Those that came together are left out where all are as they were

@@ -49,11 +49,12 @@ def at_step(step: int, network: nn.Module) -> Iterator[None]:
         step: Position among the timesteps that the network was folded at.
         network: That has constants.
     """
-    _STEP.row = torch.tensor([step], device=next(network.parameters()).device)
+    outer = _STEP.row
+    _STEP.row = torch.full((1,), step, device=next(network.parameters()).device)  # filled there: nothing is copied
     try:
         yield
     finally:
-        _STEP.row = None
+        _STEP.row = outer
 
 
 class Constant(nn.Module):

@@ -1,6 +1,6 @@
-"""Write the figures of ``evaluate.py`` into a document, between ``<!-- figures -->`` and ``<!-- /figures -->``.
+"""Write the figures of ``evaluate.py`` into a document, between ``<!-- photographs -->`` and ``<!-- /photographs -->``.
 
-python scripts/tinysd/table.py docs/tinysd.csv docs/tinysd.md
+python scripts/tinysd/table.py build/tinysd/figures.csv docs/tinysd.md
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COLUMNS = 5
-BETWEEN = re.compile(r"(?<=<!-- figures -->\n).*(?=<!-- /figures -->)", re.DOTALL)
+BETWEEN = re.compile(r"(?<=<!-- photographs -->\n).*(?=<!-- /photographs -->)", re.DOTALL)
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
@@ -39,7 +39,7 @@ def main() -> None:
     )
     if places != 1:
         raise SystemExit(
-            f"{args.document} holds {places} times '<!-- figures --> ... <!-- /figures -->', expected one."
+            f"{args.document} holds {places} times '<!-- photographs --> ... <!-- /photographs -->', expected one."
         )
     args.document.write_text(written, encoding="utf-8")
 

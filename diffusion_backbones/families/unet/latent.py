@@ -111,7 +111,7 @@ class UNet(Architecture):
 
     @property
     def concept_sites(self) -> list[Site]:
-        """Those of DAAM: on the way down and up, where an eighth of the latents' side or less is not one position."""
+        """Those of DAAM: on the way down and up, without the layers at an eighth of the latents' side."""
         parts = [site for site in super().concept_sites if parse(site.id).stage != "mid"]
         return [site for site in parts if site.stride != 8 * self.latent_stride]
 
