@@ -419,6 +419,8 @@ def test_too_little_to_fit_on(every):
         other.fit()
     with pytest.raises(TypeError, match="expected"):
         other.fit(["a.jpg"])
+    with pytest.raises(ValueError, match="is on the meta device and has no values to fit"):
+        db.create_model("tinysd", recipe=every.declaration.recipe, device="meta").fit(X)
     none = db.create_model("tinysd", recipe=["mid-vit-out"], pretrained=True)
     with pytest.raises(ValueError, match="has no components to fit on images; build it with components="):
         none.fit(X)

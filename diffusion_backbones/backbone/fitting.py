@@ -37,15 +37,19 @@ def fit(backbone: BackboneState, images: Tensor | Iterable[Tensor] | None, call:
     Raises:
         ValueError: Images without components or the other way round, or too few places; a fit before stays then.
     """
-    find(backbone)
     name = backbone.declaration.name
+    if backbone.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and has no values to fit anything on; build it on another")
+    find(backbone)
     waiting = {i: part for i, part in _parts(backbone) if not isinstance(part, PositionalBasis)}
-    if not waiting and images is not None:
+    if images is None:
+        if waiting:
+            raise ValueError(f"{name} has components, which are fitted on images; give some, as a call takes them")
+        return
+    if not waiting:
         raise ValueError(f"{name} has no components to fit on images; build it with components=")
-    if waiting and images is None:
-        raise ValueError(f"{name} has components, which are fitted on images; give some, as a call takes them")
     moments = {i: Moments(part.mean.numel()) for i, part in waiting.items()}
-    for batch in [images] if isinstance(images, Tensor) else images or ():
+    for batch in [images] if isinstance(images, Tensor) else images:
         for i, m in _levels(backbone, batch, call, list(waiting)).items():
             before = [part for at, part in _parts(backbone) if at == i and isinstance(part, PositionalBasis)]
             moments[i].add(nn.Sequential(*before)(m))

@@ -15,7 +15,7 @@ from diffusion_backbones.ops import postprocessing
 from diffusion_backbones.ops.calibration_image import calibration_image
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.discard import AUTO, by_activation
-from diffusion_backbones.spec.recipe import Recipe
+from diffusion_backbones.spec.recipe import Level, Recipe
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Treatment:
         if self.discard:
             backbone.visit_activations(as_input(backbone, calibration_image(side)), ids, look)
         settings: dict[str, Any] = {"discard": channels, "normalize": self.normalize}
-        return replace(self, found=Recipe("candidates", [list(ids)], **settings))
+        return replace(self, found=Recipe("candidates", tuple(Level((name,)) for name in ids), **settings))
 
     def __call__(self, site: Site, act: Tensor) -> Tensor:
         """(B, C, h, w), as before."""

@@ -10,13 +10,13 @@ channels of one network. Where nobody has, ``"auto"`` finds them: those whose ro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta
 
 from diffusion_backbones.spec.validation import convert
 
-AUTO = "auto"
+AUTO: Final = "auto"
 MASSIVE = 10.0
 """Root mean square of a massive channel over that of the median one. The sources name channels and state no number, so
 this one is the package's own."""
