@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_backbones.backbone import concepts as concept_maps
-from diffusion_backbones.backbone import pipeline, save_pretrained
+from diffusion_backbones.backbone import fitting, pipeline, save_pretrained
 from diffusion_backbones.backbone.call_arguments import Call
 from diffusion_backbones.backbone.timm_mixin import TimmMixin
 from diffusion_backbones.ops import recording
@@ -61,6 +61,7 @@ class DiffusionBackbone(TimmMixin):
             ValueError: ``x`` has another shape, is empty, or has NaN; a keyword has a value that cannot be.
         """
         chosen, settings = take(indices, len(self.out_maps)), self._parse(call)
+        self.check_found(chosen)
         latents = pipeline.start(self, x, settings, self.sites_of(chosen))
         return pipeline.feature_pyramid(self, latents, settings, chosen)
 
@@ -82,6 +83,7 @@ class DiffusionBackbone(TimmMixin):
             As :meth:`forward` of an image of that size.
         """
         chosen, settings = take(indices, len(self.out_maps)), self._parse(call)
+        self.check_found(chosen)
         encoder_sites = [site for site in self.sites_of(chosen) if site.encoder]
         latents = pipeline.given_latents(self, z, size, encoder_sites)
         return pipeline.feature_pyramid(self, latents, settings, chosen)
@@ -237,6 +239,23 @@ class DiffusionBackbone(TimmMixin):
             )
         return site
 
+    def fit(self, images: Tensor | Iterable[Tensor] | None = None, **call: Any) -> DiffusionBackbone:
+        """Fit what the recipe leaves to be fitted; it is saved with the backbone.
+
+        ``components`` are fitted on images. ``discard="auto"`` and ``debias`` are found when a backbone is built with
+        weights; they are found here for one whose weights were loaded later, and need no images.
+
+        Args:
+            images: A batch, or several, as :meth:`forward` takes them; sizes may differ.
+            **call: See the class.
+
+        Raises:
+            ValueError: Images and nothing to fit on them, or the other way round; or too few places for so many
+                components, or places that do not differ in so many directions. What was fitted before stays then.
+        """
+        fitting.fit(self, images, self._parse(call))
+        return self
+
     # Cutting further, and staying frozen.
 
     def prune_intermediate_layers(
@@ -257,6 +276,7 @@ class DiffusionBackbone(TimmMixin):
         self.out_strides = tuple(m.stride for m in chosen) if self.out_strides else None
         self.plan = replace(self.plan, levels=tuple(self.levels[i] for i in sorted({m.level for m in chosen})))
         self.plan.cut(self.denoiser)
+        self.forget()
         trainable.unfreeze(self, self.trainable, introspection.unreached(self.plan) if self.trainable else ())
         if self.compiled:
             compilation.compile_in_place(self, self.compiled)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.backbone import fitting
 from diffusion_backbones.backbone.conditioning import embedded
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.state import Conditioning
@@ -83,6 +84,8 @@ class Builder:
         self.fold()
         self.quantize()
         backbone = self.wrap()
+        if self.fills:
+            fitting.find(backbone)
         if self.options.compile:
             compilation.compile_in_place(backbone, self.options.compile)
         return backbone
@@ -196,6 +199,8 @@ class Builder:
                 chunk=options.chunk,
                 weight_dtype=options.weight_dtype,
             )
+        if restored and self.fills:
+            backbone.fitted.load_state_dict(restored.fits(backbone.fitted.state_dict()))
         trainable.unfreeze(backbone, options.trainable, skipped)
         return backbone.eval()
 

@@ -33,6 +33,10 @@ OVERRIDES = (
     "prompt_padding",
     "scaled",
     "classes",
+    "discard",
+    "normalize",
+    "debias",
+    "components",
 )
 """Settings of a recipe that ``create_model`` takes by themselves."""
 

@@ -55,6 +55,7 @@ class PrincipalComponents(nn.Module):
     mean: Tensor
     axes: Tensor
     fitted: Tensor
+    advice = "fit on more or on larger images"
 
     def __init__(self, channels: int, components: int, what: str):
         super().__init__()
@@ -69,15 +70,22 @@ class PrincipalComponents(nn.Module):
         return self.fitted.is_meta or bool(self.fitted)
 
     def fit(self, moments: Moments) -> None:
-        """Take the components of what was seen.
+        """Take the components of what was seen; ``ValueError`` as for :meth:`solve`."""
+        self.take(*self.solve(moments))
+
+    def solve(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """The mean and the axes of what was seen.
 
         Raises:
             ValueError: It was too little.
         """
         try:
-            mean, axes = moments.components(len(self.axes))
+            return moments.components(len(self.axes))
         except ValueError as error:
-            raise ValueError(f"{self.what}: {error}; fit on more or on larger images") from error
+            raise ValueError(f"{self.what}: {error}; {self.advice}") from error
+
+    def take(self, mean: Tensor, axes: Tensor) -> None:
+        """Project on these from now on."""
         self.mean.copy_(mean)
         self.axes.copy_(axes)
         self.fitted.fill_(True)
