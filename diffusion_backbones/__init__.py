@@ -32,6 +32,7 @@ from diffusion_backbones.spec.registry import (
 from diffusion_backbones.surgery.registration import check_declaration
 
 if TYPE_CHECKING:
+    from diffusion_backbones.backbone.fusion import FusedBackbone
     from diffusion_backbones.backbone.module import DiffusionBackbone
     from diffusion_backbones.factory.entry_points import create_model, model_entrypoint
     from diffusion_backbones.factory.export import export
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "DiffusionBackbone",
+    "FusedBackbone",
     "Fusion",
     "HubFile",
     "Level",
@@ -70,6 +72,7 @@ __all__ = [
 
 _LAZY = {  # what needs torch and diffusers
     "DiffusionBackbone": "backbone",
+    "FusedBackbone": "backbone.fusion",
     "create_model": "factory",
     "export": "factory.export",
     "fuse": "factory.fuse",

@@ -52,10 +52,10 @@ def save(backbone: BackboneState, place: str | Path, max_shard_size: int | str) 
     if not os.fspath(place):
         raise ValueError("the folder to save in is empty; name one, or '.' for this one")
     folder = Path(place)
-    _check(backbone)
+    check_whole(backbone)
     card_of_others = check_free(folder)
     state = {name: tensor for name, tensor in merged_state(backbone).items() if name != "canvas"}  # its seed says it
-    split = _split(state, max_shard_size)
+    split = split_state(state, max_shard_size)
     declaration = kept(backbone)
     for_timm = {
         "architecture": declaration.architecture,
@@ -75,12 +75,13 @@ def save(backbone: BackboneState, place: str | Path, max_shard_size: int | str) 
     return folder
 
 
-def _check(backbone: BackboneState) -> None:
+def check_whole(backbone: BackboneState) -> None:
+    """Raise ``ValueError`` for a backbone without weights, or with rounded ones."""
     if any(p.is_meta for p in backbone.parameters()):
         raise ValueError(
             f"{backbone.declaration.name} is on the meta device and has no weights to save; build it on another"
         )
-    if backbone.weight_dtype:
+    if getattr(backbone, "weight_dtype", None):  # no network of timm has one
         raise ValueError(
             f"{backbone.declaration.name} was made with weight_dtype={backbone.weight_dtype!r} and has rounded "
             "weights; a folder holds whole ones. Save it "
@@ -107,8 +108,12 @@ def check_free(folder: Path) -> bool:
     return bool(others)
 
 
-def _split(state: Mapping[str, Tensor], max_shard_size: int | str) -> StateDictSplit:
-    """Which tensors go to which file. Those that share memory are counted, and written, each by itself."""
+def split_state(state: Mapping[str, Tensor], max_shard_size: int | str) -> StateDictSplit:
+    """Which tensors go to which file. Those that share memory are counted, and written, each by itself.
+
+    Raises:
+        ValueError: ``max_shard_size`` is no size.
+    """
     try:
         if not isinstance(max_shard_size, str) and max_shard_size < 1:
             raise ValueError

@@ -14,11 +14,13 @@ import torch
 
 from diffusion_backbones import families
 from diffusion_backbones.backbone.module import DiffusionBackbone
+from diffusion_backbones.factory import random_weights
 from diffusion_backbones.factory.build import Builder, plan_for
 from diffusion_backbones.factory.checkpoint_path import is_given
 from diffusion_backbones.factory.fusions import with_fusions
 from diffusion_backbones.factory.locate import Resolved, declare, locate, with_encoder
 from diffusion_backbones.factory.options import BuildOptions, check_overlay, check_strides, recipe_overrides
+from diffusion_backbones.factory.random_weights import RandomWeightsWarning
 from diffusion_backbones.loading.prompts import no_text_encoder
 from diffusion_backbones.loading.saved_folder import SavedConfig
 from diffusion_backbones.spec.checkpoint import Checkpoint
@@ -148,7 +150,7 @@ def create_model(
     plan = plan_for(_declared(found, configs, recipe, settings), configs, options)
     folded = found.restored.folded if found.restored else {}
     if not found.has_weights and options.device.type != "meta" and options.trainable is not True:
-        warnings.warn(RANDOM.format(plan.declaration.name), RandomWeightsWarning, stacklevel=3)
+        random_weights.warn(plan.declaration.name)
     return Builder(plan, found, options, folded).build()
 
 
@@ -168,13 +170,6 @@ def _declared(found: Resolved, configs: Configs, recipe: Any, settings: Mapping[
     if settings.get("prompt") and not found.source:
         raise no_text_encoder(settings["prompt"])
     return declaration
-
-
-RANDOM = "{} has random weights, so its features mean nothing; give pretrained=True or checkpoint_path=, or load others"
-
-
-class RandomWeightsWarning(UserWarning):
-    """A frozen backbone was built on a device without weights."""
 
 
 def with_random_weights(name: str, **keywords: Any) -> DiffusionBackbone:

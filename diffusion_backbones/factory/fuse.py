@@ -12,7 +12,7 @@ from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.backbone.fusion.module import FusedBackbone
 from diffusion_backbones.backbone.fusion.timm_extractor import TimmExtractor
 from diffusion_backbones.factory.entry_points import create_model
-from diffusion_backbones.factory.fusions import create_member, declared
+from diffusion_backbones.factory.fusions import check_taken, create_member, declared
 from diffusion_backbones.factory.options import as_device, check_strides
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.fusion import Fusion, Member, TimmModel
@@ -46,10 +46,12 @@ def fuse(
 
     Raises:
         KeyError: An unknown member; the closest are named.
-        TypeError: A member is something else.
+        TypeError: A member is something else; or a keyword that no member takes.
         ValueError: Fewer than two; strides that cannot meet; a model of timm that gives no feature maps; weights of
             another number than the members.
     """
+    named = [found for found in map(_named, members) if found]
+    check_taken({**keywords, "pretrained": pretrained or None} if not named else keywords, named, name or "the fusion")
     built = [_built(member, pretrained, keywords) for member in members]
     read = [
         member if isinstance(member, Member) else Member(backbone.declaration)
@@ -72,6 +74,18 @@ def fuse(
     )
 
 
+def _named(member: Any) -> Declaration | TimmModel | None:
+    """What a member that is not built is built from."""
+    if isinstance(member, nn.Module):
+        return None
+    if isinstance(member, str):
+        return declared(member)
+    backbone = member.backbone if isinstance(member, Member) else member
+    if not isinstance(backbone, (Declaration, TimmModel)):
+        raise TypeError(f"a member must be a backbone, its name, or a model of timm, got {member!r:.80}")
+    return backbone
+
+
 def _built(member: Any, pretrained: bool, keywords: dict[str, Any]) -> Backbone:
     if isinstance(member, FusedBackbone):
         raise TypeError(f"{member.declaration.name} is a fusion, and its members are backbones; fuse them all at once")
@@ -89,9 +103,6 @@ def _built(member: Any, pretrained: bool, keywords: dict[str, Any]) -> Backbone:
         name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
         model = TimmModel(name or type(member).__name__, out_indices=tuple(member.feature_info.out_indices))  # type: ignore
         return TimmExtractor(model, member, any(p.requires_grad for p in member.parameters()) and member.training)
-    if isinstance(member, str):
-        member = declared(member)
-    backbone = member.backbone if isinstance(member, Member) else member
-    if not isinstance(backbone, (Declaration, TimmModel)):
-        raise TypeError(f"a member must be a backbone, its name, or a model of timm, got {member!r:.80}")
+    backbone = _named(member)
+    assert backbone is not None
     return create_member(create_model, backbone, pretrained, None, dict(keywords))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.backbone.fusion.module import FusedBackbone
 from diffusion_backbones.backbone.fusion.saving import member_folder, own_tensors
-from diffusion_backbones.backbone.fusion.timm_extractor import check_known, extractor
-from diffusion_backbones.factory.options import as_device, as_dtype, check_strides
+from diffusion_backbones.backbone.fusion.timm_extractor import TimmExtractor, extractor
+from diffusion_backbones.backbone.fusion.timm_networks import check_known
+from diffusion_backbones.factory import random_weights
+from diffusion_backbones.factory.options import FOREIGN_KEYWORDS, BuildOptions, as_device, as_dtype, check_strides
 from diffusion_backbones.loading.saved_folder import CONFIG, WEIGHTS, FusionFoundError, SavedConfig
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.spec import registry
@@ -29,6 +32,8 @@ SETTINGS = ("strides", "normalize", "weights", "components")
 """Of the fusion itself, in place of its own."""
 REFUSED = ("recipe", "encoder_levels", "prompt_tokens", "pretrained_cfg_overlay")
 """Keywords of ``create_model`` that only one backbone can take."""
+FOR_TIMM = ("cache_dir", "device", "dtype", "trainable")
+"""Keywords of ``create_model`` that models of timm take too."""
 
 
 def with_fusions(create: F) -> F:
@@ -131,7 +136,7 @@ def load(create: Callable[..., Any], folder: Folder, keywords: Mapping[str, Any]
     def member(i: int, single: dict[str, Any]) -> Backbone:
         backbone = fusion.members[i].backbone
         if isinstance(backbone, TimmModel):
-            return create_member(create, backbone, False, None, single)
+            return _of_timm(backbone, False, None, single)  # its weights are read with the fusion's own
         read: Backbone = create(f"local-dir:{place / member_folder(i)}", False, **single)
         return read
 
@@ -139,16 +144,24 @@ def load(create: Callable[..., Any], folder: Folder, keywords: Mapping[str, Any]
     return _assembled(fusion, member, kept, place / WEIGHTS)
 
 
-def described_fusion(data: Mapping[str, Any], build_member: Callable[[SavedConfig], Backbone]) -> FusedBackbone:
+def described_fusion(
+    data: Mapping[str, Any], build_member: Callable[[SavedConfig, bool], Backbone], trainable: bool
+) -> FusedBackbone:
     """A fusion that :func:`~diffusion_backbones.backbone.fusion.saving.describe_whole` described, on torch's default
     device, in its default dtype: with random weights, or on ``meta`` without any.
+
+    Args:
+        data: What was described.
+        build_member: From a diffusion backbone's config, and whether it is trained, to the backbone.
+        trainable: Whether those members are trained that were.
     """
     fusion, device = Fusion.from_dict(data["fusion"]), torch.get_default_device()
+    trained = [trainable and one for one in data.get("trainable", [True] * len(fusion.members))]
     members = [
-        extractor(m.backbone, device=device, dtype=torch.get_default_dtype())
+        extractor(m.backbone, device=device, dtype=torch.get_default_dtype(), trainable=train)
         if isinstance(m.backbone, TimmModel)
-        else build_member(SavedConfig(described, m.name))
-        for m, described in zip(fusion.members, data["members"], strict=True)
+        else build_member(SavedConfig(described, m.name), train)
+        for m, described, train in zip(fusion.members, data["members"], trained, strict=True)
     ]
     given = InputFormat.from_dict(data["input_format"]) if "input_format" in data else SYMMETRIC
     return FusedBackbone(fusion, members, out_strides=check_strides(data["out_strides"]), input_format=given)
@@ -159,19 +172,54 @@ def create_member(
 ) -> Backbone:
     """One member; ``keywords`` are those of ``create_model`` for every diffusion backbone."""
     if isinstance(backbone, TimmModel):
-        return extractor(
-            backbone,
-            pretrained and path is None,
-            checkpoint_path=path,
-            cache_dir=keywords.get("cache_dir"),
-            device=as_device(keywords.get("device")),
-            dtype=as_dtype(keywords.get("dtype")),
-            trainable=keywords.get("trainable") is True,
-        )
+        built = _of_timm(backbone, pretrained and path is None, path, keywords)
+        if not (pretrained or path or built.trainable) and built.device.type != "meta":
+            random_weights.warn(backbone.name)
+        return built
     known = registry.is_model(backbone.name) and registry.get_declaration(backbone.name) == backbone
     name, recipe = (backbone.name, {}) if known else (backbone.checkpoint.name, {"recipe": backbone.recipe})
-    built: Backbone = create(name, pretrained, checkpoint_path=path, **recipe, **keywords)
-    return built
+    whole: Backbone = create(name, pretrained, checkpoint_path=path, **recipe, **keywords)
+    return whole
+
+
+def _of_timm(model: TimmModel, pretrained: bool, path: Any, keywords: Mapping[str, Any]) -> TimmExtractor:
+    return extractor(
+        model,
+        pretrained,
+        checkpoint_path=path,
+        cache_dir=keywords.get("cache_dir"),
+        device=as_device(keywords.get("device")),
+        dtype=as_dtype(keywords.get("dtype")),
+        trainable=keywords.get("trainable") is True,
+    )
+
+
+def check_taken(keywords: Mapping[str, Any], backbones: Sequence[Declaration | TimmModel], name: str) -> None:
+    """Check that keywords of ``create_model`` have someone to take them; diffusion backbones check theirs themselves.
+
+    Args:
+        keywords: By name.
+        backbones: The members that are built with them.
+        name: Of the fusion, for errors.
+
+    Raises:
+        TypeError: One has nobody to take it.
+        ValueError: A keyword of timm with a value that cannot be.
+    """
+    if any(isinstance(backbone, Declaration) for backbone in backbones):
+        return
+    takes = FOR_TIMM if backbones else ()
+    usual = {option.name: option.default for option in fields(BuildOptions)}
+    for key, value in keywords.items():
+        if value is None or (key in takes and not (key == "trainable" and isinstance(value, str))):
+            continue
+        if key in FOREIGN_KEYWORDS:
+            if reason := FOREIGN_KEYWORDS[key](value):
+                raise ValueError(reason)
+        elif key not in usual or value is not usual[key]:
+            whose = "is built with it" if backbones else "is built here: all of them are given built"
+            told = f" Models of timm take {', '.join(takes)}; trainable=True or False." if takes else ""
+            raise TypeError(f"{key}={value!r} does nothing, since no diffusion backbone of {name} {whose}.{told}")
 
 
 def _assembled(
@@ -188,6 +236,7 @@ def _assembled(
     if check_flag("in_turn", keywords.pop("in_turn", False)):
         visits = as_device(keywords.pop("device", None))
         keywords["device"] = "cpu" if visits.type != "meta" else visits
+    check_taken(keywords, [m.backbone for m in fusion.members], fusion.name)
     members = [member(i, dict(keywords)) for i in range(len(fusion.members))]
     fused = FusedBackbone(fusion, members, out_strides=strides, input_format=given, visits=visits)
     if weights is not None:

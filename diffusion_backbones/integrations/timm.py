@@ -23,7 +23,7 @@ _ours: set[str] = set()
 """Architectures that were registered in timm from here."""
 
 
-def _check(declaration: Declaration) -> None:
+def _check(declaration: Declaration | Fusion) -> None:
     """Raise ``ValueError`` for a name that a model of timm has."""
     if _is_taken(declaration):
         raise ValueError(f"{declaration.architecture!r} is a model of timm; give another name=")

@@ -249,16 +249,16 @@ def _maps(described: dict[str, Any]) -> int:
 def _build(described: dict[str, Any], trainable: bool, empty: bool) -> Backbone:
     """What is described, with random weights, or ``empty`` of any; where those that come are from is then known."""
 
-    def single(config: SavedConfig) -> DiffusionBackbone:
+    def single(config: SavedConfig, trainable: bool) -> DiffusionBackbone:
         backbone = build_described(config, trainable)
         if empty:
             backbone.provenance = dict(config.provenance)
         return backbone
 
     return (
-        described_fusion(described, single)
+        described_fusion(described, single, trainable)
         if "fusion" in described
-        else single(SavedConfig(described, "backbone_config"))
+        else single(SavedConfig(described, "backbone_config"), trainable)
     )
 
 

@@ -35,7 +35,8 @@ INDEX, SHARDS = f"{WEIGHTS}.index.json", "model{suffix}.safetensors"
 LIBRARY, FORMAT = "diffusion_backbones", 1
 LATER = {"recipe": {"discard", "normalise", "without"}, "checkpoint": {"tiny_encoder"}}
 """What the first folders of this format lack, since no backbone then had it. Each part has all of its own or none."""
-_PARTS = re.compile(r"(denoiser|encoder|conditioning|fitted)\.")
+_PARTS = re.compile(r"(denoiser|encoder|conditioning|fitted|reducers|members\.\d+)\.")
+_MEMBER = re.compile(r"member\d+/")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -48,7 +49,8 @@ def is_saved(folder: Folder) -> bool:
     names = folder.names()
     if CONFIG in names:
         return folder.json(CONFIG).get("library_name") == LIBRARY
-    if {WEIGHTS, INDEX} & set(names) and not any("/" in name for name in names):
+    nested = [name for name in names if "/" in name]
+    if all(map(_MEMBER.match, nested)) and (nested or {WEIGHTS, INDEX} & set(names)):  # of a fusion, or one backbone
         raise ValueError(
             f"{folder} has weights and no {CONFIG}, which save_pretrained writes last: saving was interrupted, or "
             "another library wrote them. Save the backbone again."

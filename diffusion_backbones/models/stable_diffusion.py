@@ -240,7 +240,7 @@ register_model(
             "Here noise is cropped from a canvas of seed 42, so its values differ from the source's.",
             "The source also reads up-level3-repeat1-vit-out and drops it.",
         ),
-        unverified=("The paper's own tables were not read; its figures are quotations by CleanDIFT.",),
+        unverified=("The paper's own tables were not read, only what CleanDIFT quotes of them.",),
     ),
 )
 

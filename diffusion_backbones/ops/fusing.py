@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_backbones.ops import pyramid
 from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.spec.input_format import SYMMETRIC, InputFormat
 
@@ -38,24 +39,13 @@ def reformat(x: Tensor, given: InputFormat, wanted: InputFormat) -> Tensor:
 
 def resized(x: Tensor, size: tuple[int, int], input_format: InputFormat) -> Tensor:
     """(B, 3, H, W) -> (B, 3, *size), bicubic with antialiasing as timm's transforms resize, kept in the range that
-    pixels have; the same tensor where it has that size.
+    pixels have, integers as float32; the same tensor where it has that size.
     """
     if x.shape[-2:] == size:
         return x
-    x = x if x.is_floating_point() else x.float()
-    wide = F.interpolate(x.float(), size, mode="bicubic", antialias=True, align_corners=False)
-    return wide.clamp(*input_format.range()).to(x.dtype)
-
-
-def at_size(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size) without parameters: bilinear to finer, area average to coarser, the same tensor
-    where it has that size.
-    """
-    if x.shape[-2:] == size:
-        return x
-    if x.shape[-2] > size[0] and x.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(x, size)
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = F.interpolate(wide, size, mode="bicubic", antialias=True, align_corners=False)
+    return wide.clamp(*input_format.range()).to(x.dtype if x.is_floating_point() else wide.dtype)
 
 
 def squared_length(x: Tensor) -> Tensor:
@@ -121,11 +111,13 @@ class Assembly:
         begin, squared = self._end, None
         parts: list[Tensor] = []
         for given in maps:
-            x = at_size(given.to(self.device), self.size).to(self.dtype)
+            x = pyramid.at_size(given.to(self.device), self.size).to(self.dtype)
             if normalize:
                 squared = squared_length(x) if squared is None else squared + squared_length(x)
             end = self._end + x.shape[1]
             if x.requires_grad or self._parts or parts:
+                if not parts and not self._parts and self._end > begin:  # what the member gave so far has no gradients
+                    parts.append(self._room(0)[:, begin : self._end])
                 parts.append(x)
             else:
                 self._room(len(x))[:, self._end : end] = x

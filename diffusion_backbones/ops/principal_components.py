@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +59,8 @@ class PrincipalComponents(nn.Module):
     axes: Tensor
     fitted: Tensor
     advice = "fit on more or on larger images"
+    _known = False
+    """Whether they were seen to be fitted, so that the device is not asked in every call."""
 
     def __init__(self, channels: int, components: int, what: str):
         super().__init__()
@@ -67,7 +72,23 @@ class PrincipalComponents(nn.Module):
     @property
     def is_fitted(self) -> bool:
         """Whether there are components; on ``meta`` nobody asks."""
-        return self.fitted.is_meta or bool(self.fitted)
+        if not self._known and not self.fitted.is_meta:
+            self._known = bool(self.fitted)
+        return self._known or self.fitted.is_meta
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrincipalComponents:
+        """Moves of the module move them; they stay in float32, in which they were fitted."""
+        whole = {"mean": self.mean, "axes": self.axes}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in whole.items():
+            moved = getattr(self, name)
+            if moved.dtype != kept.dtype:
+                setattr(self, name, kept.to(moved.device))
+        return self
 
     def fit(self, moments: Moments) -> None:
         """Take the components of what was seen; ``ValueError`` as for :meth:`solve`."""
@@ -92,5 +113,6 @@ class PrincipalComponents(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, n, h, w), in the dtype of ``x``."""
-        centred = x.to(self.mean.dtype) - self.mean[:, None, None]
-        return torch.einsum("nc,bchw->bnhw", self.axes, centred).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, self.mean.dtype)
+        centred = x.to(dtype) - self.mean[:, None, None].to(dtype)
+        return torch.einsum("nc,bchw->bnhw", self.axes.to(dtype), centred).to(x.dtype)

@@ -49,9 +49,24 @@ def resample(x: Tensor, stride: int, to: int, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, C, ceil(H / to), ceil(W / to)) of an image of ``size`` (H, W).
     """
-    if to == stride:
-        return x
     h, w = (-(-s // to) for s in size)
-    if to < stride:
-        return F.interpolate(x, (h, w), mode="bilinear", align_corners=False)
-    return F.adaptive_avg_pool2d(x, (h, w))
+    return x if to == stride else _finer(x, (h, w)) if to < stride else _coarser(x, (h, w))
+
+
+def at_size(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring a map to another size as :func:`resample` does, height and width each by itself.
+
+    Returns:
+        (B, C, *size); the same tensor where it has that size.
+    """
+    h, w = (min(sides) for sides in zip(x.shape[-2:], size, strict=True))
+    x = x if x.shape[-2:] == (h, w) else _coarser(x, (h, w))
+    return x if size == (h, w) else _finer(x, size)
+
+
+def _finer(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def _coarser(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.adaptive_avg_pool2d(x, size)

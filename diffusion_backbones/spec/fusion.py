@@ -132,10 +132,19 @@ class Fusion:
         self.__dict__["weights"] = check_weights(self.weights, len(self.members), what)
         self.__dict__["strides"] = _check_strides(self.strides, what)
         _check_count(f"{what}: components", self.components)
-        if self.weights == CONFIDENCE and (self.normalize != "l2" or self.components):
+        if self.weights == CONFIDENCE:
+            self.check_comparable()
+
+    def check_comparable(self) -> None:
+        """Check that its members can be weighted by confidence.
+
+        Raises:
+            ValueError: Their vectors have no common length, or are mixed with those of others behind it.
+        """
+        if self.normalize != "l2" or self.components:
             raise ValueError(
-                f"{what}: weights='confidence' compare directions in two images, so they go with normalize='l2', and "
-                "with no components behind them; a member may have components"
+                f"fusion {self.name!r}: weights='confidence' compare directions in two images, so they go with "
+                "normalize='l2', and with no components behind them; a member may have components"
             )
 
     @property

@@ -16,7 +16,7 @@ from diffusion_backbones.spec.validation import closest
 _checkpoints: dict[str, Checkpoint] = {}
 _declarations: dict[str, Declaration] = {}
 _fusions: dict[str, Fusion] = {}
-_checks: list[Callable[[Declaration], None]] = []
+_checks: list[Callable[[Declaration | Fusion], None]] = []
 _listeners: list[Callable[[Declaration | Fusion], None]] = []
 
 
@@ -84,11 +84,19 @@ def register_fusion(fusion: Fusion) -> Fusion:
 
     Raises:
         TypeError: It is no :class:`Fusion`.
-        ValueError: The name is taken, or is not of lower-case letters, digits and underscores.
+        ValueError: The name is taken, here or by a model of timm, or is not of lower-case letters, digits and
+            underscores; or a model of timm has no ``input_size``, which lists and cards state.
     """
     if not isinstance(fusion, Fusion):
         raise TypeError(f"a Fusion is registered, got {fusion!r:.80}")
     _check_name(fusion.name, _fusions, _declarations, _checkpoints)
+    if unknown := [member.name for member in fusion.members if member.size is None]:
+        raise ValueError(
+            f"fusion {fusion.name!r}: the input size of {unknown[0]} is known once it is built, and lists and cards "
+            f"state it; give Member(TimmModel({unknown[0]!r}), input_size=...)"
+        )
+    for check in _checks:
+        check(fusion)
     _fusions[fusion.name] = fusion
     for listener in _listeners:
         listener(fusion)
@@ -118,8 +126,8 @@ def _check_name(name: str, *taken: Iterable[str]) -> None:
         raise ValueError(f"{name!r} is already registered")
 
 
-def before_register(check: Callable[[Declaration], None]) -> None:
-    """Call ``check`` for every declaration from now on, before it is registered; it raises what is wrong."""
+def before_register(check: Callable[[Declaration | Fusion], None]) -> None:
+    """Call ``check`` for every declaration and fusion from now on, before it is registered; it raises what is wrong."""
     _checks.append(check)
 
 
@@ -148,6 +156,8 @@ def list_models(
         pretrained: Only backbones with weights to load, which all have; with tags unless ``include_tags`` is False.
         exclude_filters: Patterns to leave out.
         include_tags: Whether names with a tag are listed; by default only with ``pretrained``.
+
+    Fusions are in :func:`list_fusions`.
     """
     include_tags = pretrained if include_tags is None else include_tags
     names = [d.name for d in _declarations.values() if (include_tags or not d.tag)]
@@ -203,7 +213,7 @@ def get_declaration(name: str) -> Declaration:
     raise KeyError(
         f"no backbone is called {name!r}."
         f"{closest(name, [*_declarations, *_fusions, *_checkpoints])}{_on_the_hub(name)} "
-        "`list_models()` lists them all."
+        "`list_models()` lists them all, and `list_fusions()` fusions."
     )
 
 

@@ -178,15 +178,16 @@ class FusedBackbone(FusionState):
                 f"{self.declaration.name} with weights={chosen!r} {told}"
                 + ("; the image that is searched has weights=(1, ...)" if compared else "")
             )
-        if compared and self.declaration.normalize != "l2":
-            raise ValueError("weights='confidence' compare directions, so they need a fusion with normalize='l2'")
-        return (self._numbers if weights is None or compared else tuple(chosen) or self._numbers), compared  # type: ignore
+        if compared:
+            self.declaration.check_comparable()
+            return (1.0,) * len(self.members), True
+        return (self._numbers if weights is None else tuple(chosen) or self._numbers), False  # type: ignore
 
     def _calls(self, call: Mapping[str, Any], members: Any) -> list[dict[str, Any]]:
         """The keywords of each member.
 
         Raises:
-            KeyError: No such member.
+            KeyError: No such member, or several.
             TypeError: There is no diffusion backbone to take them.
         """
         given = {key: value for key, value in call.items() if value is not None}
@@ -203,6 +204,9 @@ class FusedBackbone(FusionState):
                     f"{self.declaration.name} has no member {key!r}.{closest(str(key), names)} It has "
                     f"{', '.join(names)}."
                 )
+            if names.count(key) > 1:
+                places = [i for i, name in enumerate(names) if name == key]
+                raise KeyError(f"{self.declaration.name} has {key!r} at positions {places}; give one of these")
             if not diffusion[found]:
                 raise TypeError(f"{names[found]} is no diffusion backbone and takes no {', '.join(single)}")
             calls[found] |= single
@@ -309,11 +313,11 @@ class FusedBackbone(FusionState):
     @contextmanager
     def _visit(self, member: Any) -> Iterator[None]:
         """Within the ``with`` block a member is where it computes."""
-        home = member.device
-        if self.visits is None or home == self.visits:
+        if self.visits is None:
             yield
             return
-        with _VISIT:
+        with _VISIT:  # before its device is asked for: another call may have brought it there, and take it away
+            home = member.device
             member.to(self.visits)
             try:
                 yield

@@ -16,7 +16,7 @@ from diffusion_backbones._version import __version__
 from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.backbone.fusion.state import FusionState
 from diffusion_backbones.backbone.module import DiffusionBackbone
-from diffusion_backbones.backbone.save_pretrained import check_free, describe
+from diffusion_backbones.backbone.save_pretrained import check_free, check_whole, describe, split_state
 from diffusion_backbones.loading.saved_folder import CARD, CONFIG, FORMAT, LIBRARY, WEIGHTS, weight_files
 from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import atomic, safetensors_io
@@ -28,10 +28,9 @@ def save(fusion: FusionState, place: str | Path, max_shard_size: int | str) -> P
     """Write a fusion's folder; errors as for :func:`diffusion_backbones.backbone.save_pretrained.save`."""
     if not os.fspath(place):
         raise ValueError("the folder to save in is empty; name one, or '.' for this one")
-    if fusion.members[0].device == torch.device("meta"):
-        raise ValueError(f"{fusion.declaration.name} is on the meta device and has no weights to save")
     folder = Path(place)
     card_of_others = check_free(folder)
+    _check_members(fusion, folder, max_shard_size)
     old = weight_files(Folder(folder)) if folder.exists() else set()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # from here on, and until it is written anew, the folder is not whole
@@ -47,6 +46,15 @@ def save(fusion: FusionState, place: str | Path, max_shard_size: int | str) -> P
         atomic.write_text(folder / CARD, fusion_card.card(fusion.declaration, fusion.levels, saved=True))
     atomic.write_text(folder / CONFIG, json.dumps(config(fusion), indent=2) + "\n")
     return folder
+
+
+def _check_members(fusion: FusionState, folder: Path, max_shard_size: int | str) -> None:
+    """Check all that can be said before anything changes in the folder, as ``save_pretrained`` of each member would."""
+    split_state({}, max_shard_size)
+    for i, member in enumerate(fusion.members):
+        check_whole(member)  # type: ignore[arg-type]
+        if isinstance(member, DiffusionBackbone):
+            check_free(folder / member_folder(i))
 
 
 def member_folder(i: int) -> str:
@@ -80,4 +88,9 @@ def describe_whole(backbone: Backbone) -> dict[str, Any]:
     if not isinstance(backbone, FusionState):
         return describe(backbone)  # type: ignore[arg-type]  # the other kind
     members = [describe(member) if isinstance(member, DiffusionBackbone) else None for member in backbone.members]
-    return {**config(backbone), "levels": [level.stride for level in backbone.levels], "members": members}
+    return {
+        **config(backbone),
+        "levels": [level.stride for level in backbone.levels],
+        "members": members,
+        "trainable": [bool(member.trainable) for member in backbone.members],
+    }

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusion_backbones.backbone.contract import Backbone
+from diffusion_backbones.backbone.fusion.copies import freeze_unread
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.ops.principal_components import PrincipalComponents
 from diffusion_backbones.spec.fused_levels import FusedLevel, Source, fused_levels
@@ -57,11 +58,18 @@ class FusionState(Backbone):
         self.levels = fused_levels(self.declaration, self._pyramids())
         self.reducers = nn.ModuleDict(dict(self._reducers()))
         self.reducers.to(next(iter(members)).device)
+        self._freeze_unread()
         self.eval()
 
     def _pyramids(self) -> list[list[OutMap]]:
         every: Any = self.members
         return [member.out_maps for member in every]
+
+    def _freeze_unread(self) -> None:
+        for i, member in enumerate(self.members):
+            read = sorted({s.position for level in self.levels for s in level.sources if s.member == i})
+            if len(read) < len(member.out_maps):  # type: ignore[arg-type]
+                freeze_unread(member, read)  # type: ignore[arg-type]
 
     def _reducers(self) -> Iterator[tuple[str, nn.Module]]:
         name = self.declaration.name
@@ -172,8 +180,6 @@ class FusionState(Backbone):
             wanted = sorted(order)
             if wanted:
                 member.prune_intermediate_layers(wanted)  # type: ignore[operator]
-            else:
-                member.requires_grad_(False)
             found = {wanted.index(index): f"{i}_{index}" for index in wanted}
             reducers |= {f"{i}_{new}": self.reducers[old] for new, old in found.items() if old in self.reducers}
             maps = tuple(wanted.index(index) for index in order)
@@ -185,6 +191,7 @@ class FusionState(Backbone):
         self.declaration = replace(self.declaration, members=tuple(members), strides=strides)
         self.levels = fused_levels(self.declaration, self._pyramids())
         self.out_strides = tuple(out[i].stride for i in kept) if self.out_strides else None
+        self._freeze_unread()
         return kept
 
     def train(self, mode: bool = True) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.backbone.device import check_device
+from diffusion_backbones.backbone.fusion.copies import freeze_unread, frozen_view
+from diffusion_backbones.backbone.fusion.timm_networks import check_any_size, network
 from diffusion_backbones.backbone.state import compute_dtype
 from diffusion_backbones.ops.describe import shape
 from diffusion_backbones.ops.tensor_checks import FLOATING
@@ -21,7 +23,6 @@ from diffusion_backbones.spec.checkpoint import License
 from diffusion_backbones.spec.fusion import TimmModel
 from diffusion_backbones.spec.input_format import InputFormat
 from diffusion_backbones.spec.levels import OutMap, take
-from diffusion_backbones.spec.validation import closest
 
 ON_THE_HUB = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-nc-4.0")
 """Licences that timm states by the names that the Hugging Face hub has for them."""
@@ -34,7 +35,10 @@ class TimmExtractor(Backbone):
     Args:
         declaration: What it is.
         net: timm's network.
-        trainable: Whether it is trained.
+        trainable: Whether it is trained: what of it needs gradients, as far as its maps depend on it.
+
+    Raises:
+        ValueError: It takes images of its own size alone.
 
     Attributes:
         input_format: As its ``pretrained_cfg`` says.
@@ -44,7 +48,8 @@ class TimmExtractor(Backbone):
     def __init__(self, declaration: TimmModel, net: nn.Module, trainable: bool = False):
         super().__init__()
         cfg: Any = net.pretrained_cfg
-        self.net, self.trainable, self.provenance = net, trainable, {}
+        self.net = net if trainable else frozen_view(net)  # whoever made it may train it elsewhere
+        self.trainable, self.provenance = trainable, {}
         self.input_format = InputFormat(tuple(cfg["mean"]), tuple(cfg["std"]))
         self.declaration = _completed(declaration, cfg)
         info: Any = net.feature_info
@@ -52,7 +57,8 @@ class TimmExtractor(Backbone):
         self._names = list(info.module_name())
         self._channels_last = "NHWC" in str(getattr(net, "output_fmt", ""))
         self.kept = list(range(len(self._maps)))
-        self.requires_grad_(trainable)
+        check_any_size(self.declaration.name, net, self.size_divisibility)
+        freeze_unread(self, self.kept)
         self.train(self.training)
 
     @property
@@ -150,6 +156,7 @@ class TimmExtractor(Backbone):
         """Return only some maps. Returns the positions that were kept."""
         chosen = take(indices, len(self.kept))
         self.kept = [self.kept[i] for i in chosen]
+        freeze_unread(self, range(len(self.kept)))
         return chosen
 
     def fill_buffers(self) -> None:
@@ -190,70 +197,24 @@ def extractor(
     Args:
         model: Which.
         pretrained: Whether timm downloads its weights.
-        checkpoint_path: A ``.safetensors`` file of them in place of that.
+        checkpoint_path: A ``.safetensors`` file of the whole network in place of that, as timm writes and reads it.
         cache_dir: huggingface_hub's cache folder.
         device, dtype: Where, and in what, it computes.
         trainable: Whether it is trained.
 
     Raises:
+        FileNotFoundError: There is no such file.
         KeyError: timm has no such model; the closest are named.
-        ValueError: It gives no feature maps, or the weights are in a pickle.
+        ValueError: It gives no feature maps, or takes images of one size alone; or the weights are in a pickle, do not
+            fit or are not whole.
     """
-    import timm
-
-    check_known(model.name)
-    if checkpoint_path and Path(checkpoint_path).suffix != ".safetensors":
-        raise ValueError(
-            f"{checkpoint_path}: only .safetensors is read, since a pickle can run code; convert the weights of "
-            f"{model.name}"
-        )
-    keywords: dict[str, Any] = {"features_only": True}
-    try:
-        with torch.device("meta"):
-            try:
-                net = timm.create_model(model.name, dynamic_img_size=True, **keywords)
-                keywords["dynamic_img_size"] = True
-            except TypeError:  # only networks with positions take it
-                net = timm.create_model(model.name, **keywords)
-        indices = model.out_indices or _deepest(net)
-        with torch.device("meta"):
-            net = timm.create_model(model.name, out_indices=indices, **keywords)
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{model.name} of timm gives no feature maps with features_only=True, so it cannot be a member: {reason}"
-        ) from error
-    if device is None or device.type != "meta":
-        with torch.device(device or torch.get_default_device()):
-            net = timm.create_model(
-                model.name,
-                pretrained,
-                out_indices=indices,
-                checkpoint_path=str(checkpoint_path or ""),
-                cache_dir=cache_dir,
-                **keywords,
-            )
-    built = TimmExtractor(replace(model, out_indices=tuple(indices)), net.to(dtype), trainable).eval()
+    net, indices = network(model, pretrained, checkpoint_path=checkpoint_path, cache_dir=cache_dir, device=device)
+    built = TimmExtractor(replace(model, out_indices=indices), net.to(dtype), trainable).eval()
     if checkpoint_path:
         built.provenance = {"path": str(checkpoint_path)}
     elif pretrained:
         built.provenance = {"repo": str(built.pretrained_cfg.get("hf_hub_id") or built.pretrained_cfg.get("url"))}
     return built
-
-
-def check_known(name: str) -> None:
-    """Raise ``KeyError`` unless timm has a model of this name, with or without a tag."""
-    import timm
-
-    if not timm.is_model(name):
-        known = timm.list_models(include_tags=False)
-        raise KeyError(f"no model of timm is called {name!r}.{closest(name.partition('.')[0], known)}")
-
-
-def _deepest(net: Any) -> tuple[int, ...]:
-    """The last map of every stride, fine to coarse."""
-    last = {info["reduction"]: i for i, info in enumerate(net.feature_info.info)}
-    return tuple(last[stride] for stride in sorted(last))
 
 
 def _completed(model: TimmModel, cfg: Mapping[str, Any]) -> TimmModel:
