@@ -54,6 +54,7 @@ def saved(tmp_path_factory):
 
 # Recipes, as objects and as files.
 
+is_channels = is_list_of(lambda v: is_int(v, 0) and not hasattr(v, "dtype"))
 RECIPE = {
     "name": is_text,
     "timestep": lambda v: is_real(v, -1, 999.999) and plain(v) >= 0,  # below 0 only without noise
@@ -64,8 +65,8 @@ RECIPE = {
     "prompt_padding": is_one_of("max_length", "longest"),
     "scaled": is_bool,
     "without": is_list_of(is_text),
-    "discard": is_list_of(lambda v: is_int(v, 0) and not hasattr(v, "dtype")),
-    "normalize": is_one_of("none", "layer", "adaptive"),
+    "discard": lambda v: v in ("auto", {}) if isinstance(v, (str, dict)) else is_channels(v),
+    "normalize": is_one_of("none", "layer", "adaptive", "l2"),
     "input_size": lambda v: v is None or is_count(v),
     "nominal_timestep": lambda v: v is None or is_int(v),
     "source": is_text,
@@ -76,6 +77,8 @@ RECIPE = {
     "timesteps": lambda v: is_several(v),
     "combine": is_one_of("mean", "concatenate"),
     "inversion_steps": lambda v: is_int(v) and v == 50,  # others only with inversion
+    "debias": lambda v: is_int(v, 0, 2**31 - 1),
+    "components": lambda v: v is None or is_count(v),
 }
 
 

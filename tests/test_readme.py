@@ -27,6 +27,7 @@ DOCUMENTS = [
     "docs/activations.md",
     "docs/checkpoints.md",
     "docs/memory.md",
+    "docs/postprocessing.md",
     "docs/timesteps.md",
     "docs/fusion.md",
     "docs/finetuning.md",

@@ -578,3 +578,31 @@ def test_a_selection_is_what_it_writes(tmp_path):
     assert before == {
         path.name: path.stat().st_mtime_ns for path in (tmp_path / "evidence").iterdir()
     }  # nothing was computed again
+
+
+def test_candidates_are_compared_as_the_recipe_gives_them(tmp_path):
+    known = data.scenes(64)
+    few = data.Data(known.images[:4], tasks.Keypoints(tasks.warped(known.images[:3])), "four scenes")
+    settings = {"ids": ("up-level1-*-res-out", "mid-vit-out"), "rules": [], "members": 1, "device": "cpu"}
+    chosen = run.select("tinysd", few, tmp_path, discard="auto", normalize="l2", **settings)
+    written = db.Recipe.from_file(tmp_path / "recipe.yaml")
+    assert (written.normalize, written.discard) == ("l2", chosen.recipe.discard)
+    assert [name for name, _ in written.discard] == list(written.ids)
+    for name in chosen.scores:
+        own = db.Recipe("own", [name], discard="auto", normalize="l2", input_size=64)
+        backbone = db.create_model("tinysd", recipe=own, pretrained=True)
+        if name in written.ids:
+            assert backbone.declaration.recipe.discard == written.discard
+        expected = np.stack([few.task.reduce(i, backbone(view)[0]) for i, view in enumerate(few.task.views)])
+        np.testing.assert_allclose(np.load(tmp_path / "evidence" / f"{name}.npy"), expected, atol=2e-3)
+    with pytest.raises(ValueError, match="holds features with another normalize"):
+        run.select("tinysd", few, tmp_path, discard="auto", normalize="layer", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({"discard": "3"}, "discard='auto' or without, got '3'"), ({"normalize": "adaptive"}, "'layer', 'l2' or 'none'")],
+)
+def test_candidates_are_treated_in_no_other_way(settings, error, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        run.select("tinysd", data.scenes(64), tmp_path / "out", **settings)

@@ -39,6 +39,7 @@ class Call:
         prompt: A string, or one per image; None for the recipe's.
         labels: A string, or one per image, for the place that a prompt keeps for it; None for none.
         embeddings: Tensors in place of the recipe's embedded prompt, by name.
+        beside: Tensors (1, ...) that are there beside what conditions the network, by name.
     """
 
     noise: Any
@@ -51,6 +52,7 @@ class Call:
     prompt: str | Sequence[str] | None = None
     labels: str | Sequence[str] | None = None
     embeddings: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], recipe: Recipe, chunk: int | None, name: str, folded: bool) -> Call:

@@ -8,12 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_backbones.backbone.call_arguments import check_prompts
+from diffusion_backbones.loading.prompts import Prompter
 from diffusion_backbones.ops.describe import shape
 from diffusion_backbones.ops.tensor_checks import FLOATING, ValueChecks, readable
+from diffusion_backbones.spec.concepts import filled, of_classes
+from diffusion_backbones.spec.recipe import Recipe
 
 MASKS = {"prompt_attention_mask": "prompt_embeds", "prompt_attention_mask_2": "prompt_embeds_2"}
 """Which tokens are text, 1 or 0 each, and the embeddings of those tokens."""
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def embedded(
+    prompter: Prompter, recipe: Recipe, b: int = 1, prompt: Any = None, labels: Any = None
+) -> dict[str, Tensor]:
+    """The text of a recipe, or what a call of ``b`` images gives in its place, as tensors with 1 or ``b`` rows.
+
+    Raises:
+        FileNotFoundError: There is no text encoder.
+        TypeError, ValueError: Prompt or labels are no strings, or of another number.
+    """
+    text = recipe.prompt if prompt is None else prompt
+    if recipe.classes:
+        return prompter.classes(of_classes(text, labels, recipe.classes, b))
+    return prompter(check_prompts(text, b) if labels is None else filled(text, labels, b))
 
 
 def merge_conditioning(

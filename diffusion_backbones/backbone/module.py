@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_backbones.backbone import concepts as concept_maps
-from diffusion_backbones.backbone import pipeline, save_pretrained
+from diffusion_backbones.backbone import fitting, pipeline, save_pretrained
 from diffusion_backbones.backbone.call_arguments import Call
 from diffusion_backbones.backbone.timm_mixin import TimmMixin
 from diffusion_backbones.ops import recording
@@ -28,7 +28,8 @@ class DiffusionBackbone(TimmMixin):
     * ``prompt``: a string for the batch, or one per image; or its embeddings under diffusers' names: ``prompt_embeds``
       (tokens, channels) or (B, tokens, channels), ``pooled_prompt_embeds``, ``prompt_attention_mask``,
       ``class_labels``.
-    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``.
+    * ``labels``: a string, or one per image, in place of the ``{}`` of the prompt: ``prompt="a photo of a {}"``; where
+      the recipe has classes as many strings in their place, or as many for each image.
     * ``timestep``: what the network receives, a number or one per image.
     * ``timesteps``: several of them, one pass each on the same noise, combined as the recipe says: averaged, or
       concatenated along channels, which takes as many as the recipe has.
@@ -60,6 +61,7 @@ class DiffusionBackbone(TimmMixin):
             ValueError: ``x`` has another shape, is empty, or has NaN; a keyword has a value that cannot be.
         """
         chosen, settings = take(indices, len(self.out_maps)), self._parse(call)
+        self.check_found(chosen)
         latents = pipeline.start(self, x, settings, self.sites_of(chosen))
         return pipeline.feature_pyramid(self, latents, settings, chosen)
 
@@ -81,6 +83,7 @@ class DiffusionBackbone(TimmMixin):
             As :meth:`forward` of an image of that size.
         """
         chosen, settings = take(indices, len(self.out_maps)), self._parse(call)
+        self.check_found(chosen)
         encoder_sites = [site for site in self.sites_of(chosen) if site.encoder]
         latents = pipeline.given_latents(self, z, size, encoder_sites)
         return pipeline.feature_pyramid(self, latents, settings, chosen)
@@ -174,6 +177,7 @@ class DiffusionBackbone(TimmMixin):
         prompt: str | None = None,
         layers: Sequence[str] | None = None,
         raw: bool = False,
+        method: str = "attention",
         **call: Any,
     ) -> Tensor:
         """Where concepts are in images, by the attention that the network pays from the image to words of its prompt.
@@ -183,13 +187,21 @@ class DiffusionBackbone(TimmMixin):
         (https://arxiv.org/abs/2509.18096): the mean over heads and layers of the attention from image to text. The
         tokens of a word are averaged.
 
+        ``method="outputs"`` reads FLUX.1 and Stable Diffusion 3 as ConceptAttention (https://arxiv.org/abs/2502.04320)
+        does: concepts are tokens of their own, which attend to the image and to each other, and whose outputs of
+        attention are compared with those of the image.
+
         Args:
             x: As in :meth:`forward`.
             words: n different concepts, each a word or several.
             prompt: The text that they are read in, or a template with a ``{}`` in place of which they stand, joined by
-                spaces. By default they are the prompt themselves.
-            layers: Ids of maps of attention to the text; by default those of the recipe, or all where it has none.
-            raw: Give the mean probabilities, in place of every map from its least value, 0, to its greatest, 1.
+                spaces. By default they are the prompt themselves. With ``method="outputs"`` they need not be in it.
+            layers: Ids of maps of attention to the text; by default those of the recipe, or all where it has none. With
+                ``method="outputs"`` ids of ``attn-out``; by default ConceptAttention's, the double blocks 15 to 18 of
+                FLUX.1.
+            raw: Give the mean probabilities, or dot products of outputs, in place of every map from its least value, 0,
+                to its greatest, 1.
+            method: ``"attention"`` or ``"outputs"``.
             **call: See the class.
 
         Returns:
@@ -201,10 +213,11 @@ class DiffusionBackbone(TimmMixin):
             KeyError: The network has no such layer.
             TypeError: Concepts or prompt are no strings.
             ValueError: There are no concepts, or more than the text encoder takes; one is empty, there twice, cut off,
-                or not in the prompt. The network does not look at a text, or is cut before a layer.
+                or not in the prompt. The network does not look at a text, has no such outputs, or is cut before a
+                layer.
         """
-        text, site = concept_maps.find(self, words, prompt, layers)
-        settings = replace(self._parse({**call, "prompt": text}), combine="mean")
+        text, site, beside = concept_maps.find(self, words, prompt, layers, method)
+        settings = replace(self._parse({**call, "prompt": text}), combine="mean", beside=beside)
         self.recorder.add_hooks(self.denoiser, [site])
         with compilation.eager_context(self):
             latents = pipeline.start(self, x, settings, [])
@@ -226,6 +239,23 @@ class DiffusionBackbone(TimmMixin):
             )
         return site
 
+    def fit(self, images: Tensor | Iterable[Tensor] | None = None, **call: Any) -> DiffusionBackbone:
+        """Fit what the recipe leaves to be fitted; it is saved with the backbone.
+
+        ``components`` are fitted on images. ``discard="auto"`` and ``debias`` are found when a backbone is built with
+        weights; they are found here for one whose weights were loaded later, and need no images.
+
+        Args:
+            images: A batch, or several, as :meth:`forward` takes them; sizes may differ.
+            **call: See the class.
+
+        Raises:
+            ValueError: Images and nothing to fit on them, or the other way round; or too few places for so many
+                components, or places that do not differ in so many directions. What was fitted before stays then.
+        """
+        fitting.fit(self, images, self._parse(call))
+        return self
+
     # Cutting further, and staying frozen.
 
     def prune_intermediate_layers(
@@ -246,6 +276,7 @@ class DiffusionBackbone(TimmMixin):
         self.out_strides = tuple(m.stride for m in chosen) if self.out_strides else None
         self.plan = replace(self.plan, levels=tuple(self.levels[i] for i in sorted({m.level for m in chosen})))
         self.plan.cut(self.denoiser)
+        self.forget()
         trainable.unfreeze(self, self.trainable, introspection.unreached(self.plan) if self.trainable else ())
         if self.compiled:
             compilation.compile_in_place(self, self.compiled)

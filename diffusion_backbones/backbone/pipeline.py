@@ -7,7 +7,8 @@
     z        the image encoder's latents, scaled
     z_t      alpha_t z + sigma_t noise, or by inversion
     denoise  up to the recipe's last activation, once for every timestep
-    levels   tokens -> maps, concatenated along channels, cropped to ceil(H / stride) x ceil(W / stride)
+    levels   tokens -> maps, concatenated along channels, cropped to ceil(H / stride) x ceil(W / stride); what was
+             fitted of them applied
     pyramid  a list of maps, fine to coarse
 """
 
@@ -24,9 +25,8 @@ from diffusion_backbones.backbone.call_arguments import (
     Call,
     check_image,
     check_latents,
-    check_prompts,
 )
-from diffusion_backbones.backbone.conditioning import merge_conditioning
+from diffusion_backbones.backbone.conditioning import embedded, merge_conditioning
 from diffusion_backbones.backbone.device import check_device
 from diffusion_backbones.backbone.inversion import inverted
 from diffusion_backbones.backbone.out_of_memory import check_draws, check_maps, explain_oom
@@ -38,9 +38,9 @@ from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
-from diffusion_backbones.spec.concepts import filled
 from diffusion_backbones.spec.levels import LevelInfo
 from diffusion_backbones.surgery import compilation
+from diffusion_backbones.surgery.plan import unique_sites
 
 Activations = dict[str, Tensor]
 """Id -> activation."""
@@ -232,14 +232,12 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
 def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:
     """The tensors that condition a call, with a batch axis of ``b``; checks of their values are added to others."""
     given = call.embeddings
-    if call.labels is not None:
-        template = backbone.declaration.recipe.prompt if call.prompt is None else call.prompt
-        given = backbone.prompter(filled(template, call.labels, b))
-    elif call.prompt is not None:
-        given = backbone.prompter(check_prompts(call.prompt, b))
+    if call.prompt is not None or call.labels is not None:
+        given = embedded(backbone.prompter, backbone.declaration.recipe, b, call.prompt, call.labels)
     own = dict(backbone.conditioning.items())
     tokens = own["prompt_embeds"].shape[1] if backbone.plan.reads_text else None
-    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens)
+    beside = {name: tensor.expand(b, *tensor.shape[1:]) for name, tensor in call.beside.items()}
+    return merge_conditioning(own, given, b, backbone.declaration.name, values, tokens) | beside
 
 
 @explain_oom("denoiser")
@@ -285,8 +283,16 @@ def denoise(
 
 def feature_pyramid(backbone: BackboneState, latents: Latents, call: Call, indices: Sequence[int]) -> list[Tensor]:
     """Latents -> some of the maps that ``DiffusionBackbone.forward`` returns."""
+    out = backbone.out_maps
+    native = levels(backbone, latents, call, sorted({out[i].level for i in indices}))
+    return _leaving(backbone, native, latents.size, indices)
+
+
+def levels(backbone: BackboneState, latents: Latents, call: Call, wanted: Sequence[int]) -> dict[int, Tensor]:
+    """Latents -> some levels by position, at their own strides, before anything that was fitted is applied."""
     plan = backbone.plan
-    inner = [site for site in backbone.sites_of(indices) if not site.encoder]
+    sites = unique_sites(backbone.levels[i] for i in wanted)
+    inner = [site for site in sites if not site.encoder]
     acts = activations(
         backbone,
         latents,
@@ -294,18 +300,24 @@ def feature_pyramid(backbone: BackboneState, latents: Latents, call: Call, indic
         plan.recorded(inner),
         postprocess=lambda acts: postprocessing.apply(plan.declaration.recipe, inner, acts),
     )
-    return _levels(backbone, latents.z, latents.size, indices, latents.encoder_acts | acts)
+    return _assembled(backbone, latents, wanted, sites, latents.encoder_acts | acts)
 
 
 @explain_oom("pyramid")
-def _levels(
-    backbone: BackboneState, z: Tensor, size: tuple[int, int], indices: Sequence[int], acts: Mapping[str, Tensor]
+def _assembled(
+    backbone: BackboneState, latents: Latents, wanted: Sequence[int], sites: Sequence[Site], acts: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    maps = as_maps(backbone, latents.z, sites, acts)
+    return {i: pyramid.assemble(backbone.levels[i], maps, latents.size) for i in wanted}
+
+
+@explain_oom("pyramid")
+def _leaving(
+    backbone: BackboneState, native: Mapping[int, Tensor], size: tuple[int, int], indices: Sequence[int]
 ) -> list[Tensor]:
-    out, levels = backbone.out_maps, backbone.levels
-    maps = as_maps(backbone, z, backbone.sites_of(indices), acts)
-    native = {i: pyramid.assemble(levels[i], maps, size) for i in sorted({out[i].level for i in indices})}
-    chosen = [out[i] for i in indices]
-    return [pyramid.resample(native[m.level], levels[m.level].stride, m.stride, size) for m in chosen]
+    fitted = {i: backbone.finish(backbone.levels[i], m) for i, m in native.items()}
+    chosen = [backbone.out_maps[i] for i in indices]
+    return [pyramid.resample(fitted[m.level], backbone.levels[m.level].stride, m.stride, size) for m in chosen]
 
 
 def as_maps(backbone: BackboneState, z: Tensor, sites: Iterable[Site], acts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from diffusion_backbones.loading.source import Folder
 from diffusion_backbones.ops import atomic, safetensors_io
 from diffusion_backbones.reports import backbone_card
 from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
+from diffusion_backbones.spec.discard import by_activation
 from diffusion_backbones.spec.input_format import SYMMETRIC
 from diffusion_backbones.spec.recipe import Level
 from diffusion_backbones.surgery import constant_folding
@@ -158,7 +159,12 @@ def kept(backbone: BackboneState) -> Declaration:
     """
     declaration = backbone.declaration
     levels = tuple(Level(tuple(site.id for site in level.sites)) for level in backbone.levels)
-    name, checkpoint, recipe = declaration.name, declaration.checkpoint, declaration.recipe.override(levels=levels)
+    ids = {name for level in levels for name in level.activations}
+    dropped = declaration.recipe.discard
+    if each := by_activation(dropped):
+        dropped = tuple((name, channels) for name, channels in each.items() if name in ids)
+    name, checkpoint = declaration.name, declaration.checkpoint
+    recipe = declaration.recipe.override(levels=levels, discard=dropped)
     if checkpoint.name.startswith(UNDECLARED) and not checkpoint.hub_id:
         checkpoint = replace(checkpoint, name=f"{UNDECLARED}{checkpoint.family}", title="a checkpoint of one's own")
         name = f"{checkpoint.name}_{recipe.name}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from diffusion_backbones.backbone.contract import Backbone
 from diffusion_backbones.families import Architecture
 from diffusion_backbones.loading.prompts import Prompter
+from diffusion_backbones.ops.positional_basis import PositionalBasis
+from diffusion_backbones.ops.principal_components import PrincipalComponents
 from diffusion_backbones.ops.recording import Recorder
+from diffusion_backbones.ops.tensor_checks import readable
 from diffusion_backbones.spec.activations import Catalogue, Site
 from diffusion_backbones.spec.configs import Configs
 from diffusion_backbones.spec.declaration import Declaration, pretrained_cfg
@@ -61,6 +65,8 @@ class BackboneState(Backbone):
 
     Attributes:
         forward_process: How noise is mixed into clean latents.
+        fitted: Of each level by its activations, what is applied to its map in the end: directions of position that are
+            taken out, and principal components.
         folded: Whether values stand in the denoiser for what depends on prompt and timestep alone; calls then cannot
             change those.
         compiled: Whether, and in which mode of ``torch.compile``, the networks are compiled.
@@ -73,6 +79,7 @@ class BackboneState(Backbone):
     encoder: nn.Module
     denoiser: nn.Module
     conditioning: Conditioning
+    fitted: nn.ModuleDict
 
     def __init__(
         self,
@@ -99,6 +106,7 @@ class BackboneState(Backbone):
         self.encoder_overflows = plan.encoder_overflows
         self.encoder, self.denoiser, self.conditioning = encoder, denoiser, conditioning
         self.register_buffer("canvas", canvas)
+        self.fitted = nn.ModuleDict(dict(_unfitted(plan)))
         self.recorder, self.encoder_recorder, self.prompter = recorder, encoder_recorder, prompter
         self.out_strides = tuple(out_strides) if out_strides else None
         self.input_format, self.provenance = input_format, dict(provenance or {})
@@ -201,6 +209,40 @@ class BackboneState(Backbone):
         out = self.out_maps
         return unique_sites(self.levels[i] for i in sorted({out[i].level for i in indices}))
 
+    def fits_of(self, level: LevelInfo) -> list[PrincipalComponents]:
+        """What is fitted of a level, in the order in which it is applied."""
+        key = _key(level)
+        return list(self.fitted[key].children()) if key in self.fitted else []  # type: ignore[arg-type]
+
+    def finish(self, level: LevelInfo, m: Tensor) -> Tensor:
+        """The map of a level with what was fitted applied."""
+        for part in self.fits_of(level):
+            m = part(m)
+        return m
+
+    def check_found(self, indices: Sequence[int]) -> None:
+        """Raise ``ValueError`` if some of the maps that a call returns need what was not found yet."""
+        out = self.out_maps
+        parts = [part for i in indices for part in self.fits_of(self.levels[out[i].level])]
+        missing = [part for part in parts if readable(part.fitted) and not part.is_fitted]
+        if images := [part for part in missing if not isinstance(part, PositionalBasis)]:
+            raise ValueError(
+                f"{images[0].what} is reduced to principal components, which are not fitted yet; call fit(images) with "
+                "some of your images, or load a backbone that was saved with them"
+            )
+        sought = isinstance(self.declaration.recipe.discard, str) and self.device.type != "meta"
+        if missing or sought:
+            setting = "debias" if missing else "discard='auto'"
+            raise ValueError(
+                f"{self.declaration.name}: {setting} depends on the weights, and these were random; build it with "
+                "pretrained=True or checkpoint_path=, or call fit() once others are loaded"
+            )
+
+    def forget(self) -> None:
+        """Drop what was fitted of levels that are no longer there."""
+        kept = {key: self.fitted[key] for key in map(_key, self.levels) if key in self.fitted}
+        self.fitted = nn.ModuleDict(kept)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``half()``, ``to(...)`` and ``cuda()`` of this module, or of one around it, do to every tensor."""
         if not self.encoder_overflows:
@@ -226,8 +268,28 @@ class BackboneState(Backbone):
                 state.pop(name, None)
         state.setdefault("encoder_overflows", state["plan"].encoder_overflows)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "fitted" not in self._modules:
+            self.fitted = nn.ModuleDict()
         if self.compiled:
             compilation.compile_in_place(self, self.compiled)
+
+
+def _key(level: LevelInfo) -> str:
+    """The name of what is fitted of a level: its activations, as a module can be called."""
+    return "+".join(site.id for site in level.sites).replace(".", "/")
+
+
+def _unfitted(plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    """What is to be fitted of every level, by its name."""
+    recipe, name = plan.declaration.recipe, plan.declaration.name
+    for level in (level for level in plan.levels if level.in_denoiser):
+        what, parts = f"{name}: the level of {level.sites[0].id}", OrderedDict[str, nn.Module]()
+        if recipe.debias:
+            parts["debias"] = PositionalBasis(level.width, recipe.debias, f"{what}, debias")
+        if recipe.components:
+            parts["components"] = PrincipalComponents(level.width, recipe.components, what)
+        if parts:
+            yield _key(level), nn.Sequential(parts)
 
 
 MOVED_TO_PLAN = (

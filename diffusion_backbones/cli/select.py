@@ -71,6 +71,10 @@ def _print_paper(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option(
     "--members", type=click.IntRange(min=1), default=6, show_default=True, help="Most activations in the recipe."
 )
+@click.option(
+    "--discard", type=click.Choice(["auto"]), help="Set the massive channels of every candidate to zero, found once."
+)
+@click.option("--normalize", type=click.Choice(["layer", "l2"]), help="Normalize every candidate, as a recipe does.")
 @options.checkpoint_path(help="A diffusers folder or a .safetensors file in place of the published weights.")
 @options.random_weights(
     help="Use an untrained network of a known checkpoint's shape (seed 0), to see what comes from training."

@@ -19,6 +19,7 @@ share a folder. Features are written image by image, so memory does not grow wit
     folder      the output folder: manifest, finished images
     rerun       whether all is finished, found without loading the network
     run         the whole extraction
+    fitting     principal components of a backbone, fitted on image files
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from diffusion_backbones.extraction.images import ImageFile
 from diffusion_backbones.extraction.settings import Settings
 
 if TYPE_CHECKING:
+    from diffusion_backbones.extraction.fitting import fit
     from diffusion_backbones.extraction.run import Summary, default_workers, extract
 
-_LAZY = ("Summary", "default_workers", "extract")  # what needs torch
-__all__ = ["MANIFEST", "ImageFile", "Settings", "Summary", "default_workers", "extract", "images"]
+_LAZY = {"Summary": "run", "default_workers": "run", "extract": "run", "fit": "fitting"}  # what needs torch
+__all__ = ["MANIFEST", "ImageFile", "Settings", "Summary", "default_workers", "extract", "fit", "images"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"{__name__}.run"), name)
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

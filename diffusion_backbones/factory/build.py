@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_backbones.backbone import fitting
+from diffusion_backbones.backbone.conditioning import embedded
 from diffusion_backbones.backbone.module import DiffusionBackbone
 from diffusion_backbones.backbone.state import Conditioning
 from diffusion_backbones.factory.locate import Resolved
@@ -82,6 +84,8 @@ class Builder:
         self.fold()
         self.quantize()
         backbone = self.wrap()
+        if self.fills:
+            fitting.find(backbone)
         if self.options.compile:
             compilation.compile_in_place(backbone, self.options.compile)
         return backbone
@@ -195,6 +199,8 @@ class Builder:
                 chunk=options.chunk,
                 weight_dtype=options.weight_dtype,
             )
+        if restored and self.fills:
+            backbone.fitted.load_state_dict(restored.fits(backbone.fitted.state_dict()))
         trainable.unfreeze(backbone, options.trainable, skipped)
         return backbone.eval()
 
@@ -211,7 +217,7 @@ class Builder:
     def _fill_from_source(self) -> dict[str, Tensor]:
         source, network = self.resolved.source, self.network
         assert source is not None
-        embeddings = self.prompter([self.recipe.prompt])  # first, so that the text encoder is gone before weights come
+        embeddings = embedded(self.prompter, self.recipe)  # first, so that the text encoder is gone before weights come
         self._load(network.denoiser, "denoiser", self.denoiser, self.options.dtype, self._store)
         if network.encoder:
             self._load(network.encoder, "encoder", self.encoder, self.encoder_dtype, safetensors_io.as_read)

@@ -109,8 +109,8 @@ def create_model(
         features_only: Accepted for timm; True is the only mode.
         pretrained_cfg_overlay: timm's; ``file`` is taken as ``checkpoint_path``, and other keys are a ``TypeError``.
         **overrides: ``timestep``, ``timesteps``, ``combine``, ``noise``, ``inversion_steps``, ``ensemble``, ``seed``,
-            ``prompt``, ``prompt_padding``, ``scaled`` replace the recipe's; see :class:`Recipe`. What is None is
-            ignored.
+            ``prompt``, ``prompt_padding``, ``scaled``, ``classes``, ``discard``, ``normalize``, ``debias``,
+            ``components`` replace the recipe's; see :class:`Recipe`. What is None is ignored.
 
     Raises:
         KeyError: Unknown backbone, checkpoint or activation id; the closest are named.

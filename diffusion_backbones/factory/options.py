@@ -32,6 +32,11 @@ OVERRIDES = (
     "prompt",
     "prompt_padding",
     "scaled",
+    "classes",
+    "discard",
+    "normalize",
+    "debias",
+    "components",
 )
 """Settings of a recipe that ``create_model`` takes by themselves."""
 

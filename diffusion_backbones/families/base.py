@@ -13,7 +13,7 @@ from diffusion_backbones.families.image_encoders import UNBUILDABLE, ImageEncode
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.ops.large_libraries import stock
 from diffusion_backbones.spec.activations import Catalogue, Port, Site
-from diffusion_backbones.spec.aggregated_attention import aggregated
+from diffusion_backbones.spec.aggregated_attention import aggregated, at_each_stride
 from diffusion_backbones.spec.concepts import Said
 from diffusion_backbones.spec.configs import Config, Configs, drop_components, is_flow
 from diffusion_backbones.spec.schedule import check_schedule
@@ -155,7 +155,8 @@ class Architecture(ABC):
         inner = list(self.sites())
         finest, tokens = self.finest_aggregated, self.text_tokens
         several = aggregated(inner, finest, tokens, self.native_size) if finest else ()
-        return Catalogue([*self.image_encoder.sites, *inner], self.name, self.find_module, several)
+        of_strides = at_each_stride(self.concept_sites, tokens)
+        return Catalogue([*self.image_encoder.sites, *inner], self.name, self.find_module, [*several, *of_strides])
 
     @abstractmethod
     def sites(self) -> Iterable[Site]:
@@ -222,6 +223,19 @@ class Architecture(ABC):
     def without(self, components: Iterable[str]) -> Architecture:
         """The same network with some components left out, as in a diffusers pipeline that was loaded without them."""
         return type(self)(drop_components(self.configs, components), self.name) if components else self
+
+    def with_classes(self, n: int) -> Architecture:
+        """The same network given a text of one token for each of ``n`` classes; itself for none.
+
+        Raises:
+            ValueError: Its text is no such.
+        """
+        if n:
+            raise ValueError(
+                f"{self.name} takes no classes, which are tokens of one CLIP; latent U-Nets with one text encoder do, "
+                "such as those of sd15 and sd21"
+            )
+        return self
 
     def image_token_slice(self, length: int, tokens: int, stride: int) -> Port | None:
         """Where an image is in a sequence that a module returns; None if it is not there.

@@ -7,6 +7,7 @@ files, and what is read of it is compared with what was written.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion_backbones.families import FAMILIES, Architecture, family_name
+from diffusion_backbones.families.base import LoadText
 from diffusion_backbones.families.text import clip, reading, tokenizers, words
 from diffusion_backbones.loading.fingerprint import cache_folder
 from diffusion_backbones.loading.source import Source
@@ -66,14 +68,7 @@ class Prompter:
             FileNotFoundError: There is no text encoder.
             ValueError: A prompt is no text or too long, or prompts that are not padded have different lengths.
         """
-        if self.source is None:
-            raise no_text_encoder(prompts[0])
-        if odd := next((prompt for prompt in prompts if not _is_text(prompt)), None):
-            raise ValueError(
-                f"prompt={odd!r:.80} holds halves of characters (surrogates) and is no text; give it in UTF-8"
-            )
-        fingerprint = self.source.text_fingerprint()
-        rows = {prompt: self._row(fingerprint, self.source, prompt) for prompt in dict.fromkeys(prompts)}
+        rows = self._rows(prompts)
         lengths = {prompt: row["prompt_embeds"].shape[1] for prompt, row in rows.items() if "prompt_embeds" in row}
         if len(set(lengths.values())) > 1:
             raise ValueError(
@@ -81,6 +76,32 @@ class Prompter:
                 "per call, or pad them"
             )
         return {name: torch.cat([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+
+    def classes(self, images: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """P lists of n prompts, one for each class -> conditioning tensors with P rows, whose text has n tokens.
+
+        A class is the last token of its prompt, which has read all of it: what CLIP takes for the text.
+
+        Raises:
+            FileNotFoundError, ValueError: As for prompts.
+        """
+        all_rows = Prompter(self.network, self.source, "longest")._rows([p for prompts in images for p in prompts])
+        texts = [torch.cat([all_rows[p]["prompt_embeds"][:, -1:] for p in prompts], 1) for prompts in images]
+        return all_rows[images[0][0]] | {"prompt_embeds": torch.cat(texts)}
+
+    def _rows(self, prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """Prompt -> its conditioning tensors."""
+        if self.source is None:
+            raise no_text_encoder(prompts[0])
+        if odd := next((prompt for prompt in prompts if not _is_text(prompt)), None):
+            raise ValueError(
+                f"prompt={odd!r:.80} holds halves of characters (surrogates) and is no text; give it in UTF-8"
+            )
+        fingerprint = self.source.text_fingerprint()
+        load: LoadText = self.source.text
+        if len(self.network.text_encoders) == 1:  # several are loaded in turn, so that one is in memory
+            load = functools.cache(load)
+        return {prompt: self._row(fingerprint, load, prompt) for prompt in dict.fromkeys(prompts)}
 
     def rows(self, prompt: str, places: Places) -> tuple[tuple[int, ...], ...]:
         """For each word of a prompt its tokens; see :func:`~diffusion_backbones.families.text.words.rows`.
@@ -102,22 +123,22 @@ class Prompter:
             limit = min(limit, tokenizer.model_max_length)
         return words.rows(tokenizer, said, begin, places, limit)
 
-    def _row(self, fingerprint: str, source: Source, prompt: str) -> dict[str, Tensor]:
+    def _row(self, fingerprint: str, load: LoadText, prompt: str) -> dict[str, Tensor]:
         if not self.network.text_encoders:
-            return self._encode(source, prompt)  # nothing to load, so nothing to keep
+            return self._encode(load, prompt)  # nothing to load, so nothing to keep
         path = self._path(fingerprint, prompt)
         with _encoding:  # two threads load one text encoder, not two
             row = _read(path, self.network)
             if row is None:
-                row = self._encode(source, prompt)
+                row = self._encode(load, prompt)
                 _write(path, row)
         return row
 
-    def _encode(self, source: Source, prompt: str) -> dict[str, Tensor]:
+    def _encode(self, load: LoadText, prompt: str) -> dict[str, Tensor]:
         with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            row = self.network.encode_prompts(source.text, [prompt], self.padding)
+            row = self.network.encode_prompts(load, [prompt], self.padding)
         if wrong := misfit(self.network, row):
-            raise ValueError(f"{source}: the text encoders do not belong to the {self.network.denoiser}: {wrong}")
+            raise ValueError(f"{self.source}: the text encoders do not belong to the {self.network.denoiser}: {wrong}")
         return row
 
     def _path(self, fingerprint: str, prompt: str) -> Path:

@@ -35,7 +35,7 @@ INDEX, SHARDS = f"{WEIGHTS}.index.json", "model{suffix}.safetensors"
 LIBRARY, FORMAT = "diffusion_backbones", 1
 LATER = {"recipe": {"discard", "normalise", "without"}, "checkpoint": {"tiny_encoder"}}
 """What the first folders of this format lack, since no backbone then had it. Each part has all of its own or none."""
-_PARTS = re.compile(r"(denoiser|encoder|conditioning|reducers|members\.\d+)\.")
+_PARTS = re.compile(r"(denoiser|encoder|conditioning|fitted|reducers|members\.\d+)\.")
 _MEMBER = re.compile(r"member\d+/")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -215,6 +215,26 @@ class SavedBackbone(SavedConfig):
         names = (name.removeprefix(prefix) for name in self._shards or () if name.startswith(prefix))
         files = self._part(prefix, names)
         return dict(files.read(files.shapes, None, torch.device("cpu")))
+
+    def fits(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was fitted of some levels, under the names of ``wanted``.
+
+        Raises:
+            ValueError: It is not there in that shape, or it is and the recipe says nothing of it.
+        """
+        prefix, recipe = "fitted.", self.declaration.recipe
+        names = self._whole.shapes if self._shards is None else self._shards
+        if recipe.debias or recipe.components:
+            files = self._part(prefix, wanted)
+            wrong = [name for name, tensor in wanted.items() if files.shapes.get(name) != tuple(tensor.shape)]
+        else:
+            wrong = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if wrong:
+            raise ValueError(
+                f"{self._folder}: the weights are not those of this {CONFIG}: {prefix}{wrong[0]} is missing, unknown "
+                "or of another shape. Save the backbone again."
+            )
+        return dict(files.read(wanted, None, torch.device("cpu"))) if wanted else {}
 
     def _part(self, prefix: str, needed: Iterable[str]) -> safetensors_io.TensorFiles:
         """The tensors of one part, without its prefix: of shards, those that hold something that is needed."""

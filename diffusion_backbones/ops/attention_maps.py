@@ -59,7 +59,7 @@ def linear_probabilities(q: Tensor, k: Tensor, average: bool = False) -> Tensor:
     maps = []
     for head in range(q.shape[1]):
         x, y = torch.relu(q[:, head]), torch.relu(k[:, head])
-        scores = _product(x, y)
+        scores = product(x, y)
         weights = scores / (scores.sum(-1, keepdim=True) + 1e-15)
         if average:
             out = out + weights / q.shape[1]
@@ -95,7 +95,7 @@ def probabilities(
     parts = [0] if n <= rows else range(0, n, rows)  # a range would make a number of the size of an exported image
     for head in range(heads):
         for i in parts:
-            scores = _product(q[:, head, i : i + rows], k[:, head], d**-0.5)
+            scores = product(q[:, head, i : i + rows], k[:, head], d**-0.5)
             if bias is not None:
                 scores = scores + bias[:, None]
             part = scores.softmax(dim=-1).to(q.dtype)[..., keys]
@@ -106,7 +106,7 @@ def probabilities(
     return out
 
 
-def _product(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+def product(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     """scale x yᵀ in float32, or in float64 where the network computes so."""
     x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
     with autocast_off(x.device, casts(x.device)):

@@ -58,6 +58,7 @@ class PrincipalComponents(nn.Module):
     mean: Tensor
     axes: Tensor
     fitted: Tensor
+    advice = "fit on more or on larger images"
     _known = False
     """Whether they were seen to be fitted, so that the device is not asked in every call."""
 
@@ -90,15 +91,22 @@ class PrincipalComponents(nn.Module):
         return self
 
     def fit(self, moments: Moments) -> None:
-        """Take the components of what was seen.
+        """Take the components of what was seen; ``ValueError`` as for :meth:`solve`."""
+        self.take(*self.solve(moments))
+
+    def solve(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """The mean and the axes of what was seen.
 
         Raises:
             ValueError: It was too little.
         """
         try:
-            mean, axes = moments.components(len(self.axes))
+            return moments.components(len(self.axes))
         except ValueError as error:
-            raise ValueError(f"{self.what}: {error}; fit on more or on larger images") from error
+            raise ValueError(f"{self.what}: {error}; {self.advice}") from error
+
+    def take(self, mean: Tensor, axes: Tensor) -> None:
+        """Project on these from now on."""
         self.mean.copy_(mean)
         self.axes.copy_(axes)
         self.fitted.fill_(True)

@@ -125,6 +125,8 @@ def available(network: nn.Module, site: Site) -> bool:
 
 def _taps(site: Site) -> list[tuple[str, str, Port]]:
     """(key, module path, port) of each tensor that must be recorded for a site."""
+    if site.parts:
+        return [tap for part in site.parts for tap in _taps(part)]
     port = OUT if site.port == MAP else site.port
     return [(f"{path}:{port}", path, port) for path in site.modules]
 

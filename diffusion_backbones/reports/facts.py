@@ -311,6 +311,8 @@ class BackboneFacts(Facts):
         if self.network.text_encoders:
             padded = self.recipe.prompt_padding == "max_length"
             padding = "padded to the text encoder's limit" if padded else "not padded"
+            if self.recipe.classes:
+                padding = f"one token for each of {len(self.recipe.classes)} classes: {', '.join(self.recipe.classes)}"
             return f"{repr(self.recipe.prompt) if self.recipe.prompt else 'empty'}, {padding}"
         if "class_labels" in self.network.conditioning_shapes:
             return "none; the network is given no class, unless a call says `class_labels=`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from diffusion_backbones.spec import discard
 from diffusion_backbones.spec.configs import Config
 from diffusion_backbones.spec.recipe import Recipe
 from diffusion_backbones.spec.schedule import noise_level
@@ -12,6 +13,7 @@ _COMBINED = {"mean": "averaged", "concatenate": "concatenated"}
 _POSTPROCESSING = {
     "layer": "LayerNorm over channels",
     "adaptive": "LayerNorm over channels, with the shift and scale that the next block of the network gives it",
+    "l2": "length 1 at every place",
 }
 
 
@@ -33,8 +35,24 @@ def timesteps(recipe: Recipe) -> str:
 
 def postprocessing(recipe: Recipe) -> str:
     """The operations on the activations behind the network, or empty."""
-    dropped = f"channels {', '.join(map(str, recipe.discard))} set to zero" if recipe.discard else ""
-    return "; ".join(filter(None, [dropped, _POSTPROCESSING.get(recipe.normalize, "")]))
+    said = [_discarded(recipe), _POSTPROCESSING.get(recipe.normalize, "")]
+    if recipe.debias:
+        said.append(f"{recipe.debias} directions of position taken out of every level, then length 1 at every place")
+    if recipe.components:
+        said.append(f"every level reduced to {recipe.components} principal components, fitted on images")
+    return "; ".join(filter(None, said))
+
+
+def _discarded(recipe: Recipe) -> str:
+    if recipe.discard == discard.AUTO:
+        return (
+            f"channels with more than {discard.MASSIVE:g} times the root mean square of the median one set to zero, "
+            "which are found on a calibration image when it is built with weights"
+        )
+    if each := discard.by_activation(recipe.discard):
+        said = [f"{', '.join(map(str, channels))} of {name}" for name, channels in each.items() if channels]
+        return f"channels {'; '.join(said)} set to zero" if said else "no channel is massive, and none set to zero"
+    return f"channels {', '.join(map(str, recipe.discard))} set to zero" if recipe.discard else ""
 
 
 def noise(recipe: Recipe, scheduler: Config) -> str:

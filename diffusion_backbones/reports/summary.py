@@ -109,7 +109,8 @@ def about(declaration: Declaration) -> Lines:
     yield "timestep", known.timestep
     seed = f", seed {recipe.seed}" if recipe.noise == "fixed" else ""
     yield "noise", f"{recipe.noise}{seed}{f', mean of {recipe.ensemble} draws' if recipe.ensemble > 1 else ''}"
-    yield "prompt", repr(recipe.prompt) if recipe.prompt else "empty"
+    classes = f", for each of {len(recipe.classes)} classes" if recipe.classes else ""
+    yield "prompt", f"{repr(recipe.prompt) if recipe.prompt else 'empty'}{classes}"
     yield from _continued("afterwards", filter(None, [postprocessing(recipe)]))
     yield (
         "parameters",

@@ -66,6 +66,7 @@ class FeatureCache:
         task: Task,
         ids: Sequence[str],
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        treat: Callable[[Site, Tensor], Tensor] = lambda _, act: act,
     ) -> None:
         """Run the network on every view that is not cached yet. An interrupted run resumes; other ids are added.
 
@@ -74,6 +75,7 @@ class FeatureCache:
             task: Gives the views, and reduces the activations.
             ids: Activation ids.
             progress: Wraps the views, such as ``tqdm``.
+            treat: What is done to every activation before it is reduced.
         """
         files: dict[str, Any] = {}
         missing = [name for name in ids if self.looked.get(name, 0) < len(task.views)]
@@ -82,7 +84,7 @@ class FeatureCache:
         for index in progress(range(done, len(task.views)) if missing else ()):
 
             def keep(site: Site, act: Tensor, index: int = index) -> None:
-                kept = task.reduce(index, act)
+                kept = task.reduce(index, treat(site, act))
                 if site.id not in files:
                     shape = None if done else (len(task.views), *kept.shape)
                     files[site.id] = open_memmap(self._path(site.id), "r+" if done else "w+", np.float16, shape)

@@ -71,6 +71,7 @@ def measure(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     state: Path | None = None,
     key: str = "",
+    treat: Callable[[Site, Tensor], Tensor] = lambda _, act: act,
 ) -> Measured:
     """The properties of activations, streamed: one image at a time, and of its activations one at a time.
 
@@ -84,6 +85,7 @@ def measure(
         progress: Wraps the images, such as ``tqdm``.
         state: A file for the sums so far, written every :data:`EVERY` seconds; a killed run resumes from it.
         key: Key of the run; a state with another key is not used.
+        treat: What is done to every activation before it is measured.
 
     Raises:
         ValueError: There are too few images or draws, images of different sizes, or no ids.
@@ -104,7 +106,7 @@ def measure(
         places: dict[str, Tensor] = {}
 
         def add(site: Site, act: Tensor, places: dict[str, Tensor] = places) -> None:
-            places[site.id] = sums.moments[site.id].add(act)
+            places[site.id] = sums.moments[site.id].add(treat(site, act))
 
         backbone.visit_activations(None, ids, add, latents=z.expand(draws, -1, -1, -1), noise=noise)
         sums.redundancy.add([places[name] for name in ids])

@@ -21,6 +21,7 @@ from diffusion_backbones.selection.prefix_cost import PrefixCost, prefix_costs
 from diffusion_backbones.selection.result import number
 from diffusion_backbones.selection.rules import Rule
 from diffusion_backbones.selection.tasks import Task
+from diffusion_backbones.selection.treatment import Treatment
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.checkpoint import Checkpoint
 from diffusion_backbones.spec.configs import Configs
@@ -87,6 +88,7 @@ class Settings:
     properties_from: int
     budget: Budget
     seed: int
+    treatment: Treatment
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from diffusion_backbones.selection.prepare import Network, Prepared, Settings, p
 from diffusion_backbones.selection.properties import Properties
 from diffusion_backbones.selection.result import Selection
 from diffusion_backbones.selection.rules import Rule
+from diffusion_backbones.selection.treatment import Treatment
 from diffusion_backbones.spec.activations import Site
 from diffusion_backbones.spec.declaration import Declaration
 from diffusion_backbones.spec.recipe import Level, Recipe
@@ -78,6 +79,8 @@ def select(
     gflops: float | None = None,
     members: int = 6,
     seed: int = 0,
+    discard: str | None = None,
+    normalize: str | None = None,
     progress: Progress = lambda items, _: items,
     say: Callable[[str], None] = lambda _: None,
 ) -> Selection:
@@ -100,6 +103,9 @@ def select(
         gflops: Most GFLOPs of the denoiser up to the last activation.
         members: Most activations in the recipe.
         seed: Seed of the noise.
+        discard: ``"auto"`` sets the massive channels of every candidate to zero before anything is measured, and of the
+            recipe's activations then.
+        normalize: ``"layer"`` or ``"l2"``: done to every candidate likewise, as a recipe does it.
         progress: Wraps what takes long, such as ``tqdm``; called with the items and a label.
         say: Called with progress messages.
 
@@ -110,9 +116,10 @@ def select(
             everything, nothing fits the budget, or ``out`` holds the results of other settings.
     """
     network = Network(checkpoint, pretrained, checkpoint_path, device, timestep, prompt or "")
+    treatment = Treatment(discard or "", normalize or "none")
     chosen_rules = tuple(filtering.load() if rules is None else rules)
     budget = Budget(channels, gflops, members)
-    settings = Settings(network, tuple(ids), chosen_rules, everything, draws, properties_from, budget, seed)
+    settings = Settings(network, tuple(ids), chosen_rules, everything, draws, properties_from, budget, seed, treatment)
     return _run(settings, data, out, Feedback(progress, say))
 
 
@@ -125,15 +132,16 @@ def _run(settings: Settings, data: Data, out: Path, feedback: Feedback) -> Selec
     feedback.say(f"{len(ids)} activations of {settings.network.checkpoint}, {estimate}")
     backbone = settings.network.build(prepared.last)
     key = _key(settings, prepared, backbone, data)
+    treat = settings.treatment.of(backbone, ids, prepared.size) if settings.treatment.key else settings.treatment
     cache = FeatureCache(out / "evidence", key)
     measured_by = {**key, "draws": settings.draws, "measured_on": len(prepared.images), "ids": ids}
-    measured = _measured(out / "measured.json", backbone, data, ids, measured_by, feedback.progress)
+    measured = _measured(out / "measured.json", backbone, data, ids, measured_by, feedback.progress, treat)
     dropped = filtering.apply(settings.rules, measured.properties)
     if not settings.everything:
         filtering.check_some_kept(dropped)
     kept = prepared.check_affordable(dropped)
     compared = ids if settings.everything else [site.id for site in kept]
-    scores = _compare(backbone, data, cache, compared, len(kept), len(ids), feedback)
+    scores = _compare(backbone, data, cache, compared, len(kept), len(ids), feedback, treat)
     if settings.everything:
         feedback.say(_cost_of_filter(scores, dropped))
     steps = choose(
@@ -143,6 +151,7 @@ def _run(settings: Settings, data: Data, out: Path, feedback: Feedback) -> Selec
         prepared.budget,
     )
     recipe = _recipe(steps, prepared.sites, settings.network, data, prepared.size)
+    recipe = recipe.override(**treat.settings(recipe.ids))
     selection = Selection(
         arguments=settings.network.arguments,
         declaration=Declaration(f"{prepared.checkpoint.name}_selected", prepared.checkpoint, recipe),
@@ -187,6 +196,7 @@ def _key(settings: Settings, prepared: Prepared, backbone: DiffusionBackbone, da
         "seed": settings.seed,
         "data": data.source,
         "images": _digest(data),
+        **settings.treatment.key,
     }
 
 
@@ -198,11 +208,12 @@ def _compare(
     kept: int,
     total: int,
     feedback: Feedback,
+    treat: Treatment,
 ) -> dict[str, NDArray[np.float64]]:
     """The score of every compared activation by itself, for each split."""
     others = "; --everything compares the others too, to see what the filter costs" if len(compared) < total else ""
     feedback.say(f"{kept} of {total} pass the filter; comparing {len(compared)} on {data.source}{others}")
-    cache.gather(backbone, data.task, compared, lambda items: feedback.progress(items, "reading"))
+    cache.gather(backbone, data.task, compared, lambda items: feedback.progress(items, "reading"), treat)
     return single_scores(data.task, cache, compared, lambda items: feedback.progress(items, "scoring"))
 
 
@@ -234,7 +245,13 @@ def _digest(data: Data) -> str:
 
 
 def _measured(
-    path: Path, backbone: DiffusionBackbone, data: Data, ids: Sequence[str], key: dict[str, Any], progress: Progress
+    path: Path,
+    backbone: DiffusionBackbone,
+    data: Data,
+    ids: Sequence[str],
+    key: dict[str, Any],
+    progress: Progress,
+    treat: Treatment,
 ) -> Measured:
     """The properties, from the file if it has the same key."""
     if path.is_file():
@@ -256,6 +273,7 @@ def _measured(
         progress=lambda items: progress(items, "measuring"),
         state=state,
         key=json.dumps(key),
+        treat=treat,
     )
     values = {name: asdict(properties) for name, properties in found.properties.items()}
     redundancy = [[round(v, 4) for v in row] for row in found.redundancy.tolist()]

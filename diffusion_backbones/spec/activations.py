@@ -10,8 +10,9 @@ what enters a residual block with its skip, both as ODISE reads them (https://ar
 module path such as ``up_blocks.1.resnets.2``. In transformers a site is one too (:class:`Site`) where GDF uses its id
 for other blocks alone, such as the ``norm-out`` of DiT.
 
-``attn[up_cross]`` and its relatives are GDF's aggregated attention: one activation, but many layers
-(:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the others.
+``attn[up_cross]`` and its relatives are GDF's aggregated attention, ``attn[cross@16]`` is VPD's: one activation, but
+many layers (:mod:`diffusion_backbones.spec.aggregated_attention`). They are found by id, and counted nowhere among the
+others. So is one head of a query, key or value, ``vit-block17-q[head=2]``: that part of its channels.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ _GRAMMAR = [
     rf"(?P<stage>mid)-{_BLOCK}",
     rf"(?P<stage>vit)-block(?P<block>{_NUMBER})-(?P<kind>(?:self|cross)-(?:q|k|v|map|out)|q|k|v|attn-out|norm-out|ffn-inner|out)",
     r"attn\[(?P<stage>down|mid|up)_(?P<kind>self|cross)\]",
+    rf"(?P<stage>attn)\[(?P<kind>cross)@{_NUMBER}\]",
 ]
 _PATTERNS = [re.compile(pattern) for pattern in _GRAMMAR]
+_HEAD = re.compile(rf"(?P<whole>.+)\[head=(?P<head>{_NUMBER})\]")
+_PROJECTION = re.compile(r".+-[qkv]")
 _MODULE_PATH = re.compile(rf"[A-Za-z_]\w*(?:\.(?:[A-Za-z_]\w*|{_NUMBER}))+")
 
 Layout = Literal["map", "tokens", "attention", "vector"]
@@ -53,12 +57,13 @@ class ActivationId:
 
     Args:
         text: The id as written.
-        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, or ``module`` for a stock
-            module path.
+        stage: ``unet``, ``down``, ``mid``, ``up``, ``vit`` (a transformer), ``encoder``, ``attn`` (layers of all
+            stages), or ``module`` for a stock module path.
         level: Resolution, counted in execution order: ``down`` 0 is the finest, ``up`` 0 the coarsest.
         repeat: Residual block within the level.
         block: Transformer block, within its ViT for U-Nets and in the whole network for transformers.
         kind: What is read there: ``res-out``, ``self-k``, ``ffn-inner`` ...; ``self`` or ``cross`` of ``attn[...]``.
+        head: Which head of a query, key or value; None for all.
     """
 
     text: str
@@ -67,21 +72,33 @@ class ActivationId:
     level: int | None = None
     repeat: int | None = None
     block: int | None = None
+    head: int | None = None
 
     @property
     def in_gdf(self) -> bool:
         """Whether GDF's grammar has this id."""
-        return self.stage not in ("module", "encoder") and not self.kind.endswith(("self-out", "cross-out", "res-in"))
+        beyond = ("self-out", "cross-out", "res-in")
+        inside = self.stage not in ("module", "encoder", "attn") and self.head is None
+        return inside and not self.kind.endswith(beyond)
 
 
 def parse(text: str) -> ActivationId:
     """Parse an activation id or a stock module path.
 
     Raises:
-        ValueError: ``text`` is in neither form, or names a text-side activation (``cross-k``, ``cross-v``).
+        ValueError: ``text`` is in neither form, or names a text-side activation (``cross-k``, ``cross-v``), or a head
+            of what has none.
     """
     if not isinstance(text, str):
         raise ValueError(f"an activation id is a string, got {text!r}")
+    if match := _HEAD.fullmatch(text):
+        whole = parse(match["whole"])
+        if whole.head is not None or not _PROJECTION.fullmatch(whole.text):
+            raise ValueError(
+                f"{text!r}: only queries, keys and values have heads, as in 'vit-block9-q[head=2]'; {match['whole']!r} "
+                "is none of them"
+            )
+        return replace(whole, text=text, head=int(match["head"]))
     for pattern in _PATTERNS:
         if match := pattern.fullmatch(text):
             groups = match.groupdict()
@@ -107,21 +124,24 @@ class Port:
 
     Args:
         side: ``out`` its output, ``in`` its first input, ``map`` attention probabilities that are recomputed from
-            queries and keys.
+            queries and keys, ``outputs`` what is alike in outputs of attention.
         index: Which element of an output that is a tuple.
         tokens: Which tokens of a sequence of text and image belong to the image: ``all``, the ``last`` behind those of
             the text, or the ``first``.
-        part: Which of the equal parts of the channels, for layers that compute several projections at once.
+        part: Which of the equal parts of the channels, for one head, and for layers that compute several projections at
+            once.
     """
 
-    side: Literal["out", "in", "map"] = "out"
+    side: Literal["out", "in", "map", "outputs"] = "out"
     index: int | None = None
     tokens: Literal["all", "last", "first"] = "all"
     part: int | None = None
 
     def __str__(self) -> str:
-        """As an index: ``out``, ``out[1]``, ``in[:, T:]`` behind T text tokens, ``out[:, :N]``, ``out[:, T:, 0]``."""
-        rows = {"all": "", "last": "T:", "first": ":N"}[self.tokens]
+        """As an index: ``out``, ``out[1]``, ``in[:, T:]`` behind T text tokens, ``out[:, :N]``, ``out[:, T:, 0]``,
+        ``out[:, :, 2]``.
+        """
+        rows = {"all": "" if self.part is None else ":", "last": "T:", "first": ":N"}[self.tokens]
         if rows:
             return f"{self.side}[:, {rows}{'' if self.part is None else f', {self.part}'}]"
         return self.side if self.index is None else f"{self.side}[{self.index}]"
@@ -136,7 +156,7 @@ class Port:
         return cls(side, number, tokens, int(part) if part else None)  # type: ignore[arg-type]
 
 
-OUT, IN, MAP = Port("out"), Port("in"), Port("map")
+OUT, IN, MAP, OUTPUTS = Port("out"), Port("in"), Port("map"), Port("outputs")
 
 
 @dataclass(frozen=True)
@@ -157,7 +177,7 @@ class Site:
             that the next block's adaptive LayerNorm gives it; empty where there is none.
         encoder: Whether it is in the image encoder, and not in the denoiser.
         extension: Whether GDF has no such activation in this kind of block, though its grammar has the id.
-        parts: For aggregated attention, the maps that it is made of, in forward order.
+        parts: For aggregated attention and for concepts, what they are made of, in forward order.
         rows: For concepts, the tokens of the text that each is read from.
     """
 
@@ -177,7 +197,7 @@ class Site:
     @property
     def reads_text(self) -> bool:
         """Whether it has a value for each token of the text."""
-        return self.id.endswith(("cross-map", "_cross]"))
+        return self.id.endswith(("cross-map", "_cross]")) or self.id.startswith("attn[cross@")
 
     def over_text(self, tokens: int) -> Site:
         """The site as part of a level: attention to a text is averaged over heads and has one channel per token; other
@@ -207,7 +227,7 @@ class Catalogue(Mapping[str, Site]):
     """Every activation of one network, in forward order, by id.
 
     Iterating gives GDF's ids; :meth:`all` adds the extensions. Looking up works for ids, extensions, aggregated
-    attention and module paths.
+    attention, single heads and module paths.
 
     Args:
         sites: In forward order.
@@ -238,12 +258,14 @@ class Catalogue(Mapping[str, Site]):
 
         Raises:
             ValueError: The name is not an id at all.
-            KeyError: This network has no such activation; the message names the closest that it has.
+            KeyError: This network has no such activation; the message names the closest that it has. Or no such head.
         """
         try:
             parsed = parse(name)
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}.{closest(str(name), self._sites)}") from None
+        if parsed.head is not None:
+            return self._one_head(name, parsed.head)
         if site := self._sites.get(name) or self._aggregated.get(name):
             return site
         if parsed.stage == "module":
@@ -264,6 +286,20 @@ class Catalogue(Mapping[str, Site]):
             f"{self.network} has no activation {name!r}. The closest it has: {', '.join(near)}. `diffusion-backbones "
             "activations` lists them all."
         )
+
+    def _one_head(self, name: str, head: int) -> Site:
+        """The site of one head. Queries have as many heads as their layer's map, and all heads are equally wide; keys
+        and values may have fewer, each for several queries.
+        """
+        whole = self[name.partition("[")[0]]
+        layer = name.rpartition("-")[0]
+        kind = "-map" if layer.endswith(("-self", "-cross")) else "-self-map"
+        width = self._sites[f"{layer}-q"].channels // self._sites[layer + kind].channels
+        heads = whole.channels // width
+        if head >= heads:
+            raise KeyError(f"{self.network}: {whole.id} has {heads} heads, 0 to {heads - 1}, and no head {head}")
+        port = replace(whole.port, part=(whole.port.part or 0) * heads + head)
+        return replace(whole, id=name, port=port, channels=width)
 
     def __contains__(self, name: object) -> bool:
         return name in self._sites or name in self._aggregated or name in self._paths

@@ -4,6 +4,9 @@ As GDF reads it (https://arxiv.org/abs/2410.03558, where the fused features of t
 before: probabilities, averaged over heads, and over the layers of one direction that see the image at one size; every
 size is enlarged to the finest of all, and they stand one behind another along channels, first that which runs first.
 Cross-attention has one channel for each token of the text and size, self-attention one for each place.
+
+``attn[cross@16]`` and its relatives are what VPD (https://arxiv.org/abs/2303.02153) puts beside features of that size:
+cross-attention averaged over heads, and over all layers of one stride on the way down and up, at that stride.
 """
 
 from __future__ import annotations
@@ -35,6 +38,19 @@ def aggregated(sites: Sequence[Site], finest: int, tokens: int, side: int) -> It
                 layout: Layout = "map" if kind == "cross" else "attention"
                 path = parts[0].path.partition(".")[0]
                 yield Site(f"attn[{direction}_{kind}]", path, MAP, keys, STRIDE, layout, parts=parts)
+
+
+def at_each_stride(sites: Sequence[Site], tokens: int) -> Iterator[Site]:
+    """The attention to the text of all layers of one stride, fine to coarse.
+
+    Args:
+        sites: The maps of attention that take part.
+        tokens: Of the text.
+    """
+    for stride in sorted({site.stride for site in sites}):
+        parts = tuple(site for site in sites if site.stride == stride)
+        path = parts[0].path.partition(".")[0]
+        yield Site(f"attn[cross@{stride}]", path, MAP, tokens, stride, "map", parts=parts)
 
 
 def sizes(parts: Iterable[Site]) -> list[int]:

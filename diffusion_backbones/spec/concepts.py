@@ -55,19 +55,29 @@ def placed(words: Sequence[str], prompt: str | None) -> tuple[str, Places]:
         TypeError: The prompt is no string.
         ValueError: A word does not occur in it, or it has several ``{}``.
     """
-    prompt = SLOT if prompt is None else prompt
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be one string, in which the concepts are, got {prompt!r:.80}")
-    prompt = prompt.strip()
-    if SLOT in prompt:
-        return fill(prompt, " ".join(words)), _in_a_row(words, prompt.index(SLOT))
-    places = {word: [match.span() for match in re.finditer(_alone(word), prompt, re.IGNORECASE)] for word in words}
+    text = around(words, prompt)
+    if prompt is None or SLOT in prompt:
+        return text, _in_a_row(words, (prompt or SLOT).strip().index(SLOT))
+    places = {word: [match.span() for match in re.finditer(_alone(word), text, re.IGNORECASE)] for word in words}
     if absent := next((word for word in words if not places[word]), None):
         raise ValueError(
-            f"the concept {absent!r} is not in prompt={prompt!r:.80}; put it there, or a {SLOT} that stands for all "
+            f"the concept {absent!r} is not in prompt={text!r:.80}; put it there, or a {SLOT} that stands for all "
             "concepts"
         )
-    return prompt, places
+    return text, places
+
+
+def around(words: Sequence[str], prompt: str | None) -> str:
+    """The text of a prompt, with words, joined by spaces, where it has a ``{}``; without a prompt they are it.
+
+    Raises:
+        TypeError: The prompt is no string.
+        ValueError: It has several ``{}``.
+    """
+    if not isinstance(prompt, str | None):
+        raise TypeError(f"prompt must be one string, in which the concepts are, got {prompt!r:.80}")
+    text = (SLOT if prompt is None else prompt).strip()
+    return fill(text, " ".join(words)) if SLOT in text else text
 
 
 def fill(template: str, label: str) -> str:
@@ -100,6 +110,57 @@ def filled(template: Any, labels: Any, images: int) -> list[str]:
     if len(some) not in (1, images):
         raise ValueError(f"labels must be one string or {images}, one per image; got {len(some)}")
     return [fill(template, label) for label in some]
+
+
+def check_classes(classes: Sequence[str], template: str, what: str) -> None:
+    """Check that classes, if there are any, have names, and a template to stand in.
+
+    Raises:
+        ValueError: A name is empty or there twice, or the template has no one ``{}``.
+    """
+    if not classes:
+        return
+    if not all(name.strip() for name in classes):
+        raise ValueError(f"{what}: classes must be names, and one is empty, got {classes!r:.80}")
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise ValueError(f"{what}: the class {twice!r} is there twice; each has one map, so name it once")
+    if template.count(SLOT) != 1:
+        raise ValueError(f"{what}: with classes, prompt must have one {SLOT} where they go, got {template!r:.80}")
+
+
+def of_classes(template: Any, labels: Any, classes: Sequence[str], images: int) -> list[list[str]]:
+    """The prompts of every class, for the batch or for each image.
+
+    Args:
+        template: Where the classes stand.
+        labels: What a call gives in place of the classes: as many for the batch, or as many for each image; or None.
+        classes: Of the recipe.
+        images: How many there are.
+
+    Raises:
+        TypeError: They are no strings, or the template is none.
+        ValueError: They are of another number, or the template has no one ``{}``.
+    """
+    if not isinstance(template, str):
+        raise TypeError(f"with classes, prompt must be one string with a {SLOT}, got {template!r:.80}")
+    some = classes if labels is None else labels
+    rows = [some] if _are_names(some) else some
+    if not isinstance(rows, (list, tuple)) or not all(map(_are_names, rows)):
+        raise TypeError(
+            f"labels must be {len(classes)} strings, or a list of as many for each image, got {labels!r:.80}"
+        )
+    if len(rows) not in (1, images) or any(len(row) != len(classes) for row in rows):
+        sizes = " and ".join(str(len(row)) for row in rows)
+        raise ValueError(
+            f"labels must be {len(classes)} strings, one per class, or {images} lists of them, one per image; got "
+            f"{sizes}"
+        )
+    return [[fill(template, name) for name in row] for row in rows]
+
+
+def _are_names(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(name, str) for name in given)
 
 
 def _in_a_row(words: Iterable[str], begin: int) -> Places:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from diffusion_backbones.spec.activations import Site
@@ -18,13 +18,25 @@ class LevelInfo:
     Args:
         sites: What is read, in the order in which it is concatenated.
         timesteps: How many timesteps of each site in the denoiser are concatenated.
+        components: How many principal components it is reduced to at last; None where it is not.
     """
 
     sites: tuple[Site, ...]
     timesteps: int = 1
+    components: int | None = None
 
     @property
     def channels(self) -> int:
+        """Channels of the map."""
+        return self.components or self.width
+
+    @property
+    def in_denoiser(self) -> bool:
+        """Whether some of it is read there, so that a recipe's post-processing is done to it."""
+        return any(not site.encoder for site in self.sites)
+
+    @property
+    def width(self) -> int:
         """Channels of all sites together."""
         return sum(site.channels * (1 if site.encoder else self.timesteps) for site in self.sites)
 
@@ -39,18 +51,22 @@ class LevelInfo:
         return "+".join(site.path for site in self.sites)
 
 
-def make_levels(levels: Sequence[Sequence[Site]], timesteps: int = 1) -> tuple[LevelInfo, ...]:
+def make_levels(
+    levels: Sequence[Sequence[Site]], timesteps: int = 1, components: int | None = None
+) -> tuple[LevelInfo, ...]:
     """Check that the sites of each level share a stride, and that levels run fine to coarse.
 
     Args:
         levels: Sites of each.
         timesteps: How many timesteps of each site are concatenated.
+        components: How many principal components each level is reduced to; those of the image encoder alone are not.
 
     Raises:
         ValueError: The strides differ or do not grow; a site is an attention map, which has no channels to concatenate;
             or no site is in the denoiser.
     """
     infos = tuple(LevelInfo(tuple(sites), timesteps) for sites in levels)
+    infos = tuple(replace(info, components=components) if info.in_denoiser else info for info in infos)
     for info in infos:
         for site in info.sites:
             if site.layout == "attention":

@@ -16,18 +16,20 @@ from msgspec import Meta
 
 from diffusion_backbones.spec import activations, strict_yaml
 from diffusion_backbones.spec.checkpoint import Paper
+from diffusion_backbones.spec.concepts import check_classes
+from diffusion_backbones.spec.discard import Discard, as_data, by_activation, channels_of, parse
 from diffusion_backbones.spec.validation import MOST, check_fields, convert, plain
 
 NoiseRule = Literal["fixed", "random", "none", "inversion"]
 PromptPadding = Literal["max_length", "longest"]
-Normalization = Literal["none", "layer", "adaptive"]
+Normalization = Literal["none", "layer", "adaptive", "l2"]
 Combination = Literal["mean", "concatenate"]
 Timestep = Annotated[int, Meta(ge=-1, lt=1000)] | Annotated[float, Meta(ge=-1, lt=1000)]
 """An integer stays one, so that the digest of a recipe does not change."""
+INVERSION_STEPS = 50
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """What torch's generators take."""
-Channel = Annotated[int, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ class Recipe:
             not.
         scaled: Whether latents are multiplied by the encoder's scaling factor, as the denoiser was trained.
         without: Components that are left out, such as one of several text encoders.
-        discard: Channels of every activation that are set to zero, after the noise draws are averaged.
+        discard: Channels of every activation that are set to zero, after the noise draws are averaged; or a mapping of
+            activation ids to the channels of each; or ``"auto"`` for those that are massive, which are found when the
+            backbone is built with weights and are its ``discard`` then (:mod:`diffusion_backbones.spec.discard`).
         normalize: What is done to every activation then: ``"layer"`` is a LayerNorm over channels without parameters
             (epsilon 1e-6), ``"adaptive"`` also the shift and scale with which the block behind the activation modulates
-            it.
+            it; ``"l2"`` divides what it has at a place by its length.
         input_size: Side in pixels that the source used; ``None`` means the checkpoint's own.
         paper: The publication that chose it, or None for an unpublished recipe.
         nominal_timestep: The timestep as the source counts it, where that is another number.
@@ -85,6 +89,13 @@ class Recipe:
             timestep it is the mean.
         inversion_steps: Steps of an inversion over the whole schedule, of which those up to the last timestep are made,
             as diffusers' ``DDIMInverseScheduler`` spaces them.
+        classes: Names that stand one by one in place of the ``{}`` of the prompt. The text then has one token for each
+            of them, the last of its prompt, as CLIP embeds a text; maps of attention to the text are maps of classes.
+        debias: How many directions of position are taken out of every level, which has the length 1 at every place then
+            (:mod:`diffusion_backbones.ops.positional_basis`); 0 for none. They are found when the backbone is built
+            with weights.
+        components: How many principal components every level is reduced to at last; None keeps its channels. They are
+            fitted on images, by :meth:`DiffusionBackbone.fit`.
 
     The keyword and attribute ``normalise`` of version 0.1 still work, with a ``DeprecationWarning``. Files keep that
     spelling, and are read in both.
@@ -103,7 +114,7 @@ class Recipe:
     prompt_padding: PromptPadding = "max_length"
     scaled: bool = True
     without: tuple[str, ...] = ()
-    discard: tuple[Channel, ...] = ()
+    discard: Discard = ()
     normalize: Normalization = "none"
     input_size: Count | None = None
     paper: Paper | None = field(default=None)
@@ -113,14 +124,22 @@ class Recipe:
     unverified: tuple[str, ...] = ()
     timesteps: tuple[Timestep, ...] = ()
     combine: Combination = "mean"
-    inversion_steps: Count = 50
+    inversion_steps: Count = INVERSION_STEPS
+    classes: tuple[str, ...] = ()
+    debias: Annotated[int, Meta(ge=0, le=MOST)] = 0
+    components: Count | None = None
 
     def __post_init__(self) -> None:
         what = f"recipe {self.name!r}"
         settings = {name: plain(value) for name, value in vars(self).items()}
         settings["levels"] = _levels(self.levels, what)
         settings["timesteps"] = _plain_items(self.timesteps)
-        self.__dict__.update(msgspec.structs.asdict(convert(settings, _settings(), what)))
+        dropped = parse(settings.pop("discard"), what)
+        self.__dict__.update(msgspec.structs.asdict(convert(settings, _settings(), what)) | {"discard": dropped})
+        if unknown := [name for name in by_activation(dropped) if name not in self.ids]:
+            raise ValueError(
+                f"{what}: discard names {unknown[0]!r}, which the recipe does not read; it reads {', '.join(self.ids)}"
+            )
         if self.ensemble > 1 and self.noise in ("none", "inversion"):
             raise ValueError(
                 f"{what}: an ensemble of {self.ensemble} averages over noise that is drawn, and none is with "
@@ -132,6 +151,7 @@ class Recipe:
                 "noise='none'"
             )
         self._check_timesteps(what)
+        check_classes(self.classes, self.prompt, what)
 
     def _check_timesteps(self, what: str) -> None:
         if self.timesteps and self.timestep != self.timesteps[0]:
@@ -144,14 +164,15 @@ class Recipe:
             self.__dict__["timesteps"] = ()
         if not self.timesteps:
             self.__dict__["combine"] = "mean"
-        if self.inversion_steps != _LATER["inversion_steps"] and self.noise != "inversion":
+        if self.inversion_steps != INVERSION_STEPS and self.noise != "inversion":
             raise ValueError(
                 f"{what}: inversion_steps={self.inversion_steps} is for noise='inversion', and noise={self.noise!r}"
             )
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Also pickles of version 0.1."""
-        self.__dict__.update(_LATER | _american(state))
+        later = {key: value for group in _LATER for key, value in group.items()}
+        self.__dict__.update(later | _american(state))
 
     @property
     def normalise(self) -> Normalization:
@@ -173,6 +194,10 @@ class Recipe:
     def concatenated(self) -> int:
         """How many timesteps each channel of the denoiser is there for: 1 unless they are concatenated."""
         return len(self.all_timesteps) if self.combine == "concatenate" else 1
+
+    def discarded(self, activation_id: str) -> tuple[int, ...]:
+        """The channels of an activation that are set to zero, as far as they are known."""
+        return channels_of(self.discard, activation_id)
 
     @property
     def digest(self) -> str:
@@ -200,14 +225,17 @@ class Recipe:
         if "timestep" in settings:
             settings = {"timesteps": ()} | settings
         if settings.get("noise", "inversion") != "inversion":
-            settings = {"inversion_steps": _LATER["inversion_steps"]} | settings
+            settings = {"inversion_steps": INVERSION_STEPS} | settings
         return replace(self, **_with_first(settings))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form that :meth:`from_dict` reads back."""
-        data = asdict(self) | {"levels": [list(level.activations) for level in self.levels]}
-        as_before = all(data[k] == v for k, v in _LATER.items())
-        kept = {k: v for k, v in data.items() if not (as_before and k in _LATER)}
+        data = asdict(self) | {
+            "levels": [list(level.activations) for level in self.levels],
+            "discard": as_data(self.discard),
+        }
+        as_before = {k for group in _LATER if all(data[k] == v for k, v in group.items()) for k in group}
+        kept = {k: v for k, v in data.items() if k not in as_before}
         return {ON_DISK.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     @classmethod
@@ -264,8 +292,11 @@ class Recipe:
 
 @functools.cache
 def _settings() -> type[msgspec.Struct]:
-    """The settings of a recipe, each with its type and range, as msgspec checks them all at once."""
-    return msgspec.defstruct("Settings", list(get_type_hints(Recipe, include_extras=True).items()))
+    """The settings of a recipe, each with its type and range, as msgspec checks them all at once; ``discard`` has forms
+    that it does not tell apart.
+    """
+    kinds = get_type_hints(Recipe, include_extras=True)
+    return msgspec.defstruct("Settings", [(name, kind) for name, kind in kinds.items() if name != "discard"])
 
 
 def _levels(given: Any, what: str) -> tuple[Level, ...]:
@@ -307,8 +338,13 @@ def _check_several(settings: Mapping[str, Any], what: str) -> None:
         )
 
 
-_LATER: dict[str, Any] = {"timesteps": (), "combine": "mean", "inversion_steps": 50}
-"""Settings that files of version 0.1 do not have, left out where all are as they were then: files stay the same."""
+_LATER: tuple[dict[str, Any], ...] = (
+    {"timesteps": (), "combine": "mean", "inversion_steps": INVERSION_STEPS},
+    {"classes": ()},
+    {"debias": 0, "components": None},
+)
+"""Settings that files of version 0.1 do not have. Those that came together are left out where all are as they were
+before: files stay the same."""
 
 # The setting ``normalize`` was called ``normalise`` in version 0.1, and still is in files, so that digests and saved
 # folders stay as they are.

@@ -48,11 +48,11 @@ class Plan:
             ValueError: Levels that cannot be, or a recipe that asks for what an activation or a network does not have.
         """
         recipe, whole = declaration.recipe, architecture(declaration.checkpoint, configs)
-        network = whole.without(recipe.without)
+        network = whole.without(recipe.without).with_classes(len(recipe.classes))
         _check_without(recipe, whole, network)
         ids, tokens = [level.activations for level in recipe.levels], network.text_tokens
         sites = [[network.catalogue[name].over_text(tokens) for name in level] for level in ids]
-        levels = make_levels(sites, recipe.concatenated)
+        levels = make_levels(sites, recipe.concatenated, recipe.components)
         return cls(declaration, network, levels, truncate)
 
     def select(self, indices: int | Sequence[int] | None) -> Plan:
@@ -152,13 +152,19 @@ class Plan:
         return size + -size % divisor
 
     def check_postprocessing(self) -> None:
-        """Raise ``ValueError`` if the recipe asks for what one of its activations does not have."""
+        """Raise ``ValueError`` if the recipe asks for what one of its activations or levels does not have."""
         recipe = self.declaration.recipe
+        for level in (level for level in self.levels if level.in_denoiser):
+            for what, most in (("debias", level.width - 1), ("components", level.width)):
+                if (getattr(recipe, what) or 0) > most:
+                    raise ValueError(
+                        f"recipe {recipe.name!r}: {what}={getattr(recipe, what)}, and the level of {level.sites[0].id} "
+                        f"has {level.width} channels, so that it must be at most {most}"
+                    )
         for site in (site for site in self.sites if not site.encoder):
-            if recipe.discard and max(recipe.discard) >= site.channels:
+            if (discarded := recipe.discarded(site.id)) and max(discarded) >= site.channels:
                 raise ValueError(
-                    f"recipe {recipe.name!r}: discard={recipe.discard}, and {site.id} has channels 0 to "
-                    f"{site.channels - 1}"
+                    f"recipe {recipe.name!r}: discard={discarded}, and {site.id} has channels 0 to {site.channels - 1}"
                 )
             if recipe.normalize == "adaptive" and not site.modulation:
                 raise ValueError(

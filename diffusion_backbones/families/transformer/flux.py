@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusion_backbones.families.base import LoadText
 from diffusion_backbones.families.blocks import feed_forward
 from diffusion_backbones.families.tiny import CLIP, T5
-from diffusion_backbones.families.transformer.base import Transformer, projected, width
+from diffusion_backbones.families.transformer.base import projected, width
+from diffusion_backbones.families.transformer.concept_outputs import ConceptOutputs
 from diffusion_backbones.families.transformer.joint_attention import (
     BEHIND_TEXT,
     IN_BEHIND_TEXT,
@@ -40,7 +41,7 @@ def parallel_steps(block: Any) -> list[Step]:
     ]
 
 
-class Flux(Transformer):
+class Flux(ConceptOutputs):
     """The family of ``FluxTransformer2DModel``. Patches are packed into channels before the network."""
 
     networks = ("FluxTransformer2DModel",)
@@ -135,6 +136,14 @@ class Flux(Transformer):
         q, words = recorded[0], conditioning["prompt_embeds"].shape[1]
         rotate = rotation(denoiser.pos_embed(torch.cat([q.new_zeros(words, 3), positions(q, *grid)])))
         return joint_map(denoiser.get_submodule(site.path), site, recorded, grid[0] * grid[1], True, rotate, average)
+
+    @property
+    def concept_layers(self) -> Sequence[str]:
+        """The last four double blocks, 15 to 18, as ConceptAttention reads them."""
+        return [f"vit-block{i}-attn-out" for i in range(self.text_blocks)][-4:]
+
+    def rotate_image(self, denoiser: Any, like: Tensor, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        return rotation(denoiser.pos_embed(positions(like, *grid)))
 
     def encode_prompts(self, load: LoadText, prompts: list[str], padding: str) -> dict[str, Tensor]:
         from diffusion_backbones.families.text import clip, language_model  # torch

@@ -9,7 +9,8 @@ from diffusion_backbones.families.base import LoadText
 from diffusion_backbones.families.blocks import feed_forward
 from diffusion_backbones.families.tiny import CLIP
 from diffusion_backbones.families.tiny import T5 as TINY_T5
-from diffusion_backbones.families.transformer.base import Transformer, check_positions, projected, width
+from diffusion_backbones.families.transformer.base import check_positions, projected, width
+from diffusion_backbones.families.transformer.concept_outputs import ConceptOutputs
 from diffusion_backbones.families.transformer.joint_attention import double_block, joint_block, joint_map
 from diffusion_backbones.ops.execution_order import ExecutionOrder
 from diffusion_backbones.spec.activations import Site
@@ -22,7 +23,7 @@ CLIP_TOKENS, T5_TOKENS = 77, 256
 T5 = "text_encoder_3"
 
 
-class SD3(Transformer):
+class SD3(ConceptOutputs):
     """The family of ``SD3Transformer2DModel`` (SD3 and SD3.5)."""
 
     networks = ("SD3Transformer2DModel",)
@@ -69,6 +70,10 @@ class SD3(Transformer):
     def text_encoders(self) -> tuple[str, ...]:
         """T5 may be left out; the other two also give the pooled embedding."""
         return ("text_encoder", "text_encoder_2", *([T5] if self.configs.get(T5, {}) is not None else []))
+
+    @property
+    def text_blocks(self) -> int:
+        return super().text_blocks - 1
 
     def call(
         self, denoiser: Any, z: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], size: tuple[int, int]

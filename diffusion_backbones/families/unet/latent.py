@@ -33,8 +33,13 @@ GUIDANCE = 8.5
 
 
 class UNet(Architecture):
-    """The family of ``UNet2DConditionModel``."""
+    """The family of ``UNet2DConditionModel``.
 
+    Attributes:
+        tokens: Of the text: those of a prompt, or one for each class.
+    """
+
+    tokens: int = 77
     denoiser = "unet"
     encoder = "vae"
     networks: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
@@ -123,10 +128,17 @@ class UNet(Architecture):
     def size_divisibility(self) -> int:
         return self.latent_stride * int(2 ** (len(self.config["block_out_channels"]) - 1))
 
+    def with_classes(self, n: int) -> Architecture:
+        if not n or self.text_encoders != ("text_encoder",) or self.config.get("addition_embed_type"):
+            return super().with_classes(n)
+        network = type(self)(self.configs, self.name)
+        network.tokens = n
+        return network
+
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.config
-        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (77, config["cross_attention_dim"])}
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (self.tokens, config["cross_attention_dim"])}
         if _has_added_text(config):
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             shapes["pooled_prompt_embeds"] = (pooled,)
