@@ -147,7 +147,7 @@ def test_it_is_found_over_all_timesteps_and_the_same_again(network):
 
 
 def test_random_weights_have_no_massive_channels_yet():
-    recipe = db.Recipe("mine", ["mid-vit-out"], discard="auto", debias=3, input_size=64)
+    recipe = db.Recipe("mine", ["mid-vit-out"], discard="auto", debias=3, input_size=128)
     with pytest.warns(UserWarning, match="random weights"):
         backbone = db.create_model("tinysd", recipe=recipe)
     x = X[:1, :, :64, :64]
@@ -405,7 +405,7 @@ def test_bad_settings(given, error):
 def test_too_little_to_fit_on(every):
     before = every(X)
     other = copy.deepcopy(every)
-    small = X[:1, :, :32, :32]  # one place of stride 32
+    small = X[:1, :, :64, :64]  # one place of stride 64
     with pytest.raises(
         ValueError, match="level of mid-vit-out: 3 principal components need at least 4 positions, got 1"
     ):
@@ -425,7 +425,7 @@ def test_too_little_to_fit_on(every):
     with pytest.raises(ValueError, match="has no components to fit on images; build it with components="):
         none.fit(X)
     with pytest.raises(ValueError, match="debias: 4 principal components need at least 5 positions, got 4; take fewer"):
-        db.create_model("tinysd", recipe=db.Recipe("x", ["mid-vit-out"], debias=4, input_size=64), pretrained=True)
+        db.create_model("tinysd", recipe=db.Recipe("x", ["mid-vit-out"], debias=4, input_size=128), pretrained=True)
 
 
 def test_a_folder_of_images(every, tmp_path):
