@@ -14,6 +14,8 @@ import tempfile
 import types
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+"""Below it, other than in its virtual environment, lies what single tests put on ``sys.path``."""
 CONTEXT = multiprocessing.get_context("forkserver")  # a process that has one thread and forks one for each run
 CONTEXT.set_forkserver_preload(["torch", "torchvision"])
 
@@ -32,5 +34,8 @@ def _execute(code: str, args: tuple[str, ...], paths: list[Path]) -> None:
     for stream, path in enumerate(paths, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = ["-c", *args]
+    sys.path[:] = [
+        entry for entry in sys.path if not entry.startswith(f"{ROOT}{os.sep}") or entry.startswith(sys.prefix)
+    ]
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     exec(compile(code, "<string>", "exec"), main.__dict__)
