@@ -196,6 +196,9 @@ def test_labels_fill_the_template_of_a_prompt(tiny_folder):
     for labels, prompt in ((["cat", "dog"], None), (["cat", "dog"], "a photo of a {}")):
         assert all(map(torch.equal, backbone(x, labels=labels, prompt=prompt), right))
     assert all(map(torch.equal, backbone(x, labels="cat"), backbone(x, prompt="a photo of a cat")))
+    for unfilled in ({}, {"prompt": ["a cat", "a photo of a {}"]}):
+        with pytest.raises(ValueError, match="prompt='a photo of a {}' has a place for a label; give labels="):
+            backbone(x, **unfilled)
     with pytest.raises(ValueError, match="labels must be one string or 2, one per image; got 3"):
         backbone(x, labels=["cat", "dog", "cow"])
     with pytest.raises(TypeError, match="labels must be a string or a list of strings, got 7"):

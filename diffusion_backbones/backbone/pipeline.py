@@ -38,6 +38,7 @@ from diffusion_backbones.ops.pixel_values import to_symmetric
 from diffusion_backbones.ops.recording import StreamingStore, collect, keep_output_in_graph
 from diffusion_backbones.ops.tensor_checks import ValueChecks
 from diffusion_backbones.spec.activations import Site
+from diffusion_backbones.spec.concepts import check_filled
 from diffusion_backbones.spec.levels import LevelInfo
 from diffusion_backbones.surgery import compilation
 from diffusion_backbones.surgery.plan import unique_sites
@@ -231,9 +232,11 @@ def _canvas(backbone: BackboneState, call: Call, z: Tensor) -> Tensor | None:
 
 def _conditioning(backbone: BackboneState, call: Call, b: int, values: ValueChecks) -> dict[str, Tensor]:
     """The tensors that condition a call, with a batch axis of ``b``; checks of their values are added to others."""
-    given = call.embeddings
+    given, recipe = call.embeddings, backbone.declaration.recipe
+    if call.labels is None and not given and not recipe.classes:
+        check_filled(recipe.prompt if call.prompt is None else call.prompt)
     if call.prompt is not None or call.labels is not None:
-        given = embedded(backbone.prompter, backbone.declaration.recipe, b, call.prompt, call.labels)
+        given = embedded(backbone.prompter, recipe, b, call.prompt, call.labels)
     own = dict(backbone.conditioning.items())
     tokens = own["prompt_embeds"].shape[1] if backbone.plan.reads_text else None
     beside = {name: tensor.expand(b, *tensor.shape[1:]) for name, tensor in call.beside.items()}

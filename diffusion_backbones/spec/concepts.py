@@ -91,6 +91,13 @@ def fill(template: str, label: str) -> str:
     return template.replace(SLOT, label)
 
 
+def check_filled(prompt: Any) -> None:
+    """Raise ``ValueError`` if a prompt, or one of several, keeps a place for a label that nobody gives."""
+    some = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, (list, tuple)) else []
+    if open_ := next((text for text in some if isinstance(text, str) and SLOT in text), None):
+        raise ValueError(f"prompt={open_!r:.80} has a place for a label; give labels= in the call, or a prompt without")
+
+
 def filled(template: Any, labels: Any, images: int) -> list[str]:
     """The prompts of a batch: a template with the label of each image.
 
