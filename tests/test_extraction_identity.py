@@ -82,7 +82,8 @@ def test_weights_are_known_by_their_content(backbone, tmp_path):
 
 def test_a_selection_knows_weights_by_their_content(backbone):
     network = SimpleNamespace(checkpoint="tinysd", timestep=50, prompt="")
-    settings, prepared = SimpleNamespace(network=network, seed=0), SimpleNamespace(size=64)
+    settings = SimpleNamespace(network=network, seed=0, treatment=selection_run.Treatment())
+    prepared = SimpleNamespace(size=64)
     nothing = SimpleNamespace(source="", images=[], task=SimpleNamespace(views=[]))
     one, other = (selection_run._key(settings, prepared, which, nothing) for which in (backbone, tuned(backbone)))
     assert [key for key in one if one[key] != other[key]] == ["weights_digest"]
