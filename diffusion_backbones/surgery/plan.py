@@ -155,11 +155,11 @@ class Plan:
         """Raise ``ValueError`` if the recipe asks for what one of its activations or levels does not have."""
         recipe = self.declaration.recipe
         for level in (level for level in self.levels if level.in_denoiser):
-            for what, most in (("debias", level.width - 1), ("components", level.width)):
-                if (getattr(recipe, what) or 0) > most:
+            for what, asked, less in (("debias", recipe.debias, 1), ("components", recipe.components, 0)):
+                if asked and asked > (most := level.width - less):
                     raise ValueError(
-                        f"recipe {recipe.name!r}: {what}={getattr(recipe, what)}, and the level of {level.sites[0].id} "
-                        f"has {level.width} channels, so that it must be at most {most}"
+                        f"recipe {recipe.name!r}: {what}={asked}, and the level of {level.sites[0].id} has "
+                        f"{level.width} channels, so that it must be at most {most}"
                     )
         for site in (site for site in self.sites if not site.encoder):
             if (discarded := recipe.discarded(site.id)) and max(discarded) >= site.channels:
